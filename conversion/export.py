@@ -1,0 +1,118 @@
+"""Writing the checkpoint folder: weights, config with auto_map, exported code, tokenizer and generation settings.
+
+The code is copied by transformers' own exporter (`register_for_auto_class` + `save_pretrained`), so the folder loads with
+`trust_remote_code=True` where the package is not installed.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+import modeling_bmojo
+from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+
+
+# Auto class -> our class, by name: what a folder's auto_map offers.
+AUTO_CLASSES = {"AutoConfig": "BMojoConfig"} | {
+    auto_class.__name__: model_class.__name__ for auto_class, model_class in modeling_bmojo.AUTO_CLASSES.items()
+}
+PROBE = "In 1995, version 3.12.4\n\n1.  Hello  World's\ttab; été — 日本 x=100\n\n\n42"
+
+
+def meta_model(config: BMojoConfig) -> BMojoForCausalLM:
+    """The model without memory: names and shapes of what a checkpoint of this config holds."""
+    with torch.device("meta"):
+        return BMojoForCausalLM(config)
+
+
+def save_model(
+    folder: Path, config: BMojoConfig, tensors: dict[str, torch.Tensor], generation: Mapping[str, Any], max_shard_size: str
+) -> None:
+    """Writes weights, config.json, generation_config.json and the exported code into `folder`."""
+    model = meta_model(config)
+    model.load_state_dict(_with_tied(model, tensors), assign=True)
+    model.tie_weights()
+    model.config.auto_map = {}
+    for auto_class, name in AUTO_CLASSES.items():
+        getattr(modeling_bmojo, name).register_for_auto_class(auto_class)
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    _write_auto_map(folder / "config.json")
+    _write_json(folder / "generation_config.json", dict(generation))
+
+
+def _with_tied(model: BMojoForCausalLM, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The full state dict: tied names get the tensor they are tied to."""
+    state = dict(tensors)
+    for name, original in model.all_tied_weights_keys.items():
+        state.setdefault(name, tensors[original])
+    return state
+
+
+def _write_auto_map(path: Path) -> None:
+    """Completes auto_map: saving a causal model names that class alone."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    modules = {name: getattr(modeling_bmojo, name).__module__.rsplit(".", 1)[-1] for name in AUTO_CLASSES.values()}
+    config["auto_map"] = {auto_class: f"{modules[name]}.{name}" for auto_class, name in AUTO_CLASSES.items()}
+    _write_json(path, config)
+
+
+def generation_settings(stated: Mapping[str, Any], config: BMojoConfig) -> dict[str, Any]:
+    """The source's generation settings as it states them, with every end-of-sequence id of its two files."""
+    settings = dict(stated) or {"_from_model_config": True}
+    ends: list[int] = []
+    for value in (stated.get("eos_token_id"), config.eos_token_id):
+        ends += [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+    ends = list(dict.fromkeys(ends))
+    if ends:
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    for name in ("bos_token_id", "pad_token_id"):
+        if settings.get(name) is None and getattr(config, name) is not None:
+            settings[name] = getattr(config, name)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
+    """Saves the tokenizer and checks that it reads back as itself; returns what the report says of it.
+
+    Raises:
+        ValueError: it has more tokens than the model, or reads back different.
+    """
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the source's tokenizer has {len(tokenizer)} tokens, its model only vocab_size={vocab_size}; the ids above "
+            "have no embedding. Check that the files belong together."
+        )
+    tokenizer.save_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder)
+    aspects = {
+        "vocabulary": lambda tok: tok.get_vocab(),
+        "special tokens": lambda tok: tok.special_tokens_map,
+        "chat template": lambda tok: tok.chat_template,
+        "ids of a probe text": lambda tok: tok(PROBE)["input_ids"],
+        "ids of a chat": _chat_ids,
+    }
+    for aspect, read in aspects.items():
+        if read(tokenizer) != read(again):
+            raise ValueError(f"the source's tokenizer changes when saved and loaded again: {aspect} differ.")
+    return {
+        "class": type(again).__name__,
+        "tokens": len(again),
+        "special_tokens": {name: str(token) for name, token in again.special_tokens_map.items()},
+        "chat_template": again.chat_template is not None,
+    }
+
+
+def _chat_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    if tokenizer.chat_template is None:
+        return None
+    chat = [{"role": "user", "content": PROBE}]
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""Grafts B'MOJO memories onto a Transformer: `python -m conversion.graft configs/graft/smollm2-135m.yaml`.
+
+    python -m conversion.graft SETTINGS.yaml [--source X] [--output Y] [--set key=value ...] [--overwrite | --reuse]
+
+The settings are described in conversion/settings.py and docs/graft.md. Exit status: 0 done, 2 refused or failed with a
+message, 130 interrupted. Nothing is left behind where the status is not 0, and an earlier output stays as it was.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .pipeline import graft
+from .report import read_report
+from .settings import load_settings, parse_assignments
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m conversion.graft", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("settings", help="YAML file, e.g. configs/graft/smollm2-135m.yaml")
+    parser.add_argument("--source", help="local folder, hub id, .gguf file, or pypi:NAME; replaces the YAML's")
+    parser.add_argument("--output", help="folder to write; replaces the YAML's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one setting")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace an earlier graft in the output folder")
+    existing.add_argument("--reuse", action="store_true", help="keep an earlier graft if settings and code are the same")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    arguments = parse_arguments(argv)
+    try:
+        overrides = parse_assignments(arguments.set)
+        overrides |= {key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None}
+        output = graft(load_settings(arguments.settings, overrides), arguments.overwrite, arguments.reuse)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    report = read_report(output)
+    counts = report["counts"]
+    print(
+        f"{output}: {counts['copied']} tensors copied, {counts['initialised']} initialised, {counts['dropped']} dropped; "
+        f"{counts['parameters'] / 1e6:,.1f} million parameters in {report['dtype']}."
+    )
+    if report["check"]:
+        check = report["check"]
+        print(
+            f"Loaded again and compared with the source on {check['tokens']} tokens: "
+            f"largest difference of the logits {check['max_logit_difference']:.2g}."
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

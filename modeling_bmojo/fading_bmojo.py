@@ -1,0 +1,158 @@
+"""FadingMemory: the selective SSM of a layer as a module, Mamba-2 in form (arXiv 2405.21060, figure 6).
+
+    z | xBC | dt = in_proj(u);  x | B | C = act(conv(xBC));  y = ssd(x, softplus(dt + dt_bias), A, B, C) + D x
+    y = out_proj(norm(y * silu(z)))
+
+and the innovation of every token, measured on its output or its input (B'MOJO, Algorithm 1, lines 2 and 3).
+
+Shapes: B rows, T tokens, E hidden size, H heads, P channels per head, N state channels, G groups, K conv taps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .cache_bmojo import BMojoCacheLayer
+from .configuration_bmojo import BMojoConfig
+from .memory_ops import output_innovation, prediction_error
+from .ssm_ops import causal_conv, chunk_ssd, predict_input, step_ssd
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution. A module of its own, so that adapters can train it in full."""
+
+    def __init__(self, channels: int, kernel: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+        # k-bit preparation casts 1-D weights to fp32: cast at the call.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return causal_conv(x, self.weight.to(x.dtype), bias, history)
+
+
+class SSMScalars(nn.Module):
+    """Per-head decay, time-step bias and skip. A module of its own, so that adapters can train and save it."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+
+    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A (negative rates), dt_bias and D, `[H]` each, in `dtype`."""
+        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype), self.D.to(dtype)
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm over equal groups of channels, as Mamba-2 normalises its gated output."""
+
+    def __init__(self, channels: int, groups: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.groups = groups
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.flatten(-2).to(x.dtype)
+
+
+class FadingMemory(nn.Module):
+    """The SSM of one layer.
+
+    Args:
+        config: the model's configuration. layer_idx: which layer.
+    """
+
+    def __init__(self, config: BMojoConfig, layer_idx: int):
+        super().__init__()
+        spec = config.layer_spec(layer_idx)
+        self.heads, self.head_dim, self.state = spec.ssm_heads, spec.ssm_head_dim, spec.ssm_state
+        self.groups = config.ssm_num_groups
+        self.inner = self.heads * self.head_dim
+        self.gated = config.ssm_gated
+        self.chunk_size = config.ssm_chunk_size
+        self.time_step_limit = tuple(config.ssm_time_step_limit)
+        # What the eidetic memory asks for: nothing, the error on the output, or on the input.
+        self.innovation = config.innovation if spec.slots else None
+        self.taps = config.innovation_taps
+
+        rows = self.inner * (2 if self.gated else 1) + 2 * self.groups * self.state + self.heads
+        self.in_proj = nn.Linear(config.hidden_size, rows, bias=config.ssm_proj_bias)
+        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias)
+        self.act = ACT2FN[config.ssm_conv_act]
+        self.scalars = SSMScalars(self.heads)
+        self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        lengths: torch.Tensor,
+        cache: BMojoCacheLayer | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the SSM over rows of real tokens.
+
+        Args:
+            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; the rest is passed over.
+            cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
+
+        Returns:
+            y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens.
+        """
+        tokens = hidden_states.shape[1]
+        gate_rows = self.inner if self.gated else 0
+        gate, mixed, dt = self.in_proj(hidden_states).split(
+            [gate_rows, self.inner + 2 * self.groups * self.state, self.heads], dim=-1
+        )
+        convolved = self.act(self.conv(mixed, None if cache is None else cache.conv))
+        if cache is not None:
+            cache.shift("conv", mixed, lengths)
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            y, surprise = self._scan(convolved, dt, lengths, tokens, cache)
+            if self.gated:
+                y = y * F.silu(gate.to(y.dtype))
+            if self.norm is not None:
+                y = self.norm(y)
+        y = self.out_proj(y.to(convolved.dtype))
+        if self.innovation == "output":
+            history = y.new_zeros(y.shape[0], self.taps, y.shape[2]) if cache is None else cache.outputs
+            surprise = output_innovation(y, history)
+            if cache is not None:
+                cache.shift("outputs", y, lengths)
+        return y, surprise
+
+    def _scan(
+        self,
+        convolved: torch.Tensor,
+        dt: torch.Tensor,
+        lengths: torch.Tensor,
+        tokens: int,
+        cache: BMojoCacheLayer | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The recurrence in fp32 at least; returns y `[B, T, H P]` and the innovation of the "state" form, or None."""
+        wide = torch.promote_types(convolved.dtype, torch.float32)
+        keys = self.groups * self.state
+        x, B, C = convolved.to(wide).split([self.inner, keys, keys], dim=-1)
+        x = x.unflatten(-1, (self.heads, self.head_dim))
+        B, C = (value.unflatten(-1, (self.groups, self.state)) for value in (B, C))
+        A, dt_bias, D = self.scalars(wide)
+        dt = F.softplus(dt.to(wide) + dt_bias).clamp(*self.time_step_limit)
+        real = torch.arange(tokens, device=dt.device) < lengths[:, None]
+        dt = dt * real[..., None]
+        state = None if cache is None else cache.ssm.to(wide)
+        surprise = None
+        if self.innovation == "state":
+            with torch.no_grad():
+                expected = predict_input(x, dt, A, B, state, self.chunk_size)
+                surprise = prediction_error(x.flatten(2), expected.flatten(2))
+        ssd = step_ssd if tokens == 1 else chunk_ssd
+        y, after = ssd(x, dt, A, B, C, D, state, self.chunk_size)
+        if cache is not None:
+            cache.ssm.copy_(after.detach())
+        return y.flatten(2), surprise

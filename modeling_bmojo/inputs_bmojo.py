@@ -1,0 +1,151 @@
+"""What a forward call gets, checked, and turned into mixer rows: layout, lengths, rotary positions.
+
+Shapes: B batch, T new columns, P columns already in the cache, R rows and T' tokens of a group of mixer rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .cache_bmojo import BMojoCache
+from .configuration_bmojo import BMojoConfig
+from .layout_bmojo import RowLayout, packed_layout, padded_layout, sequence_starts
+
+
+class Rows(NamedTuple):
+    """The mixer rows of a forward call.
+
+    layout: None if the input's rows are the mixer's rows as they stand.
+    lengths: per group, `[R]` real tokens. rotary: per group, cos and sin `[R, T', D]`, or None without positions.
+    columns: columns of the attention weights, None if they are not wanted.
+    """
+
+    layout: RowLayout | None
+    lengths: list[torch.Tensor]
+    rotary: list[tuple[torch.Tensor, torch.Tensor] | None]
+    columns: int | None
+
+
+def check_tokens(
+    config: BMojoConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> None:
+    """Raises ValueError unless exactly one non-empty input is given, with ids inside the vocabulary."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            "input_ids, inputs_embeds: exactly one of them must be given; pass token ids, or their embeddings."
+        )
+    given = input_ids if input_ids is not None else inputs_embeds
+    name, wanted = ("input_ids", 2) if input_ids is not None else ("inputs_embeds", 3)
+    if given.dim() != wanted or given.shape[0] == 0 or given.shape[1] == 0:
+        raise ValueError(
+            f"{name} of shape {list(given.shape)}: must be [batch, tokens{', hidden' if wanted == 3 else ''}] with at "
+            "least one row and one token; an empty prompt needs a start token such as bos."
+        )
+    # Reading two scalars stalls a GPU: there, check prompts and leave single decoding steps alone.
+    if input_ids is None or torch.compiler.is_compiling() or (input_ids.is_cuda and input_ids.shape[1] == 1):
+        return
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= config.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"input_ids holds {wrong}: ids must lie in [0, vocab_size={config.vocab_size}); use the model's own "
+            "tokenizer."
+        )
+
+
+def new_token_mask(
+    attention_mask: torch.Tensor | None, batch: int, columns: int, past: int, fresh: bool
+) -> torch.Tensor | None:
+    """Which of the new columns are real tokens, `[B, T]` bool, or None if all are.
+
+    Args:
+        attention_mask: None, or `[B, P + T]` or `[B, T]` with 1 for real tokens. past: P.
+        fresh: no cache was passed in, so a row without any real token is a mistake (in chunked prefill it is not: the
+            first chunk of a left-padded row may be all pads).
+
+    Raises:
+        ValueError: for another kind or shape of mask, or a row of zeros in a whole prompt.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        kind = type(attention_mask).__name__
+        shape = f" of shape {list(attention_mask.shape)}" if isinstance(attention_mask, torch.Tensor) else ""
+        raise ValueError(
+            f"attention_mask is a {kind}{shape}: must be 2-D, [batch, tokens] with 1 = real and 0 = pad; the memories "
+            "define what each token sees, so a 4-D mask cannot be honoured."
+        )
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (past + columns, columns):
+        raise ValueError(
+            f"attention_mask of shape {list(attention_mask.shape)}: must be [{batch}, {past + columns}], one entry per "
+            f"token read so far ({past}) and now ({columns}); pass the tokenizer's mask."
+        )
+    mask = attention_mask[:, -columns:].to(torch.bool)
+    if bool(mask.all()):
+        return None
+    if fresh and not bool(mask.any(dim=1).all()):
+        row = int((~mask.any(dim=1)).to(torch.int64).argmax())
+        raise ValueError(
+            f"attention_mask[{row}] is all zeros: every row needs at least one real token; drop the empty row."
+        )
+    return mask
+
+
+def build_rows(
+    inputs_embeds: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    packing: dict[str, torch.Tensor | None],
+    cache: BMojoCache | None,
+    rotary_emb,
+    output_attentions: bool,
+) -> tuple[Rows, bool]:
+    """Cuts the input into mixer rows.
+
+    Args:
+        inputs_embeds: `[B, T, E]`. mask: `[B, T]` bool or None. position_ids: `[B, T]`, `[1, T]` or None: real tokens
+            are counted, from what the cache has seen. packing: `seq_idx`, `cu_seq_lens` or None each.
+        rotary_emb: module from (x, position ids) to cos and sin, or None.
+
+    Returns:
+        the rows, and whether the input is packed.
+
+    Raises:
+        ValueError: for packed sequences together with a cache or with attention weights.
+    """
+    batch, columns = inputs_embeds.shape[:2]
+    device = inputs_embeds.device
+    past = 0 if cache is None else cache.get_seq_length()
+    starts = sequence_starts(batch, columns, mask, position_ids, packing["seq_idx"], packing["cu_seq_lens"])
+    if starts is not None:
+        if past or output_attentions:
+            other = "a cache that has read tokens" if past else "output_attentions"
+            raise ValueError(
+                f"packed sequences and {other} cannot be combined; pass each sequence as a row of a padded batch."
+            )
+        real = torch.ones(batch, columns, dtype=torch.bool, device=device) if mask is None else mask
+        layout = packed_layout(starts, real)
+        lengths = [group.lengths for group in layout.groups]
+    elif mask is not None and columns > 1:
+        layout = padded_layout(mask)
+        lengths = [layout.groups[0].lengths]
+    else:
+        layout = None
+        full = torch.full((batch,), columns, dtype=torch.int64, device=device)
+        lengths = [full if mask is None else mask[:, 0].to(torch.int64)]
+
+    if position_ids is not None:
+        position_ids = position_ids.to(device).expand(batch, -1)
+    groups = [None] if layout is None else layout.groups
+    given = [position_ids] * len(groups)
+    if layout is not None and position_ids is not None:
+        given = layout.split(position_ids)
+    rotary = []
+    for group, ids in zip(groups, given):
+        if ids is None:
+            ids = torch.arange(columns if group is None else group.index.shape[1], device=device)[None]
+            if cache is not None and cache.seen is not None:
+                ids = ids + cache.seen.to(device)[:, None]
+        rotary.append(None if rotary_emb is None else rotary_emb(inputs_embeds, ids))
+    weights_columns = past + columns if output_attentions else None
+    return Rows(layout, lengths, rotary, weights_columns), starts is not None

@@ -1,0 +1,130 @@
+"""Padding and packing: from the columns of a batch to rows of consecutive real tokens, and back.
+
+Sequence mixers (SSM, window, eidetic memory) see nothing but rows whose real tokens come first, with a count per row.
+So left, right and inner padding are one case, a packed batch is just more rows, and every row equals itself alone by
+construction; pads cannot enter a state because they are not there.
+
+Shapes: B rows and T columns of the input, R and T' those of a group of mixer rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class RowGroup(NamedTuple):
+    """Mixer rows of similar length.
+
+    index: `[R, T']`, which of the B T columns (flattened) stands where; B T for a place that holds no token.
+    lengths: `[R]`, real tokens per row; they come first.
+    """
+
+    index: torch.Tensor
+    lengths: torch.Tensor
+
+
+class RowLayout(NamedTuple):
+    """How an input `[B, T]` is cut into mixer rows. packed: the rows are sequences inside the input's rows."""
+
+    groups: list[RowGroup]
+    batch: int
+    columns: int
+    packed: bool
+
+    def split(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """`[B, T, ...]` to one `[R, T', ...]` per group; places without a token are zero."""
+        flat = value.flatten(0, 1)
+        flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+        return [flat[group.index] for group in self.groups]
+
+    def merge(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `split`: one `[R, T', ...]` per group to `[B, T, ...]`; pads are zero."""
+        total = self.batch * self.columns
+        flat = parts[0].new_zeros(total + 1, *parts[0].shape[2:])
+        for group, part in zip(self.groups, parts):
+            flat = flat.index_copy(0, group.index.flatten(), part.flatten(0, 1))
+        return flat[:total].unflatten(0, (self.batch, self.columns))
+
+
+def padded_layout(mask: torch.Tensor) -> RowLayout:
+    """Layout of a padded batch: every row's real tokens first, in their order.
+
+    Args:
+        mask: `[B, T]` bool, True for real tokens, in any pattern.
+    """
+    batch, columns = mask.shape
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    lengths = mask.sum(dim=1)
+    rows = torch.arange(batch, device=mask.device)[:, None]
+    real = torch.arange(columns, device=mask.device) < lengths[:, None]
+    index = torch.where(real, rows * columns + order, batch * columns)
+    return RowLayout([RowGroup(index, lengths)], batch, columns, packed=False)
+
+
+def packed_layout(starts: torch.Tensor, mask: torch.Tensor) -> RowLayout:
+    """Layout of packed sequences: each becomes a row of its own; rows are grouped by length to waste little.
+
+    Args:
+        starts: `[B, T]` bool, True at the first token of every sequence. mask: `[B, T]` bool, True for real tokens.
+    """
+    batch, columns = mask.shape
+    sequences: list[list[int]] = []
+    for row, (row_starts, row_mask) in enumerate(zip(starts.tolist(), mask.tolist())):
+        for column, (start, real) in enumerate(zip(row_starts, row_mask)):
+            if not real:
+                continue
+            if start:
+                sequences.append([])
+            sequences[-1].append(row * columns + column)
+    # Lengths within a factor of two share a group: at most half of its places are empty.
+    by_size: dict[int, list[list[int]]] = {}
+    for sequence in sequences:
+        by_size.setdefault(len(sequence).bit_length(), []).append(sequence)
+    groups = []
+    for _, members in sorted(by_size.items()):
+        width = max(map(len, members))
+        padded = [member + [batch * columns] * (width - len(member)) for member in members]
+        index = torch.tensor(padded, device=mask.device)
+        groups.append(RowGroup(index, torch.tensor([len(member) for member in members], device=mask.device)))
+    return RowLayout(groups, batch, columns, packed=True)
+
+
+def sequence_starts(
+    batch: int,
+    columns: int,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Where packed sequences begin, `[B, T]` bool, or None if every row is one sequence.
+
+    Read from `seq_idx` `[B, T]` (a change of value), `cu_seq_lens` (cumulated lengths over the flattened batch) or
+    `position_ids` `[B, T]` (a real token after the first with position 0: trainers that pack send only these).
+
+    Raises:
+        ValueError: if `cu_seq_lens` does not run from 0 to B T in steps of at least 1.
+    """
+    if seq_idx is not None:
+        change = seq_idx[:, 1:] != seq_idx[:, :-1]
+    elif cu_seq_lens is not None:
+        bounds = cu_seq_lens.flatten().tolist()
+        if bounds[0] != 0 or bounds[-1] != batch * columns or any(b <= a for a, b in zip(bounds, bounds[1:])):
+            raise ValueError(
+                f"cu_seq_lens_q={bounds}: must rise from 0 to the number of tokens, {batch * columns}; give the "
+                "cumulated lengths of the packed sequences."
+            )
+        starts = torch.zeros(batch * columns, dtype=torch.bool, device=cu_seq_lens.device)
+        starts[torch.tensor(bounds[:-1], device=starts.device)] = True
+        change = starts.view(batch, columns)[:, 1:]
+    elif position_ids is not None and position_ids.shape[-1] > 1:
+        change = position_ids.expand(batch, -1)[:, 1:] == 0
+    else:
+        return None
+    real = torch.ones(batch, columns, dtype=torch.bool, device=change.device) if mask is None else mask
+    # The first real token of a row always starts a sequence; a pad never does.
+    seen_before = (real.cumsum(1) - real.to(torch.int64))[:, 1:] > 0
+    inner = change & real[:, 1:] & seen_before
+    if not bool(inner.any()):
+        return None
+    return torch.cat([real[:, :1], inner | (real[:, 1:] & ~seen_before)], dim=1)

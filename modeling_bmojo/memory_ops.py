@@ -1,0 +1,182 @@
+"""Eidetic memory: which tokens a layer keeps, as pure functions. The innovation test lives here and nowhere else.
+
+    e_t  = |y_t - y_hat_t|^2 / (|y_t|^2 + |y_hat_t|^2 + eps)          innovation   (B'MOJO, Algorithm 1, line 3)
+    key_t = e_t, or log e_t + g t when scores fade as exp(-g age)      retention key
+    expiry_s = W + max(s, p_s)                                         the query from which on token s is out of sight
+
+p_s is the position of the M-th earliest token whose key beats that of token s (infinite if fewer than M do). It is the
+closed form of "a token that leaves the window replaces the smallest stored innovation if it beats it": the set of
+inputs that query t may see is exactly { s : s <= t < expiry_s }. Ties: the older token stays.
+
+Shapes: B batch, T tokens, S = tokens that may be kept, W window, M slots, L block length.
+"""
+
+import heapq
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+INNOVATION_EPS = 1e-12
+NEVER = torch.iinfo(torch.int64).max // 4  # an expiry beyond any position, with room for sums
+
+
+def prediction_error(value: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """Scale-free squared error over the last dimension, in [0, 2]; fp32 at least.
+
+    Scale-free, because an absolute error keeps the loud tokens instead of the unexpected ones (docs/log.md).
+    """
+    value, prediction = _at_least_fp32(value), _at_least_fp32(prediction)
+    energy = value.square().sum(-1) + prediction.square().sum(-1)
+    return (value - prediction).square().sum(-1) / (energy + INNOVATION_EPS)
+
+
+def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    """`innovation="output"`: y_hat_t is the mean of the last k outputs, zeros before the first (a causal conv).
+
+    Args:
+        y: `[B, T, E]` SSM outputs. history: `[B, k, E]` the outputs before them, oldest first, zeros where none was.
+
+    Returns:
+        e `[B, T]`. Without gradient: selection is discrete.
+    """
+    with torch.no_grad():
+        taps = history.shape[1]
+        padded = _at_least_fp32(torch.cat([history.to(y.dtype), y], dim=1))
+        tokens = y.shape[1]
+        prediction = sum(padded[:, tap : tap + tokens] for tap in range(taps)) / taps
+        return prediction_error(padded[:, taps:], prediction)
+
+
+def retention_key(innovation: torch.Tensor, position: torch.Tensor, decay: float) -> torch.Tensor:
+    """The static key whose order is the order of the faded scores e_s exp(-g (t - s)) at every t. `[B, S]`.
+
+    All scores fade at one rate, so their order never changes: log e_s + g s needs no updating. In float64 (float32
+    where the device has none): g s grows with the stream, the difference that decides does not.
+    """
+    if decay == 0:
+        return innovation.nan_to_num(nan=-torch.inf)
+    wide = torch.float32 if innovation.device.type == "mps" else torch.float64
+    return (torch.log(innovation.to(wide)) + decay * position.to(wide)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+
+
+def heap_expiry(keys: list[float], window: int, slots: int) -> list[float]:
+    """Expiry of every token of one row by streaming with a heap: the oracle, O(T log M).
+
+    Args:
+        keys: retention keys, one per token. window: W. slots: M.
+
+    Returns:
+        expiries, `math.inf` for tokens that are still kept at the end.
+    """
+    expiry = [float("inf")] * len(keys)
+    memory: list[tuple[float, int]] = []
+    for leaving, key in enumerate(keys):
+        # The weakest is the smallest key, and among equals the youngest: (key, -position) is its heap order.
+        heapq.heappush(memory, (key, -leaving))
+        if len(memory) > slots:
+            _, weakest = heapq.heappop(memory)
+            expiry[-weakest] = leaving + window
+    return expiry
+
+
+def blocked_expiry(keys: torch.Tensor, window: int, slots: int, block: int = 128) -> torch.Tensor:
+    """Expiry of every token of a whole stream, `[B, T]` keys to `[B, T]` int64, `NEVER` for tokens kept at the end."""
+    tokens = keys.shape[1]
+    valid = torch.ones_like(keys, dtype=torch.bool)
+    return select(keys, valid, window, slots, block, queries=tokens + window).expiry
+
+
+class Selection(NamedTuple):
+    """Which tokens the queries of a stretch may see.
+
+    expiry: `[B, S]`, the query from which on a token is out of sight; `NEVER` if none yet, negative if it is no token.
+    slots: `[B, n, M]`, indices into S of the tokens kept when each block of queries starts, -1 = empty slot.
+    """
+
+    expiry: torch.Tensor
+    slots: torch.Tensor
+
+
+def select(
+    keys: torch.Tensor,
+    valid: torch.Tensor,
+    window: int,
+    slots: int,
+    block: int,
+    queries: int,
+    held: int = 0,
+    past: int = 0,
+) -> Selection:
+    """Runs the eidetic memory over a stretch of tokens, `block` queries at a time: no loop over tokens.
+
+    The S tokens are listed from old to new: `held` tokens that are in the memory already, `past` tokens in the window,
+    then the new ones. Token i has the coordinate `i - held - past`, so the first new token and its query are at 0.
+
+    Args:
+        keys: `[B, S]` retention keys. valid: `[B, S]`, False for pads and empty slots: never kept, never seen.
+        window: W. slots: M. block: L. queries: T, which may be more than the new tokens.
+        past: 0 or W.
+
+    Returns:
+        a `Selection` with ceil(T / L) blocks.
+    """
+    batch, tokens = keys.shape
+    first = -held - past
+    # One column more than tokens: a place to write what empty slots would write.
+    expiry = torch.full((batch, tokens + 1), NEVER, dtype=torch.int64, device=keys.device)
+    if slots == 0:
+        expiry[:, :tokens] = torch.arange(tokens, device=keys.device) + first + window
+    memory = torch.arange(slots, device=keys.device).expand(batch, slots)
+    memory = torch.where((memory < held) & F.pad(valid, (0, slots))[:, :slots], memory, -1)
+    at_block, done = [], held
+    for query in [*range(0, queries, block), queries - 1]:
+        at_block.append(memory)
+        leaving = min(query - window - first + 1, tokens)
+        if slots > 0 and leaving > done:
+            memory = _admit(keys, valid, expiry, memory, range(done, leaving), window, first)
+            done = leaving
+            at_block[-1] = memory
+    return Selection(torch.where(valid, expiry[:, :tokens], -NEVER), torch.stack(at_block[:-1], dim=1))
+
+
+def _admit(
+    keys: torch.Tensor,
+    valid: torch.Tensor,
+    expiry: torch.Tensor,
+    memory: torch.Tensor,
+    leaving: range,
+    window: int,
+    first: int,
+) -> torch.Tensor:
+    """Lets the tokens `leaving` the window apply for the memory, in their order; writes `expiry`, returns the new memory.
+
+    Candidates c are the kept tokens and the leaving ones, from old to new. Candidate s is out once M candidates that
+    have left the window beat it, so one cumulated count of a comparison matrix `[B, c, c]` settles the whole block.
+    """
+    batch, slots = memory.shape
+    count = len(leaving)
+    newcomers = torch.arange(leaving.start, leaving.stop, device=keys.device).expand(batch, count)
+    index = torch.cat([memory, newcomers], dim=1)
+    known = torch.cat([memory >= 0, valid[:, leaving.start : leaving.stop]], dim=1)
+    key = keys.gather(1, index.clamp(min=0))
+
+    older = torch.ones(slots + count, slots + count, dtype=torch.bool, device=keys.device).tril(-1)
+    rival, own = key[:, None, :], key[:, :, None]
+    beaten_by = ((rival > own) | ((rival == own) & older)) & known[:, None, :]
+    by_kept = beaten_by[:, :, :slots].sum(-1, keepdim=True)
+    beaten = by_kept + beaten_by[:, :, slots:].cumsum(-1)
+    survived = (beaten < slots).sum(-1)  # leaving tokens that came and went before this candidate was out
+
+    out_at = torch.maximum(index, leaving.start + survived) + first + window
+    stays = known & (survived == count)
+    spare = expiry.shape[1] - 1
+    expiry.scatter_(1, torch.where(known, index, spare), torch.where(stays, NEVER, out_at))
+    order = torch.where(stays, torch.arange(slots + count, device=keys.device), slots + count)
+    kept = order.sort(dim=1).values[:, :slots]
+    return F.pad(index, (0, 1), value=-1).gather(1, kept)
+
+
+def _at_least_fp32(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

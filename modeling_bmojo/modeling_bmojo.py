@@ -1,0 +1,400 @@
+"""B'MOJO as a Transformers model (Zancato et al., NeurIPS 2024, Algorithm 1; arXiv 2407.06324).
+
+    u = norm(h);  y, e = fading(u);  h += o_proj(attention(q(u), [eidetic | fading | local]));  h += mlp(norm(h))
+
+One decoder layer covers every layer type: `"bmojo"` (all memories), `"sliding_attention"` (the window alone),
+`"full_attention"` (no window), `"linear_attention"` (the SSM alone).
+
+Shapes: B batch, T tokens, E hidden size, H query heads, D head dim, S token positions so far.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention_bmojo import BMojoAttention, BMojoRMSNorm
+from .cache_bmojo import BMojoCache
+from .configuration_bmojo import BMojoConfig
+from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
+from .inputs_bmojo import Rows, build_rows, check_tokens, new_token_mask
+
+
+class BMojoRotaryEmbedding(nn.Module):
+    """RoPE tables for any of transformers' RoPE types (`rope_parameters["rope_type"]`)."""
+
+    def __init__(self, config: BMojoConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        tables = {"default": self.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}
+        inv_freq, self.attention_scaling = tables[self.rope_type](config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: BMojoConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `[D / 2]` and the scaling of cos and sin (1)."""
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, size, 2, dtype=torch.float32) / size
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[B, T, D]` in x's dtype, for positions `[B, T]`."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+class BMojoMLP(nn.Module):
+    """Gated MLP, as in Llama."""
+
+    def __init__(self, config: BMojoConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BMojoDecoderLayer(GradientCheckpointingLayer):
+    """One layer of any type; see the module's docstring for the equation."""
+
+    def __init__(self, config: BMojoConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.spec = config.layer_spec(layer_idx)
+        self.input_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.spec.has_attention:
+            self.self_attn = BMojoAttention(config, layer_idx)
+        if self.spec.has_ssm:
+            self.fading = FadingMemory(config, layer_idx)
+        self.has_mlp = config.intermediate_size > 0
+        if self.has_mlp:
+            self.post_attention_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = BMojoMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rows: Rows,
+        past_key_values: BMojoCache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states `[B, T, E]` to the same, and the attention weights `[B, H, T, S]` or None."""
+        normed = self.input_layernorm(hidden_states)
+        parts = [normed] if rows.layout is None else rows.layout.split(normed)
+        mixed = [
+            self._mix(part, lengths, rotary, past_key_values, rows.columns)
+            for part, lengths, rotary in zip(parts, rows.lengths, rows.rotary)
+        ]
+        update, weights = mixed[0]
+        if rows.layout is not None:
+            update = rows.layout.merge([part for part, _ in mixed])
+            weights = None if weights is None else _weights_by_column(weights, rows)
+        if past_key_values is not None:
+            past_key_values.layers[self.layer_idx].advance(rows.lengths[0], hidden_states.shape[1])
+        hidden_states = hidden_states + update
+        if self.has_mlp:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, weights
+
+    def _mix(self, part, lengths, rotary, past_key_values: BMojoCache | None, columns: int | None):
+        """Sequence mixing of one group of rows `[R, T, E]`: fading memory, then attention."""
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if cache is not None:
+            cache.prepare(part)
+        y = innovation = None
+        # Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window.
+        if self.spec.has_ssm and (cache is not None or not self.spec.has_attention or part.shape[1] > self.spec.window):
+            y, innovation = self.fading(part, lengths, cache)
+        if not self.spec.has_attention:
+            return y, None
+        return self.self_attn(part, lengths, rotary, y, innovation, cache, columns)
+
+
+def _weights_by_column(weights: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Attention weights of padded rows back in the input's order: queries, and keys unless a cache holds some."""
+    by_query = rows.layout.merge([weights.transpose(1, 2)])
+    if weights.shape[-1] == rows.layout.columns:
+        by_key = by_query.transpose(1, 3)
+        lengths = rows.layout.groups[0]
+        by_query = rows.layout._replace(groups=[lengths]).merge([by_key]).transpose(1, 3)
+    return by_query.transpose(1, 2)
+
+
+class BMojoPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what B'MOJO models declare to transformers."""
+
+    config_class = BMojoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BMojoDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["scalars"]
+    _can_record_outputs = {
+        "hidden_states": BMojoDecoderLayer,
+        "attentions": OutputRecorder(BMojoDecoderLayer, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CausalConv):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SSMScalars):
+            self._init_scalars(module)
+
+    def _init_scalars(self, module: SSMScalars) -> None:
+        """Mamba-2's initialisation: A = -1 ... -H, time steps log-uniform in their range, D = 1."""
+        config, heads = self.config, module.A_log.shape[0]
+        init.copy_(module.A_log, torch.arange(1, heads + 1, dtype=torch.float32).log())
+        init.ones_(module.D)
+        low, high = math.log(config.ssm_time_step_min), math.log(config.ssm_time_step_max)
+        step = torch.exp(torch.rand(heads) * (high - low) + low).clamp(min=config.ssm_time_step_floor)
+        init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+
+
+class BMojoModel(BMojoPreTrainedModel):
+    """Token embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config: BMojoConfig):
+        config.validate()
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([BMojoDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = None if config.rope_parameters is None else BMojoRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BMojoCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: `[B, T]`. inputs_embeds: `[B, T, E]`, instead of input_ids.
+            attention_mask: `[B, T]`, or `[B, P + T]` with a cache that has read P columns; 1 = real token, 0 = pad, in
+                any pattern. Pads take no part in anything.
+            position_ids: `[B, T]`; default: real tokens counted from what the cache has seen. Positions that restart
+                at 0 mark packed sequences, which do not see each other.
+            past_key_values: a `BMojoCache` to continue. use_cache: build and return one.
+            seq_idx: `[B, T]` index of the packed sequence of each token. cu_seq_lens_q: their cumulated lengths.
+
+        Returns:
+            `last_hidden_state` `[B, T, E]`, `past_key_values`, and on demand `hidden_states` and `attentions`
+            (`[B, H, T, S]` per attention layer; the column of a token beyond the window adds the weight on the token
+            itself and on its fading token).
+
+        Raises:
+            ValueError: for empty input, ids outside the vocabulary, a mask of another kind or shape, a cache of another
+                model or batch size, or packed sequences with a cache.
+        """
+        check_tokens(self.config, input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, columns = inputs_embeds.shape[:2]
+        fresh = past_key_values is None
+        if not fresh:
+            _check_cache(past_key_values, self.config, batch)
+        past = 0 if fresh else past_key_values.get_seq_length()
+        mask = new_token_mask(attention_mask, batch, columns, past, fresh)
+        output_attentions = kwargs.pop("output_attentions", None)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True with attn_implementation={self.config._attn_implementation!r}: only 'eager' "
+                "forms the weights; load the model with attn_implementation='eager'."
+            )
+        packing = {"seq_idx": seq_idx, "cu_seq_lens": cu_seq_lens_q}
+        rows, packed = build_rows(
+            inputs_embeds, mask, position_ids, packing, past_key_values, self.rotary_emb, bool(output_attentions)
+        )
+        if packed:
+            past_key_values = None  # training input: there is no single state to continue from
+        elif use_cache and fresh:
+            past_key_values = BMojoCache(self.config)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states, _ = layer(hidden_states, rows=rows, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def _check_cache(cache: object, config: BMojoConfig, batch: int) -> None:
+    # By name, not by class: code loaded with trust_remote_code has classes of its own.
+    if type(cache).__name__ != "BMojoCache":
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}: must be a BMojoCache, which also holds SSM states and the "
+            "eidetic memory; pass BMojoCache(model.config), or nothing to have one built."
+        )
+    cache.check(config, batch)
+
+
+class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
+    """B'MOJO with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: BMojoConfig):
+        super().__init__(config)
+        self.model = BMojoModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BMojoCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels: `[B, T]`, -100 = ignored; shifted inside, so `labels=input_ids` trains next-token prediction.
+            logits_to_keep: logits of the last n tokens only (0 = all), or of the given positions.
+            Others: see [`BMojoModel.forward`].
+
+        Returns:
+            `loss` (if labels), `logits` `[B, T, V]`, `past_key_values`, `hidden_states`, `attentions`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
+        """`GenerationMixin.generate`, on a `BMojoCache`; refuses the modes that need to take tokens back.
+
+        Raises:
+            ValueError: for contrastive search, assisted decoding, or another cache implementation.
+        """
+        _refuse_modes(generation_config, kwargs)
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool(mask.any(dim=1).all()):
+            new_token_mask(mask, *mask.shape, past=0, fresh=True)
+        if model_kwargs.get("past_key_values") is not None:
+            _check_cache(model_kwargs["past_key_values"], self.config, batch_size)
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = BMojoCache(self.config)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """The 2-D mask as it is: the memories decide what a token sees."""
+        return attention_mask
+
+
+def _refuse_modes(generation_config: GenerationConfig | None, kwargs: dict) -> None:
+    def asked(name: str):
+        return kwargs.get(name, getattr(generation_config, name, None))
+
+    refused = {
+        "penalty_alpha": "contrastive search re-reads its candidates; use sampling (do_sample=True)",
+        "assistant_model": "assisted decoding takes rejected tokens back; decode without an assistant",
+        "prompt_lookup_num_tokens": "prompt lookup decoding takes rejected tokens back; decode without it",
+    }
+    for name, reason in refused.items():
+        if asked(name):
+            raise ValueError(f"{name}={asked(name)!r}: a B'MOJO memory cannot forget what it has read, but {reason}.")
+    if asked("cache_implementation") not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory has a constant size and one form; "
+            "leave it out (BMojoCache.offload and .to move it between devices)."
+        )
+
+
+class BMojoForSequenceClassification(GenericForSequenceClassification, BMojoPreTrainedModel):
+    """B'MOJO with a classification head on the last token."""
+
+
+class BMojoForTokenClassification(GenericForTokenClassification, BMojoPreTrainedModel):
+    """B'MOJO with a classification head on every token."""
+
+
+class BMojoForQuestionAnswering(GenericForQuestionAnswering, BMojoPreTrainedModel):
+    """B'MOJO with a span head for extractive question answering."""
+
+
+__all__ = [
+    "BMojoForCausalLM",
+    "BMojoForQuestionAnswering",
+    "BMojoForSequenceClassification",
+    "BMojoForTokenClassification",
+    "BMojoModel",
+    "BMojoPreTrainedModel",
+]

@@ -1,0 +1,340 @@
+"""Definitions of B'MOJO as loops over single tokens: what every fast form in the package is judged against.
+
+Written from the paper's Algorithm 1 (arXiv 2407.06324) and from Mamba-2 (arXiv 2405.21060), not from the package:
+nothing here imports `modeling_bmojo`. One row at a time, no padding, any dtype, gradients by autograd.
+
+Shapes: T tokens, E width of an SSM output, H query heads, G key/value heads (SSM groups for B and C), D head dim,
+P SSM head dim, N SSM state dim, W window (the query itself included), M eidetic slots, F fading tokens.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+
+INNOVATION_EPS = 1e-12
+
+
+@torch.no_grad()
+def randomize_(model, seed=0):
+    """Random values in every parameter (biases and norms too: at their initial 0 and 1 a test would not see them)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("conv.weight") or "conv1d.weight" in name:
+            value = noise / 2
+        elif parameter.dim() > 1:
+            value = noise if "embed" in name else noise / math.sqrt(parameter.shape[-1])
+        else:
+            value = noise / 5 + (1.0 if "norm" in name else 0.0)
+        parameter.copy_(value)
+    return model
+
+
+# The selective state space model -------------------------------------------------------------------------------------
+def oracle_ssd_token(state, x, dt, A, B, C, D=None):
+    """S = exp(dt A) S + dt x B^T, y = S C + D x, for one token. state [H, P, N], x [H, P], dt [H], B and C [G, N]."""
+    heads_per_group = x.shape[0] // B.shape[0]
+    states, outputs = [], []
+    for h in range(x.shape[0]):
+        group = h // heads_per_group
+        new = torch.exp(dt[h] * A[h]) * state[h] + dt[h] * torch.outer(x[h], B[group])
+        out = new @ C[group]
+        states.append(new)
+        outputs.append(out if D is None else out + D[h] * x[h])
+    return torch.stack(states), torch.stack(outputs)
+
+
+def oracle_ssd(x, dt, A, B, C, D=None, initial_state=None):
+    """`oracle_ssd_token` over rows and tokens: x [B, T, H, P] -> (y [B, T, H, P], state [B, H, P, N])."""
+    rows, finals = [], []
+    for b in range(x.shape[0]):
+        state = x.new_zeros(x.shape[2], x.shape[3], B.shape[-1]) if initial_state is None else initial_state[b]
+        outputs = []
+        for t in range(x.shape[1]):
+            state, y = oracle_ssd_token(state, x[b, t], dt[b, t], A, B[b, t], C[b, t], D)
+            outputs.append(y)
+        rows.append(torch.stack(outputs) if outputs else x[b])
+        finals.append(state)
+    return torch.stack(rows), torch.stack(finals)
+
+
+# Innovation ----------------------------------------------------------------------------------------------------------
+def scale_free_error(value, prediction, eps=INNOVATION_EPS):
+    """sum (y - y_hat)^2 / (sum y^2 + sum y_hat^2 + eps), over everything."""
+    return ((value - prediction) ** 2).sum() / ((value**2).sum() + (prediction**2).sum() + eps)
+
+
+def oracle_output_innovation(outputs, taps, eps=INNOVATION_EPS):
+    """e_t of y_t against the mean of y_{t-1..t-k}, zeros before the first token. [T, E] -> [T]."""
+    errors = []
+    for t in range(len(outputs)):
+        prediction = torch.zeros_like(outputs[t])
+        for j in range(1, taps + 1):
+            if t - j >= 0:
+                prediction = prediction + outputs[t - j] / taps
+        errors.append(scale_free_error(outputs[t], prediction, eps))
+    return torch.stack(errors)
+
+
+def oracle_state_prediction(state, dt, A, B):
+    """x_hat_t = (a_t S_{t-1}) B_t: the decayed state before the write, read with the write key. [H, P]."""
+    heads_per_group = state.shape[0] // B.shape[0]
+    return torch.stack([torch.exp(dt[h] * A[h]) * state[h] @ B[h // heads_per_group] for h in range(state.shape[0])])
+
+
+def oracle_state_innovation(x, dt, A, B, initial_state=None, eps=INNOVATION_EPS):
+    """e_t of x_t against `oracle_state_prediction`, over all heads. x [B, T, H, P] -> [B, T]."""
+    rows = []
+    for b in range(x.shape[0]):
+        state = x.new_zeros(x.shape[2], x.shape[3], B.shape[-1]) if initial_state is None else initial_state[b]
+        errors = []
+        for t in range(x.shape[1]):
+            errors.append(scale_free_error(x[b, t], oracle_state_prediction(state, dt[b, t], A, B[b, t]), eps))
+            state, _ = oracle_ssd_token(state, x[b, t], dt[b, t], A, B[b, t], B[b, t])
+        rows.append(torch.stack(errors))
+    return torch.stack(rows)
+
+
+# Eidetic memory ------------------------------------------------------------------------------------------------------
+@dataclass
+class EideticMemory:
+    """At most M tokens; a token enters on leaving the window if there is room or it beats the smallest score.
+
+    The score of token s at time t is e_s * exp(-g (t - s)), evaluated for every comparison. Ties: the older stays.
+    """
+
+    slots: int
+    decay: float
+    tokens: list = field(default_factory=list)  # (position, innovation, payload)
+
+    def admit(self, now, position, innovation, payload=None):
+        """Offer one token to the memory at time `now`; returns the position that was let go, or None."""
+        self.tokens.append((position, float(innovation), payload))
+        if len(self.tokens) <= self.slots:
+            return None
+        # The smallest score leaves; among equal scores the youngest does.
+        loser = min(self.tokens, key=lambda token: (self.score(token, now), -token[0]))
+        self.tokens.remove(loser)
+        return loser[0]
+
+    def score(self, token, now):
+        return token[1] * math.exp(-self.decay * (now - token[0]))
+
+    def positions(self):
+        return frozenset(token[0] for token in self.tokens)
+
+
+def oracle_eidetic(innovations, window, slots, decay=0.0):
+    """The set of remembered positions after each token, and the time at which each token is last seen plus one.
+
+    Time runs on for W queries after the last token, until every token has left the window. Returns (sets, expiry):
+    sets[t] holds what query t sees beyond its window; expiry[s] is the first t at which query t no longer sees token s,
+    inf where there is none.
+    """
+    memory = EideticMemory(slots, decay)
+    sets, expiry = [], [math.inf] * len(innovations)
+    for t in range(len(innovations) + window):
+        leaving = t - window
+        if leaving >= 0:
+            gone = memory.admit(t, leaving, innovations[leaving])
+            if gone is not None:
+                expiry[gone] = t
+        sets.append(memory.positions())
+    return sets, expiry
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+def rotate(x, position, theta, dtype=None):
+    """RoPE of x [heads, D] at one position, Llama's half-split layout; `dtype` is that of the angles (None: x's)."""
+    dim = x.shape[-1]
+    exponent = torch.arange(0, dim, 2).to(dtype or x.dtype) / dim
+    angle = position * (1.0 / theta**exponent)
+    cos, sin = torch.cos(angle).to(x.dtype), torch.sin(angle).to(x.dtype)
+    first, second = x[:, : dim // 2], x[:, dim // 2 :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attend(query, keys, values):
+    """One softmax of one query [H, D] over lists of keys and values [G, D]; head h reads group h // (H / G)."""
+    per_group = query.shape[0] // keys[0].shape[0]
+    outputs = []
+    for h in range(query.shape[0]):
+        k = torch.stack([key[h // per_group] for key in keys])
+        v = torch.stack([value[h // per_group] for value in values])
+        weights = torch.softmax(k @ query[h] / math.sqrt(query.shape[-1]), dim=0)
+        outputs.append(weights @ v)
+    return torch.stack(outputs)
+
+
+def bmojo_f_dense(query, keys, values, fading_keys, fading_values, window):
+    """B'MOJO-F as HMF defines it: one explicit [T, 2T] mask, query i sees inputs [i-W+1, i], SSM outputs [i-2W+1, i-W].
+
+    query [T, H, D]; keys, values, fading_keys, fading_values [T, G, D] -> [T, H, D].
+    """
+    length, heads, dim = query.shape
+    mask = torch.zeros(length, 2 * length, dtype=torch.bool)
+    for i in range(length):
+        for s in range(max(0, i - window + 1), i + 1):
+            mask[i, s] = True
+        for s in range(max(0, i - 2 * window + 1), i - window + 1):
+            mask[i, length + s] = True
+    k = torch.cat([keys, fading_keys]).repeat_interleave(heads // keys.shape[1], dim=1)
+    v = torch.cat([values, fading_values]).repeat_interleave(heads // keys.shape[1], dim=1)
+    scores = torch.einsum("thd,shd->hts", query, k) / math.sqrt(dim)
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+    return torch.einsum("hts,shd->thd", weights, v)
+
+
+# Algorithm 1, the whole model ----------------------------------------------------------------------------------------
+def rms_norm(x, weight, eps):
+    return x * torch.rsqrt((x**2).mean(-1, keepdim=True) + eps) * weight
+
+
+@dataclass
+class LayerState:
+    """What one layer carries from token to token, as plain lists that grow without bound."""
+
+    inputs: list = field(default_factory=list)  # (key, value) of every input
+    fading: list = field(default_factory=list)  # (key, value) of every SSM output
+    outputs: list = field(default_factory=list)  # every SSM output, hidden space
+    innovations: list = field(default_factory=list)
+    convolved: list = field(default_factory=list)  # every x|B|C before the conv
+    state: torch.Tensor | None = None
+    eidetic: EideticMemory | None = None
+    remembered: list = field(default_factory=list)
+
+
+class Algorithm1:
+    """One unpadded row through every layer of a B'MOJO language model, one token at a time."""
+
+    def __init__(self, config, tensors, rope_dtype=None):
+        self.config, self.tensors, self.rope_dtype = config, tensors, rope_dtype
+        self.dtype = tensors["model.embed_tokens.weight"].dtype
+        self.layers = [
+            LayerState(eidetic=EideticMemory(config.eidetic_size, config.eidetic_decay)) for _ in config.layer_types
+        ]
+
+    def linear(self, name, x):
+        return functional.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+
+    def step(self, token, t):
+        """Logits [V] of the token at position t."""
+        config = self.config
+        hidden = self.tensors["model.embed_tokens.weight"][token]
+        for i, layer_type in enumerate(config.layer_types):
+            name, layer = f"model.layers.{i}", self.layers[i]
+            u = rms_norm(hidden, self.tensors[f"{name}.input_layernorm.weight"], config.rms_norm_eps)
+            if layer_type in ("bmojo", "linear_attention"):
+                layer.outputs.append(self.fading_output(f"{name}.fading", u, layer))
+            if layer_type == "linear_attention":
+                hidden = hidden + layer.outputs[-1]
+            else:
+                hidden = hidden + self.attention(i, layer_type, u, t)
+            layer.remembered.append(layer.eidetic.positions())
+            if config.intermediate_size:
+                hidden = hidden + self.mlp(name, hidden)
+        hidden = rms_norm(hidden, self.tensors["model.norm.weight"], config.rms_norm_eps)
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        return functional.linear(hidden, self.tensors[head])
+
+    def mlp(self, name, hidden):
+        x = rms_norm(hidden, self.tensors[f"{name}.post_attention_layernorm.weight"], self.config.rms_norm_eps)
+        gate = ACT2FN[self.config.hidden_act](self.linear(f"{name}.mlp.gate_proj", x))
+        return self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", x))
+
+    def fading_output(self, name, u, layer):
+        """Steps 2 and 3: y_t in hidden space, and e_t appended to the layer's innovations."""
+        config, tensors = self.config, self.tensors
+        heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
+        groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
+        projected = self.linear(f"{name}.in_proj", u)
+        sizes = [inner if config.ssm_gated else 0, inner + 2 * groups * size, heads]
+        z, raw, dt = torch.split(projected, sizes)
+        layer.convolved.append(raw)
+        x, B, C = torch.split(self.convolve(name, layer.convolved), [inner, groups * size, groups * size])
+        x, B, C = x.view(heads, width), B.view(groups, size), C.view(groups, size)
+        low, high = config.ssm_time_step_limit
+        scalars = {key: tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in ("A_log", "dt_bias", "D")}
+        dt = torch.clamp(torch.log1p(torch.exp(dt + scalars["dt_bias"])), low, high)
+        A = -torch.exp(scalars["A_log"])
+        if layer.state is None:
+            layer.state = x.new_zeros(heads, width, size)
+        prediction = oracle_state_prediction(layer.state, dt, A, B)
+        layer.state, y = oracle_ssd_token(layer.state, x, dt, A, B, C, scalars["D"])
+        y = y.reshape(-1)
+        if config.ssm_gated:
+            y = y * z * torch.sigmoid(z)
+        if config.ssm_norm:
+            grouped = rms_norm(y.view(groups, -1), 1.0, config.rms_norm_eps).reshape(-1)
+            y = grouped * tensors[f"{name}.norm.weight"]
+        y = self.linear(f"{name}.out_proj", y)
+        if config.innovation == "state":
+            error = scale_free_error(x, prediction)
+        else:
+            error = oracle_output_innovation(layer.outputs[-config.innovation_taps :] + [y], config.innovation_taps)[-1]
+        layer.innovations.append(error.detach())
+        return y
+
+    def convolve(self, name, rows):
+        """The causal depthwise conv at the last of `rows`; tap K-1 multiplies the current token."""
+        weight = self.tensors[f"{name}.conv.weight"]
+        taps = weight.shape[-1]
+        out = torch.zeros_like(rows[-1])
+        for j in range(min(taps, len(rows))):
+            out = out + weight[:, taps - 1 - j] * rows[-1 - j]
+        if f"{name}.conv.bias" in self.tensors:
+            out = out + self.tensors[f"{name}.conv.bias"]
+        return ACT2FN[self.config.ssm_conv_act](out)
+
+    def heads(self, name, x, count, norm, layer_index, position):
+        """x projected to [count, D]; with `norm` also q/k-norm and RoPE at the token's own position."""
+        config = self.config
+        out = self.linear(name, x).view(count, config.head_dim)
+        if norm is None:
+            return out
+        if config.qk_norm == "head":
+            out = rms_norm(out, self.tensors[norm], config.rms_norm_eps)
+        rope = config.rope_parameters is not None
+        if config.no_rope_layers is not None:
+            rope = rope and bool(config.no_rope_layers[layer_index])
+        return rotate(out, position, config.rope_parameters["rope_theta"], self.rope_dtype) if rope else out
+
+    def attention(self, i, layer_type, u, t):
+        """Steps 1, 4 and 5 for the token at position t."""
+        config, layer, name = self.config, self.layers[i], f"model.layers.{i}.self_attn"
+        pairs, k_norm = config.num_key_value_heads, f"{name}.k_norm.weight"
+        query = self.heads(f"{name}.q_proj", u, config.num_attention_heads, f"{name}.q_norm.weight", i, t)
+        key = self.heads(f"{name}.k_proj", u, pairs, k_norm, i, t)
+        layer.inputs.append((key, self.heads(f"{name}.v_proj", u, pairs, None, i, t)))
+
+        window = t + 1 if layer_type == "full_attention" else config.window_size
+        seen = list(layer.inputs[max(0, t - window + 1) :])
+        if layer_type == "bmojo":
+            leaving = t - window
+            if leaving >= 0:
+                layer.eidetic.admit(t, leaving, layer.innovations[leaving], layer.inputs[leaving])
+            seen += [payload for _, _, payload in layer.eidetic.tokens]
+            if config.fading_size:
+                prefix = "" if config.tie_fading_projections else "fading_"
+                y = layer.outputs[t]
+                fading_key = self.heads(f"{name}.{prefix}k_proj", y, pairs, k_norm, i, t)
+                layer.fading.append((fading_key, self.heads(f"{name}.{prefix}v_proj", y, pairs, None, i, t)))
+                seen += layer.fading[max(0, t - window - config.fading_size + 1) : max(0, t - window + 1)]
+        out = attend(query, [key for key, _ in seen], [value for _, value in seen])
+        return self.linear(f"{name}.o_proj", out.reshape(-1))
+
+
+def algorithm1_forward(model, input_ids, tensors=None, rope_dtype=None, dtype=torch.float64):
+    """Logits [T, V] of one unpadded row `input_ids` [T], and per layer the remembered positions after each token.
+
+    `tensors` replaces the model's state dict (leaves that require a gradient, for instance).
+    """
+    if tensors is None:
+        tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    loop = Algorithm1(model.config, tensors, rope_dtype)
+    logits = [loop.step(token, t) for t, token in enumerate(torch.as_tensor(input_ids).tolist())]
+    return torch.stack(logits), [layer.remembered for layer in loop.layers]

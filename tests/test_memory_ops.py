@@ -1,0 +1,208 @@
+"""Innovation and eidetic selection against the streaming definitions of `oracles`, ties and edges included."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import INNOVATION_EPS as ORACLE_EPS
+from oracles import EideticMemory, oracle_eidetic, oracle_output_innovation, scale_free_error
+
+from modeling_bmojo.memory_ops import (
+    INNOVATION_EPS,
+    NEVER,
+    blocked_expiry,
+    heap_expiry,
+    output_innovation,
+    prediction_error,
+    retention_key,
+    select,
+)
+
+
+EXACT = dict(rtol=1e-12, atol=1e-12)
+WINDOWS, SLOTS, BLOCKS = st.integers(1, 9), st.integers(0, 12), st.integers(1, 20)
+# Few distinct values: most comparisons are ties.
+TIED = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+DECAYS = st.sampled_from([0.0, 0.05, 0.7])
+
+
+def closed_form(keys, window, slots):
+    """design.md, section 2: expiry_s = W + max(s, p_s), p_s the M-th earliest token that beats s."""
+    result = []
+    for s, key in enumerate(keys):
+        rivals = [r for r, other in enumerate(keys) if other > key or (other == key and r < s)]
+        if slots == 0:
+            result.append(s + window)
+        elif len(rivals) < slots:
+            result.append(math.inf)
+        else:
+            result.append(window + max(s, rivals[slots - 1]))
+    return result
+
+
+def as_floats(expiry):
+    return [math.inf if value >= NEVER else float(value) for value in expiry.tolist()]
+
+
+def keys_of(innovations, decay):
+    values = torch.tensor([innovations], dtype=torch.float64)
+    return retention_key(values, torch.arange(len(innovations))[None], decay)
+
+
+# Innovation ----------------------------------------------------------------------------------------------------------
+def test_error_is_scale_free_and_symmetric():
+    generator = torch.Generator().manual_seed(0)
+    value, other = torch.randn(2, 3, 7, 5, generator=generator, dtype=torch.float64)
+    error = prediction_error(value, other)
+    assert error.shape == (3, 7)
+    torch.testing.assert_close(error[1, 2], scale_free_error(value[1, 2], other[1, 2]), **EXACT)
+    torch.testing.assert_close(prediction_error(1000 * value, 1000 * other), error, **EXACT)
+    torch.testing.assert_close(prediction_error(other, value), error, **EXACT)
+    assert prediction_error(value, value).abs().max() == 0
+    torch.testing.assert_close(prediction_error(value, -value), torch.full_like(error, 2.0), rtol=1e-9, atol=1e-9)
+    assert prediction_error(torch.zeros(2, 4), torch.zeros(2, 4)).tolist() == [0.0, 0.0]
+    assert INNOVATION_EPS == ORACLE_EPS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_error_is_computed_in_fp32_at_least(dtype):
+    """300 squared overflows float16; the test of a token must not."""
+    value = torch.full((1, 1, 64), 300.0, dtype=dtype)
+    error = prediction_error(value, -value)
+    assert error.dtype == torch.promote_types(dtype, torch.float32)
+    assert error.item() == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 7])
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+def test_output_innovation_token_by_token(taps, tokens):
+    y = torch.randn(2, tokens, 6, generator=torch.Generator().manual_seed(taps), dtype=torch.float64)
+    actual = output_innovation(y, torch.zeros(2, taps, 6, dtype=torch.float64))
+    expected = torch.stack([oracle_output_innovation(row, taps) for row in y])
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+@pytest.mark.parametrize("split", [1, 2, 5, 11])
+def test_output_innovation_continues_from_its_history(split):
+    y = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zeros = torch.zeros(2, 4, 6, dtype=torch.float64)
+    whole = output_innovation(y, zeros)
+    history = torch.cat([zeros, y[:, :split]], dim=1)[:, -4:]
+    parts = [output_innovation(y[:, :split], zeros), output_innovation(y[:, split:], history)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_first_token_is_a_surprise():
+    y = torch.randn(1, 3, 6, dtype=torch.float64)
+    assert output_innovation(y, torch.zeros(1, 4, 6, dtype=torch.float64))[0, 0].item() == pytest.approx(1.0)
+
+
+# Retention keys ------------------------------------------------------------------------------------------------------
+def test_without_decay_the_key_is_the_innovation():
+    assert keys_of([0.5, 0.0, 2.0], 0.0).tolist() == [[0.5, 0.0, 2.0]]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(1e-6, 2.0), min_size=2, max_size=20), st.floats(1e-3, 1.0), st.integers(0, 100))
+def test_static_key_orders_like_the_faded_score(innovations, decay, later):
+    """At every later time t, the order of the keys is the order of e_s exp(-g (t - s))."""
+    memory, now = EideticMemory(slots=0, decay=decay), len(innovations) + later
+    keys = keys_of(innovations, decay)[0].tolist()
+    scores = [memory.score((s, value, None), now) for s, value in enumerate(innovations)]
+    for r in range(len(keys)):
+        for s in range(r):
+            if not math.isclose(scores[r], scores[s], rel_tol=1e-9):
+                assert (keys[r] > keys[s]) == (scores[r] > scores[s])
+
+
+def test_static_key_survives_where_the_score_underflows():
+    """exp(-g (t - s)) is 0 in float64 after 800 / g tokens; the static key still tells the tokens apart."""
+    assert EideticMemory(0, 1.0).score((0, 1.0, None), 10**6) == 0.0
+    keys = retention_key(torch.tensor([[1.0, 1.0, 0.9]]), torch.tensor([[0, 10**6, 10**6]]), 1.0)[0]
+    assert keys[1] > keys[2] > keys[0]
+
+
+# Expiry --------------------------------------------------------------------------------------------------------------
+@settings(deadline=None, max_examples=300)
+@given(TIED, WINDOWS, SLOTS, DECAYS, BLOCKS)
+def test_expiry_equals_replace_the_minimum_with_ties(innovations, window, slots, decay, block):
+    """Closed form, heap and tensor form against the memory run literally, with scores evaluated at time t."""
+    _, expected = oracle_eidetic(innovations, window, slots, decay)
+    keys = keys_of(innovations, decay)
+    assert closed_form(keys[0].tolist(), window, slots) == expected
+    assert heap_expiry(keys[0].tolist(), window, slots) == expected
+    assert as_floats(blocked_expiry(keys, window, slots, block)[0]) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 10**6), st.integers(1, 150), WINDOWS, SLOTS, DECAYS, BLOCKS)
+def test_expiry_equals_replace_the_minimum_on_real_values(seed, length, window, slots, decay, block):
+    innovations = torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    _, expected = oracle_eidetic(innovations, window, slots, decay)
+    keys = keys_of(innovations, decay)
+    assert heap_expiry(keys[0].tolist(), window, slots) == expected
+    assert as_floats(blocked_expiry(keys, window, slots, block)[0]) == expected
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_no_slots_is_a_sliding_window(window):
+    keys = torch.rand(1, 40)
+    assert blocked_expiry(keys, window, 0)[0].tolist() == [s + window for s in range(40)]
+    assert heap_expiry(keys[0].tolist(), window, 0) == [s + window for s in range(40)]
+
+
+@pytest.mark.parametrize("slots", [40, 41, 1000])
+def test_enough_slots_keep_everything(slots):
+    assert as_floats(blocked_expiry(torch.rand(1, 40), 3, slots)[0]) == [math.inf] * 40
+
+
+@pytest.mark.parametrize("values", ["rising", "falling", "equal"])
+@pytest.mark.parametrize("block", [1, 7, 128])
+def test_extreme_orders(values, block):
+    """Rising keys keep the last M, falling and equal keys (older wins) the first M."""
+    keys = {"rising": torch.arange(50.0), "falling": -torch.arange(50.0), "equal": torch.ones(50)}[values][None]
+    kept = [s for s, end in enumerate(as_floats(blocked_expiry(keys, 4, 6, block)[0])) if end == math.inf]
+    assert kept == (list(range(44, 50)) if values == "rising" else list(range(6)))
+
+
+def test_rows_are_independent():
+    keys = torch.randint(0, 4, (5, 70), generator=torch.Generator().manual_seed(0)).double()
+    together = blocked_expiry(keys, 4, 3, 16)
+    for row in range(5):
+        assert torch.equal(together[row], blocked_expiry(keys[row : row + 1], 4, 3, 16)[0])
+
+
+def test_rows_of_a_long_stream():
+    """Larger than any block: T = 3,000 against the package's heap, which the sweeps above tie to the oracle."""
+    keys = torch.rand(2, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    actual = blocked_expiry(keys, 64, 32)
+    for row in range(2):
+        assert as_floats(actual[row]) == heap_expiry(keys[row].tolist(), 64, 32)
+
+
+@settings(deadline=None, max_examples=200)
+@given(TIED, WINDOWS, st.integers(1, 8), DECAYS, st.integers(1, 12), st.data())
+def test_selection_continues_a_stream(innovations, window, slots, decay, block, data):
+    """`select` on the memory and window held after k tokens, plus new tokens, sees what an unbroken stream sees."""
+    length = len(innovations)
+    k = data.draw(st.integers(0, length - 1))
+    sets, expiry = oracle_eidetic(innovations, window, slots, decay)
+    kept = sorted(sets[k - 1]) if k else []
+    listed = kept + [-1] * (slots - len(kept)) + list(range(k - window, length))
+    valid = torch.tensor([[position >= 0 for position in listed]])
+    keys = keys_of(innovations, decay)[:, torch.tensor(listed).clamp(min=0)].masked_fill(~valid, math.inf)
+    queries = length - k
+    result = select(keys, valid, window, slots, block, queries, held=slots, past=window)
+
+    for column, position in enumerate(listed):
+        end = result.expiry[0, column].item()
+        if position < 0:
+            assert end < 0
+        else:
+            assert min(end, queries) == min(expiry[position] - k, queries)
+    for index in range(math.ceil(queries / block)):
+        held = {listed[column] for column in result.slots[0, index].tolist() if column >= 0}
+        assert held == sets[k + index * block]
+        assert len(result.slots[0, index]) == slots
