@@ -36,7 +36,8 @@ def model_card(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[st
 
 def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     layers = [index for index, kind in enumerate(config.layer_types) if kind == "bmojo"]
-    which = "all layers" if len(layers) == config.num_hidden_layers else f"layers {layers}"
+    count = config.num_hidden_layers
+    which = f"all {count} layers" if len(layers) == count else f"layers {layers} of {count}"
     size = {"float32": 4, "bfloat16": 2, "float16": 2}[report["dtype"]]
     per_token = 2 * config.num_key_value_heads * config.head_dim * size
     rows = []
@@ -50,10 +51,14 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     name = facts["name"]
     return f"""# {name}, grafted to B'MOJO
 
-This is {name} ({report["source"]["architecture"]}) with {which} of its {config.num_hidden_layers} turned into B'MOJO
-layers. A B'MOJO layer attends, under one softmax, to the last {config.window_size} tokens (window), to
-{config.eidetic_size} older tokens that its fading memory could not predict (eidetic memory), and to {config.fading_size}
-output of a state space model that summarises the rest (fading memory). Its memory does not grow with the text.
+This is {name} ({report["source"]["architecture"]}) with {which} turned into B'MOJO layers.
+Under one softmax, such a layer attends to
+
+- the last {config.window_size} tokens (window),
+- up to {config.eidetic_size} older tokens that its fading memory could not predict (eidetic memory),
+- {config.fading_size} output of a state space model that summarises what came before (fading memory).
+
+The memory of a B'MOJO layer does not grow with the text.
 
 It is a fresh graft: nothing was trained. Up to {report["identical_up_to"]:,} tokens its logits are those of the source;
 beyond that it sees the window and the memories only. The new tensors are a starting point for training.
@@ -73,12 +78,13 @@ torch is needed. With the package `modeling_bmojo` installed and imported, `trus
 ## What it is made of
 
 - Source: {report["source"]["label"]}; licence of the source: {facts.get("license") or "not stated by the source"}.
-- {counts["copied"]} tensors copied, {counts["initialised"]} initialised ({report["ssm_init"]}), {counts["dropped"]} of
-  the source dropped. `graft_report.json` accounts for each one.
-- {counts["parameters"] / 1e6:,.1f} million parameters in {report["dtype"]}; the source has
-  {counts["source_parameters"] / 1e6:,.1f} million.
+- {counts["copied"]} tensors copied, {counts["initialised"]} initialised ({report["ssm_init"]}),
+  {counts["dropped"]} of the source dropped. `graft_report.json` accounts for each one.
+- {counts["parameters"] / 1e6:,.1f} million parameters in {report["dtype"]};
+  {counts["source_parameters"] / 1e6:,.1f} million are the source's.
 
-Keys and values held after reading, one sequence in {report["dtype"]} (the states of the fading memory are constant too):
+Keys and values that the attention sees of one sequence, in {report["dtype"]}. B'MOJO's delay line and SSM
+states come on top, and are constant too.
 
 | tokens read | this model | the source |
 |---|---|---|

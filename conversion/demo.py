@@ -26,7 +26,6 @@ OUTPUTS = ROOT / "outputs"
 SECTIONS = ("objects", "exceptions", "raise", "for", "while", "lambda", "del", "pass", "break", "continue", "assert")
 QUESTION = "What is the assert statement used for?"
 READ_CHUNK = 1024  # tokens read at a time, for the progress bar; the result does not depend on it
-LAYERS_SHOWN = 3
 TOKENS_SHOWN = 10
 
 
@@ -157,22 +156,29 @@ def answer(model: Any, tokenizer: Any, reading: Reading, tail: list[int], longes
 
 def show_costs(model: Any, reading: Reading, tail: list[int], timing: tuple[int, float, float]) -> None:
     """Speed, and the bytes of the memory beside the source's key/value cache."""
-    config, read_tokens = model.config, len(reading.ids)
+    config, tokens, total = model.config, len(reading.ids), reading.cache.get_seq_length()
     new, first, rest = timing
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    total = reading.cache.get_seq_length()
+    rows = [
+        ("reading", tokens / reading.seconds, "tokens/s", f"{tokens:,} tokens of document in {reading.seconds:.1f} s"),
+        ("answering", (new - 1) / rest if rest else 0.0, "tokens/s", f"{new} tokens, one at a time"),
+        ("first word", first, "s", f"until it came; reads the {len(tail)} tokens of the question"),
+        (
+            "memory",
+            reading.cache.nbytes / 1e6,
+            "MB",
+            f"all that B'MOJO keeps of these {total:,} tokens; it never grows",
+        ),
+        ("the source", total * per_token / 1e6, "MB", "what the source's key/value cache holds at this length"),
+        ("", 32768 * per_token / 1e6, "MB", "what it would hold at 32,768 tokens"),
+    ]
     print("\nWhat it cost")
-    print(f"  reading    {read_tokens / reading.seconds:9,.0f} tokens/s   {read_tokens:,} tokens in {reading.seconds:.1f} s")
-    if new > 1:
-        print(f"  answering  {(new - 1) / rest:9,.1f} tokens/s   {new} tokens, one at a time; the first came after {first:.1f} s")
-    print(f"             (time to the first includes reading the {len(tail)} tokens of the question)")
-    print(f"  memory     {reading.cache.nbytes / 1e6:9,.1f} MB   all B'MOJO keeps of these {total:,} tokens; never grows")
-    print(f"  source     {total * per_token / 1e6:9,.1f} MB   what the source's key/value cache holds at this length")
-    print(f"             {32768 * per_token / 1e6:9,.1f} MB   what it would hold at 32,768 tokens")
+    for name, value, unit, meaning in rows:
+        print(f"  {name:10s} {value:10,.1f} {unit:8s}  {meaning}")
 
 
-def excerpt(pieces: list[str], position: int, around: int = 5) -> str:
-    """A token in its surroundings, on one line: `the extended >>form<<, "assert`."""
+def excerpt(pieces: list[str], position: int, around: int = 6) -> str:
+    """A token in its surroundings, on one line."""
     before = "".join(pieces[max(0, position - around) : position])
     after = "".join(pieces[position + 1 : position + 1 + around])
     return " ".join(f"{before}>>{pieces[position]}<<{after}".replace("\n", "\u23ce ").split())
@@ -183,17 +189,30 @@ def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
     pieces = [tokenizer.decode([token]) for token in reading.ids]
     size, window, layers = model.config.eidetic_size, model.config.window_size, list(reading.kept)
     print("\nWhat the eidetic memory kept of the document")
-    print(f"  Each layer sees the last {window} tokens anyway and keeps up to {size} older ones: those that its fading")
-    print("  memory predicted worst when they were read. [position] and the token; \u23ce is a line break.")
-    for index in sorted({layers[round(step * (len(layers) - 1) / max(1, LAYERS_SHOWN - 1))] for step in range(LAYERS_SHOWN)}):
-        kept = reading.kept[index]
-        spread = kept[:: max(1, len(kept) // TOKENS_SHOWN)][:TOKENS_SHOWN]
-        words = "  ".join(f"[{position}] {pieces[position]!r}" for position in spread)
-        print(f"\n  layer {index}: {len(kept)} tokens, {len(spread)} of them in the order of the text:\n    {words}")
+    print(
+        f"  A layer sees the last {window} tokens anyway, and keeps up to {size} older ones: those that surprised its"
+    )
+    print(
+        "  fading memory most when they were read. [position]; >>the token<< between its neighbours; \u23ce = new line."
+    )
+
     votes = Counter(position for kept in reading.kept.values() for position in kept)
-    print(f"\n  Kept by the most of the {len(layers)} layers (>>token<< in its surroundings):")
-    for position, count in sorted(votes.most_common(TOKENS_SHOWN)):
+    opening = next((position for position in range(len(pieces)) if 2 * votes[position] < len(layers)), 0)
+    if opening:
+        text = " ".join("".join(pieces[:opening]).replace("\n", "\u23ce ").split())
+        print(
+            f"\n  The first {opening} tokens are kept by most layers; nothing before them could predict them:\n    {text}"
+        )
+    later = Counter({position: count for position, count in votes.items() if position >= opening})
+    print(f"\n  Behind them, the tokens that the most of the {len(layers)} layers kept:")
+    for position, count in sorted(later.most_common(TOKENS_SHOWN)):
         print(f"    {count:3d} layers  [{position:5d}]  {excerpt(pieces, position)}")
+    for index in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
+        kept = [position for position in reading.kept[index] if position >= opening]
+        spread = kept[:: max(1, -(-len(kept) // TOKENS_SHOWN))]
+        print(f"\n  Layer {index} kept {len(reading.kept[index])} tokens; some of them, in the order of the text:")
+        for position in spread:
+            print(f"    [{position:5d}]  {excerpt(pieces, position)}")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -203,19 +222,23 @@ def run(arguments: argparse.Namespace) -> None:
     question = arguments.question or (QUESTION if arguments.document is None else "What is this text about?")
     print("[1/4] Graft: copy a Transformer's weights into a B'MOJO model, initialise its memories", flush=True)
     folder = graft(arguments)
-    print(f"\n[2/4] Load {folder} with AutoModelForCausalLM, from the folder alone", flush=True)
+    print(f"\n[2/4] Load {os.path.relpath(folder)}: from the folder alone, with AutoModelForCausalLM", flush=True)
     tokenizer, model = load(folder)
     head, tail = frame(tokenizer, document, question)
-    config = model.config
-    print(f"      {type(model).__name__} from {type(model).__module__.split('.')[0]}, {config.num_hidden_layers} layers")
-    print(f"\n[3/4] Read {len(head):,} tokens, {len(head) / config.window_size:.1f} times the window of {config.window_size}", flush=True)
+    windows = len(head) / model.config.window_size
+    print(f"      {type(model).__name__}, {model.num_parameters() / 1e6:,.0f} million parameters, {model.dtype}")
+    print(
+        f"\n[3/4] Read {len(head):,} tokens, {windows:.1f} times the window of {model.config.window_size}", flush=True
+    )
     reading = read(model, head)
     print(f"\n[4/4] Answer\n      Question: {question}\n      Answer:   ", end="", flush=True)
     timing = answer(model, tokenizer, reading, tail, arguments.max_new_tokens)
     show_costs(model, reading, tail, timing)
     show_memory(model, tokenizer, reading)
-    print(f"\nDone in {time.perf_counter() - begin:.0f} s. This graft is untrained: it answers from its window; what the other")
-    print("memories hold becomes useful by training. docs/graft.md explains the steps.")
+    print(
+        f"\nDone in {time.perf_counter() - begin:.0f} s. This graft is untrained: it answers from its window, and what the"
+    )
+    print("other memories hold becomes useful by training. docs/graft.md explains every step.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

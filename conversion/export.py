@@ -1,7 +1,7 @@
 """Writing the checkpoint folder: weights, config with auto_map, exported code, tokenizer and generation settings.
 
-The code is copied by transformers' own exporter (`register_for_auto_class` + `save_pretrained`), so the folder loads with
-`trust_remote_code=True` where the package is not installed.
+The code is copied by transformers' own exporter (`register_for_auto_class` + `save_pretrained`), so the folder loads
+with `trust_remote_code=True` where the package is not installed.
 """
 
 import json
@@ -30,7 +30,11 @@ def meta_model(config: BMojoConfig) -> BMojoForCausalLM:
 
 
 def save_model(
-    folder: Path, config: BMojoConfig, tensors: dict[str, torch.Tensor], generation: Mapping[str, Any], max_shard_size: str
+    folder: Path,
+    config: BMojoConfig,
+    tensors: dict[str, torch.Tensor],
+    generation: Mapping[str, Any],
+    max_shard_size: str,
 ) -> None:
     """Writes weights, config.json, generation_config.json and the exported code into `folder`."""
     model = meta_model(config)
@@ -84,8 +88,8 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size:
     """
     if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the source's tokenizer has {len(tokenizer)} tokens, its model only vocab_size={vocab_size}; the ids above "
-            "have no embedding. Check that the files belong together."
+            f"the source's tokenizer has {len(tokenizer)} tokens, its model only vocab_size={vocab_size}; "
+            "the ids above have no embedding. Check that the files belong together."
         )
     tokenizer.save_pretrained(folder)
     again = AutoTokenizer.from_pretrained(folder)

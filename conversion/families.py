@@ -1,4 +1,4 @@
-"""Source families: how each supported Transformer maps onto the one parameterised B'MOJO backbone (design.md section 6).
+"""Source families: how each supported Transformer maps onto the one parameterised B'MOJO backbone.
 
 A family is a row of data: where each backbone field of `BMojoConfig` comes from in the source's config (`fields`), what
 is fixed by the architecture (`constants`), how tensor names translate (`renames`) and which tensors are left behind
@@ -76,9 +76,11 @@ MEMORY_FIELDS = (
 class Family:
     """One supported source architecture.
 
-    fields: BMojoConfig field -> source config field, on top of COMMON_FIELDS. optional_fields: the same, read only where
-    the source has the field and it is not None. constants: BMojoConfig field -> value the architecture implies.
-    renames: (regex, replacement) on tensor names, the first match wins. dropped: (regex, reason) of tensors left behind.
+    fields: BMojoConfig field -> source config field, on top of COMMON_FIELDS.
+    optional_fields: the same, read only where the source has the field and it is not None.
+    constants: BMojoConfig field -> value that the architecture implies.
+    renames: (regex, replacement) on tensor names, the first match wins.
+    dropped: (regex, reason) of tensors that are left behind.
     """
 
     name: str
@@ -208,15 +210,17 @@ def backbone_fields(config: Any) -> dict[str, Any]:
 def bmojo_config_for(source_config: Any, overrides: Mapping[str, Any], layers: str | list[int] = "all") -> BMojoConfig:
     """The B'MOJO config of a graft: facts of the source, the chosen layers, and `overrides` of the memory fields.
 
-    Layers that are not chosen stay what they are in the source, full or sliding attention. All windowed layers share one
-    `window_size`; it defaults to the source's own window where the source has one.
+    Layers that are not chosen stay what they are in the source, full or sliding attention. All windowed layers share
+    one `window_size`; it defaults to the source's own window where the source has one.
 
     Raises:
         ValueError: unsupported source, an override that is no memory field, or a contradiction between the two.
     """
     for name in overrides:
         if name not in MEMORY_FIELDS:
-            raise ValueError(f"{name}={overrides[name]!r}: not a field that a graft may set; it is a fact of the source.")
+            raise ValueError(
+                f"{name}={overrides[name]!r}: not a field that a graft may set; it is a fact of the source."
+            )
     kinds = source_layer_types(source_config)
     window = source_window(source_config)
     for index in chosen_layers(layers, source_config.num_hidden_layers):

@@ -52,8 +52,8 @@ class GGUFSource:
         by_tensor = any(tensor.name.startswith("rope_f") for tensor in self._reader.tensors)
         if by_tensor or scaling not in (None, "none"):
             raise ValueError(
-                f"source {self.label!r} scales its RoPE ({scaling or 'by a rope_freqs tensor'}), which reading it through "
-                "transformers would drop silently; use the safetensors checkpoint of the same model."
+                f"source {self.label!r} scales its RoPE ({scaling or 'by a rope_freqs tensor'}), which reading it "
+                "through transformers would drop silently; use the safetensors checkpoint of the same model."
             )
 
     def _read_config(self) -> PreTrainedConfig:
@@ -78,8 +78,8 @@ class GGUFSource:
         held = len(state) - ("lm_head.weight" in state and self.config.tie_word_embeddings)
         if held != len(self._reader.tensors):
             raise ValueError(
-                f"source {self.label!r}: {self.path.name} holds {len(self._reader.tensors)} tensors, but only {held} of "
-                "them have a place in the model that transformers builds from it."
+                f"source {self.label!r}: {self.path.name} holds {len(self._reader.tensors)} tensors, but the model "
+                f"that transformers builds from it has a place for {held}."
             )
         return model
 
@@ -95,7 +95,7 @@ class GGUFSource:
         return self._state[name]
 
     def load_model(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The file's model, its weights rounded to `dtype`; computes in float32, as a model read from GGUF cannot be cast."""
+        """The file's model, its weights rounded to `dtype`; computes in float32 (a GGUF model refuses to be cast)."""
         if dtype != torch.float32:
             for tensor in self._state.values():
                 tensor.copy_(tensor.to(dtype))

@@ -24,7 +24,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one setting")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace an earlier graft in the output folder")
-    existing.add_argument("--reuse", action="store_true", help="keep an earlier graft if settings and code are the same")
+    existing.add_argument(
+        "--reuse", action="store_true", help="keep an earlier graft if settings and code are the same"
+    )
     return parser.parse_args(argv)
 
 
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         overrides = parse_assignments(arguments.set)
-        overrides |= {key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None}
+        overrides |= {
+            key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None
+        }
         output = graft(load_settings(arguments.settings, overrides), arguments.overwrite, arguments.reuse)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = read_report(output)
     counts = report["counts"]
     print(
-        f"{output}: {counts['copied']} tensors copied, {counts['initialised']} initialised, {counts['dropped']} dropped; "
-        f"{counts['parameters'] / 1e6:,.1f} million parameters in {report['dtype']}."
+        f"{output}: {counts['copied']} tensors copied, {counts['initialised']} initialised, "
+        f"{counts['dropped']} dropped; {counts['parameters'] / 1e6:,.1f} million parameters in {report['dtype']}."
     )
     if report["check"]:
         check = report["check"]

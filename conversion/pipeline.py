@@ -46,7 +46,8 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
     """Writes the checkpoint folder and returns it.
 
     Args:
-        overwrite: replace an earlier graft in the same folder. reuse: keep it where settings and code are still the same.
+        overwrite: replace an earlier graft in the same folder.
+        reuse: keep an earlier graft where settings and code are still the same, else replace it.
 
     Raises:
         ValueError: anything about the settings, the source or the output that stops the conversion.
@@ -204,7 +205,7 @@ def check_against_source(folder: Path, plan: Plan) -> dict[str, float]:
     """Loads the written folder and compares its logits with the source's inside the window, in float32.
 
     Raises:
-        ValueError: tensors are missing from the folder, or the logits differ by more than CHECK_TOLERANCE of their scale.
+        ValueError: tensors are missing from the folder, or the logits differ by more than CHECK_TOLERANCE allows.
     """
     tokens = min(CHECK_TOKENS, plan.config.window_size, source_window(plan.source.config) or CHECK_TOKENS)
     generator = torch.Generator().manual_seed(plan.settings.seed)
@@ -219,7 +220,7 @@ def check_against_source(folder: Path, plan: Plan) -> dict[str, float]:
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= CHECK_TOLERANCE * scale:
         raise ValueError(
-            f"the graft does not reproduce its source: on {tokens} tokens the logits differ by {difference:.3g} at a scale "
-            f"of {scale:.3g}. The source computes something that its family in conversion/families.py does not describe."
+            f"the graft does not reproduce its source: on {tokens} tokens the logits differ by {difference:.3g} at a "
+            f"scale of {scale:.3g}. The source computes something that its row in conversion/families.py leaves out."
         )
     return {"tokens": tokens, "max_logit_difference": difference, "logit_scale": scale}

@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 
 
 def code_fingerprint() -> str:
-    """SHA-256 over the modules of the package and of `conversion/`: a finished graft is reused only while it is current."""
+    """SHA-256 over the modules of the package and of `conversion/`: a graft by other code is not reused."""
     digest = hashlib.sha256()
     for folder in (Path(modeling_bmojo.__file__).parent, Path(__file__).parent):
         for file in sorted(folder.glob("*.py")):
@@ -93,7 +93,8 @@ def code_fingerprint() -> str:
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Stores the report in the folder; its presence marks the folder as ours and complete."""
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    text = re.sub(r"\[\s+((?:\d+,\s+)*\d+)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)  # shapes: one line
+    on_one_line = r"\[\s+((?:\d+,\s+)*\d+)\s+\]"  # shapes
+    text = re.sub(on_one_line, lambda match: f"[{' '.join(match[1].split())}]", text)
     (folder / REPORT_FILE).write_text(text, encoding="utf-8")
 
 

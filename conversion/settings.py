@@ -29,7 +29,7 @@ class GraftSettings:
     dtype: of the written tensors; None keeps the source's. The SSM's scalars are always float32.
     ssm_init: how new SSM tensors start. smoother_tau: its shortest and longest time constant, in tokens.
     seed: of the random part of the initialisation. max_shard_size: largest weights file, as `save_pretrained` takes it.
-    check: reload the result and compare its logits with the source's before it replaces anything; needs memory for both.
+    check: reload the result and compare its logits with the source's before it replaces anything.
     memory: fields of `BMojoConfig` that are set; what is not set keeps its default.
     """
 

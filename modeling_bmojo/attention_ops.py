@@ -118,8 +118,7 @@ def block_attention(
         out, weight = attend(queries, keys, values, mask, scaling, dropout, implementation)
         outputs.append(out.unflatten(0, (batch, -1)))
         if columns is not None:
-            # [B n, G, R L, K]
-            by_block = weights_by_position(weight.flatten(0, 1), position[:, :, 0].flatten(0, 1), columns)
+            by_block = weights_by_position(weight, position[:, :, 0].flatten(0, 1), columns)
             weights.append(by_block.unflatten(0, (batch, -1)))
     out = torch.cat(outputs, dim=1).unflatten(3, (repeat, block)).permute(0, 1, 4, 2, 3, 5)
     out = out.reshape(batch, blocks * block, heads, dim)[:, :tokens]

@@ -115,8 +115,12 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Makes the layer ready for input `hidden` `[B, T, E]`: allocated, on its device."""
         if not self.is_initialized:
             self.lazy_initialization(hidden)
-        elif self.seen.device != hidden.device:
+            return
+        if self.seen.device != hidden.device:
             self.to(hidden.device)
+        if self.seen.is_inference() and not torch.is_inference_mode_enabled():
+            # Read under inference_mode, continued outside (generate() uses no_grad): such tensors refuse in-place writes.
+            self._map(torch.clone)
 
     def states(self) -> dict[str, torch.Tensor]:
         """Every allocated state by name."""
@@ -406,11 +410,11 @@ class BMojoCache(Cache):
     def specs(self) -> list[LayerSpec]:
         return [layer.spec for layer in self.layers]
 
-    def check(self, config: BMojoConfig, batch: int) -> None:
-        """Raises ValueError unless this cache belongs to a model of `config` and to `batch` rows."""
+    def check(self, config: BMojoConfig, batch: int | None = None) -> None:
+        """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows."""
         wanted = [config.layer_spec(i) for i in range(config.num_hidden_layers)]
         _compare_specs(self.specs, wanted)
-        if self.layers[0].is_initialized and self.batch_size != batch:
+        if batch is not None and self.layers[0].is_initialized and self.batch_size != batch:
             raise ValueError(
                 f"past_key_values has batch size {self.batch_size} but the input has {batch} rows; use one cache per "
                 "batch, or batch_repeat_interleave / batch_select_indices to change it."

@@ -224,6 +224,8 @@ class BMojoConfig(PreTrainedConfig):
         self.validate_layer_type()
         self._validate_memory()
         self._validate_ssm()
+        if self.rope_parameters is not None and "rope_type" not in self.rope_parameters:
+            self._reject("rope_parameters", self.rope_parameters, "must be one set of numbers with a rope_type", "")
         try:
             self.validate_rope()
         except KeyError as error:

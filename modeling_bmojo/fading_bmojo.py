@@ -145,7 +145,8 @@ class FadingMemory(nn.Module):
         dt = F.softplus(dt.to(wide) + dt_bias).clamp(*self.time_step_limit)
         real = torch.arange(tokens, device=dt.device) < lengths[:, None]
         dt = dt * real[..., None]
-        state = None if cache is None else cache.ssm.to(wide)
+        # A copy: the state is overwritten below, and a backward pass may still need what it was.
+        state = None if cache is None else cache.ssm.to(wide, copy=torch.is_grad_enabled())
         surprise = None
         if self.innovation == "state":
             with torch.no_grad():

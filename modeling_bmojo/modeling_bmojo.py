@@ -24,8 +24,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
@@ -33,6 +32,9 @@ from .cache_bmojo import BMojoCache
 from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .inputs_bmojo import Rows, build_rows, check_tokens, new_token_mask
+
+
+logger = logging.get_logger(__name__)
 
 
 class BMojoRotaryEmbedding(nn.Module):
@@ -139,9 +141,7 @@ def _weights_by_column(weights: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Attention weights of padded rows back in the input's order: queries, and keys unless a cache holds some."""
     by_query = rows.layout.merge([weights.transpose(1, 2)])
     if weights.shape[-1] == rows.layout.columns:
-        by_key = by_query.transpose(1, 3)
-        lengths = rows.layout.groups[0]
-        by_query = rows.layout._replace(groups=[lengths]).merge([by_key]).transpose(1, 3)
+        by_query = rows.layout.merge([by_query.transpose(1, 3)]).transpose(1, 3)
     return by_query.transpose(1, 2)
 
 
@@ -200,7 +200,6 @@ class BMojoModel(BMojoPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -221,7 +220,8 @@ class BMojoModel(BMojoPreTrainedModel):
                 any pattern. Pads take no part in anything.
             position_ids: `[B, T]`; default: real tokens counted from what the cache has seen. Positions that restart
                 at 0 mark packed sequences, which do not see each other.
-            past_key_values: a `BMojoCache` to continue. use_cache: build and return one.
+            past_key_values: a `BMojoCache` to continue; no gradient flows into what it holds.
+            use_cache: build and return one; default: the config's `use_cache`, but not in training.
             seq_idx: `[B, T]` index of the packed sequence of each token. cu_seq_lens_q: their cumulated lengths.
 
         Returns:
@@ -254,20 +254,25 @@ class BMojoModel(BMojoPreTrainedModel):
         rows, packed = build_rows(
             inputs_embeds, mask, position_ids, packing, past_key_values, self.rotary_emb, bool(output_attentions)
         )
-        if packed:
-            past_key_values = None  # training input: there is no single state to continue from
-        elif use_cache and fresh:
+        # Packed sequences end in many states: there is no single one to continue from.
+        if fresh and not packed and self._wants_cache(use_cache):
             past_key_values = BMojoCache(self.config)
 
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, rows=rows, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        if use_cache is None:
+            return self.config.use_cache and not self.training
+        if use_cache and self.training and self.gradient_checkpointing:
+            logger.warning_once("use_cache=True is incompatible with gradient checkpointing; building no cache.")
+            return False
+        return use_cache
 
 
-def _check_cache(cache: object, config: BMojoConfig, batch: int) -> None:
+def _check_cache(cache: object, config: BMojoConfig, batch: int | None = None) -> None:
     # By name, not by class: code loaded with trust_remote_code has classes of its own.
     if type(cache).__name__ != "BMojoCache":
         raise ValueError(
@@ -348,7 +353,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         if mask is not None and mask.dim() == 2 and not bool(mask.any(dim=1).all()):
             new_token_mask(mask, *mask.shape, past=0, fresh=True)
         if model_kwargs.get("past_key_values") is not None:
-            _check_cache(model_kwargs["past_key_values"], self.config, batch_size)
+            _check_cache(model_kwargs["past_key_values"], self.config)
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = BMojoCache(self.config)
@@ -365,12 +370,13 @@ def _refuse_modes(generation_config: GenerationConfig | None, kwargs: dict) -> N
 
     refused = {
         "penalty_alpha": "contrastive search re-reads its candidates; use sampling (do_sample=True)",
-        "assistant_model": "assisted decoding takes rejected tokens back; decode without an assistant",
-        "prompt_lookup_num_tokens": "prompt lookup decoding takes rejected tokens back; decode without it",
+        "assistant_model": "assisted decoding rejects drafted tokens; decode without an assistant",
+        "prompt_lookup_num_tokens": "prompt lookup decoding rejects drafted tokens; decode without it",
     }
     for name, reason in refused.items():
         if asked(name):
-            raise ValueError(f"{name}={asked(name)!r}: a B'MOJO memory cannot forget what it has read, but {reason}.")
+            value = asked(name) if isinstance(asked(name), int | float) else type(asked(name)).__name__
+            raise ValueError(f"{name}={value}: a B'MOJO memory cannot take back what it has read, and {reason}.")
     if asked("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
             f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory has a constant size and one form; "

@@ -31,6 +31,7 @@ def key_set(rng, batch, begin, end, first):
 def three_sets(rng, tokens, window, slots, fading, past, block, batch=2):
     """[eidetic | fading | local] with random expiries: (offers, list of (key set, visible [blocks or None, S]))."""
     blocks = -(-tokens // block)
+    past = max(past, window + 1 - tokens)  # fewer tokens need no blocks: the model attends plainly
     coordinate = torch.arange(-past, tokens)
     local_end = coordinate + torch.randint(1, window + 1, coordinate.shape, generator=rng)
     local_end[coordinate >= 0] = torch.maximum(local_end, coordinate + 1)[coordinate >= 0]

@@ -135,20 +135,23 @@ def test_any_split_carries_the_state(pieces, length, seed):
     torch.testing.assert_close(state, whole_final, **EXACT)
 
 
-def test_fp32_error_stays_near_the_noise_floor():
-    """The chunked form in fp32 may be at most a few times further from float64 than the recurrence in fp32 is."""
-    exact = draw(tokens=200, channels=16, width=16, seed=3)
-    truth, truth_final = naive_ssd(*exact)
-    single = [value.float() for value in exact]
-    floor_y, floor_state = [], []
-    for result, floor in zip(naive_ssd(*single), (floor_y, floor_state), strict=True):
-        floor.append(result.double())
-    noise = (floor_y[0] - truth).abs().max().item(), (floor_state[0] - truth_final).abs().max().item()
-    assert min(noise) > 0
-    for length in (16, 64):
-        y, final = chunk_ssd(*single, chunk_size=length)
-        assert (y.double() - truth).abs().max() < 5 * noise[0]
-        assert (final.double() - truth_final).abs().max() < 5 * noise[1]
+@pytest.mark.parametrize("length", [16, 32, 64])
+def test_fp32_error_stays_near_the_noise_floor(length):
+    """Root mean square distance from float64, in units of the fp32 recurrence's own distance.
+
+    Summed log decays cancel in the chunked form; the scan in transformers, which sums segments, measures 1.0 to 1.4.
+    """
+    ratios = []
+    for seed in range(4):
+        exact = draw(tokens=200, channels=16, width=16, seed=seed)
+        single = [value.float() for value in exact]
+        for truth, floor, actual in zip(
+            naive_ssd(*exact), naive_ssd(*single), chunk_ssd(*single, chunk_size=length), strict=True
+        ):
+            noise = (floor - truth).square().mean().sqrt()
+            assert noise > 0
+            ratios.append(((actual - truth).square().mean().sqrt() / noise).item())
+    assert max(ratios) < 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
