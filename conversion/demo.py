@@ -200,9 +200,8 @@ def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
     opening = next((position for position in range(len(pieces)) if 2 * votes[position] < len(layers)), 0)
     if opening:
         text = " ".join("".join(pieces[:opening]).replace("\n", "\u23ce ").split())
-        print(
-            f"\n  The first {opening} tokens are kept by most layers; nothing before them could predict them:\n    {text}"
-        )
+        print(f"\n  The first {opening} tokens are kept by most layers, for nothing before them could predict them:")
+        print(f"    {text}")
     later = Counter({position: count for position, count in votes.items() if position >= opening})
     print(f"\n  Behind them, the tokens that the most of the {len(layers)} layers kept:")
     for position, count in sorted(later.most_common(TOKENS_SHOWN)):
@@ -230,15 +229,19 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"\n[3/4] Read {len(head):,} tokens, {windows:.1f} times the window of {model.config.window_size}", flush=True
     )
+    if len(head) > model.config.max_position_embeddings:
+        print(
+            f"      (more than the {model.config.max_position_embeddings:,} positions that the source was trained for)"
+        )
     reading = read(model, head)
     print(f"\n[4/4] Answer\n      Question: {question}\n      Answer:   ", end="", flush=True)
     timing = answer(model, tokenizer, reading, tail, arguments.max_new_tokens)
     show_costs(model, reading, tail, timing)
     show_memory(model, tokenizer, reading)
     print(
-        f"\nDone in {time.perf_counter() - begin:.0f} s. This graft is untrained: it answers from its window, and what the"
+        f"\nDone in {time.perf_counter() - begin:.0f} s. This graft is untrained: it answers from its window, and what"
     )
-    print("other memories hold becomes useful by training. docs/graft.md explains every step.")
+    print("the other memories hold becomes useful by training. docs/graft.md explains every step.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

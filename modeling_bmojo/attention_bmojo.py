@@ -1,4 +1,4 @@
-"""Attention of a B'MOJO layer over [eidetic | fading | local], with and without a cache (Algorithm 1, lines 1, 4 and 5).
+"""Attention of a B'MOJO layer over [eidetic | fading | local], with and without a cache (Algorithm 1, lines 1, 4, 5).
 
 Three evaluations of one rule, "query t sees input s iff s <= t < expiry_s, and fading token y_s iff
 s + W <= t < s + W + F":
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .attention_ops import KeySet, banded, block_attention, causal_attention, gathered, weights_by_position
-from .cache_bmojo import BMojoCacheLayer, Past
+from .cache_layer_bmojo import BMojoCacheLayer, Past
 from .configuration_bmojo import BMojoConfig
 from .memory_ops import NEVER, retention_key, select
 
@@ -113,9 +113,9 @@ class BMojoAttention(nn.Module):
             projections = (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
             faded = self._keys_values(fading, *projections, rotary)
         if self.spec.window is None:
-            out, weights = self._full(query, keys, values, cache)
+            out, weights = self._full(query, keys, values, cache, columns)
         elif (cache is None or cache.columns == 0) and query.shape[1] <= self.spec.window:
-            out, weights = self._attend(query, keys, values, None)
+            out, weights = self._attend(query, keys, values, None, columns)
             if cache is not None:
                 cache.commit(keys, values, innovation, faded, lengths, None)
         elif cache is not None and query.shape[1] == 1 and not (torch.is_grad_enabled() and keys.requires_grad):
@@ -130,33 +130,37 @@ class BMojoAttention(nn.Module):
     def _keys_values(self, x, k_proj, v_proj, rotary) -> tuple[torch.Tensor, torch.Tensor]:
         return rotate(self.k_norm(self._heads(k_proj(x))), rotary), self._heads(v_proj(x))
 
-    def _softmax_options(self) -> dict:
-        implementation = self.config._attn_implementation or "sdpa"
+    def _softmax_options(self, columns: int | None) -> dict:
+        # SDPA forms no weights: whoever asks for them gets the eager form.
+        implementation = "eager" if columns is not None else self.config._attn_implementation or "sdpa"
         return {
             "scaling": self.scaling,
             "dropout": self.dropout if self.training else 0.0,
             "implementation": implementation,
         }
 
-    def _attend(self, query, keys, values, visible) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return causal_attention(query, keys.to(query.dtype), values.to(query.dtype), visible, **self._softmax_options())
+    def _attend(self, query, keys, values, visible, columns) -> tuple[torch.Tensor, torch.Tensor | None]:
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        return causal_attention(query, keys, values, visible, **self._softmax_options(columns))
 
-    def _full(self, query, keys, values, cache: BMojoCacheLayer | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _full(
+        self, query, keys, values, cache: BMojoCacheLayer | None, columns
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Full attention with a growing cache: slot = position, so query i of a row sees slots up to seen + i."""
         if cache is None:
-            return self._attend(query, keys, values, None)
+            return self._attend(query, keys, values, None, columns)
         empty = cache.columns == 0
         all_keys, all_values = cache.append(keys, values)
         if empty:
-            return self._attend(query, keys, values, None)
+            return self._attend(query, keys, values, None, columns)
         slot = torch.arange(all_keys.shape[1], device=query.device)
         now = cache.seen[:, None] + torch.arange(query.shape[1], device=query.device)
-        return self._attend(query, all_keys, all_values, slot <= now[..., None])
+        return self._attend(query, all_keys, all_values, slot <= now[..., None], columns)
 
     def _step(self, query, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer, columns):
         """One token: the cache admits, forgets and takes it in; its entries are then exactly what the token sees."""
         visible = cache.step(keys, values, innovation, faded, lengths, self.decay)
-        out, weights = self._attend(query, cache.keys, cache.values, visible[:, None])
+        out, weights = self._attend(query, cache.keys, cache.values, visible[:, None], columns)
         if columns is not None:
             weights = weights_by_position(weights, cache.positions, columns)
         return out, weights
@@ -191,7 +195,7 @@ class BMojoAttention(nn.Module):
             offers.append(gathered(tokens_seen, chosen.slots))
         if faded:
             offers.append(self._fading_offer(line, blocks, block, tokens))
-        out, weights = block_attention(query, offers, block, **self._softmax_options(), columns=columns)
+        out, weights = block_attention(query, offers, block, **self._softmax_options(columns), columns=columns)
         if cache is not None:
             eidetic = _still_held(line, coordinate, chosen.expiry, lengths, spec.window, spec.slots)
             cache.commit(keys, values, innovation, faded, lengths, eidetic)

@@ -112,7 +112,8 @@ def block_attention(
         keys, values = (torch.cat([offer[i] for offer in part], dim=3).flatten(0, 1) for i in (0, 1))
         begin, end, position = (torch.cat([offer[i] for offer in part], dim=2)[:, :, None] for i in (2, 3, 4))
         now = time[:, lo : lo + step]
-        visible = (begin <= now) & (now < end)
+        # The last block's empty places see everything: a softmax over nothing would send NaN into the gradients.
+        visible = ((begin <= now) & (now < end)) | (now >= tokens)
         mask = visible.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(2, 3).flatten(0, 1).unsqueeze(1)
         queries = folded[:, lo : lo + step].flatten(3, 4).flatten(0, 1)
         out, weight = attend(queries, keys, values, mask, scaling, dropout, implementation)
@@ -183,7 +184,7 @@ def attend(
 
 
 def weights_by_position(weights: torch.Tensor, position: torch.Tensor, columns: int) -> torch.Tensor:
-    """Adds the weight of each key to the column of its token: `[B, ..., K]` with position `[B, K]` to `[..., columns]`."""
+    """Adds each key's weight to its token's column: `[B, ..., K]` with position `[B, K]` to `[..., columns]`."""
     target = torch.where(position >= 0, position, columns)
     target = target.view(target.shape[0], *(1,) * (weights.dim() - 2), -1).expand_as(weights)
     dense = weights.new_zeros(*weights.shape[:-1], columns + 1)

@@ -1,6 +1,6 @@
 """Configuration of B'MOJO: fields, derived defaults and validation; no tensors.
 
-Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1 and section 3.3; Mamba-2 (arXiv 2405.21060).
+Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, section 3.3; Mamba-2 (arXiv 2405.21060).
 """
 
 import difflib

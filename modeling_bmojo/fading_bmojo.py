@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .cache_bmojo import BMojoCacheLayer
+from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .memory_ops import output_innovation, prediction_error
 from .ssm_ops import causal_conv, chunk_ssd, predict_input, step_ssd

@@ -26,9 +26,7 @@ class Rows(NamedTuple):
     columns: int | None
 
 
-def check_tokens(
-    config: BMojoConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-) -> None:
+def check_tokens(config: BMojoConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
     """Raises ValueError unless exactly one non-empty input is given, with ids inside the vocabulary."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(

@@ -109,7 +109,7 @@ def sequence_starts(
         change = seq_idx[:, 1:] != seq_idx[:, :-1]
     elif cu_seq_lens is not None:
         bounds = cu_seq_lens.flatten().tolist()
-        if bounds[0] != 0 or bounds[-1] != batch * columns or any(b <= a for a, b in zip(bounds, bounds[1:])):
+        if bounds[0] != 0 or bounds[-1] != batch * columns or bounds != sorted(set(bounds)):
             raise ValueError(
                 f"cu_seq_lens_q={bounds}: must rise from 0 to the number of tokens, {batch * columns}; give the "
                 "cumulated lengths of the packed sequences."

@@ -150,7 +150,7 @@ def _admit(
     window: int,
     first: int,
 ) -> torch.Tensor:
-    """Lets the tokens `leaving` the window apply for the memory, in their order; writes `expiry`, returns the new memory.
+    """The tokens `leaving` the window apply for the memory, in their order; writes `expiry`, returns the new memory.
 
     Candidates c are the kept tokens and the leaving ones, from old to new. Candidate s is out once M candidates that
     have left the window beat it, so one cumulated count of a comparison matrix `[B, c, c]` settles the whole block.

@@ -23,7 +23,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -227,7 +227,7 @@ class BMojoModel(BMojoPreTrainedModel):
         Returns:
             `last_hidden_state` `[B, T, E]`, `past_key_values`, and on demand `hidden_states` and `attentions`
             (`[B, H, T, S]` per attention layer; the column of a token beyond the window adds the weight on the token
-            itself and on its fading token).
+            itself and on its fading token). Weights are formed in plain PyTorch, whatever the attention implementation.
 
         Raises:
             ValueError: for empty input, ids outside the vocabulary, a mask of another kind or shape, a cache of another
@@ -245,11 +245,6 @@ class BMojoModel(BMojoPreTrainedModel):
         output_attentions = kwargs.pop("output_attentions", None)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions=True with attn_implementation={self.config._attn_implementation!r}: only 'eager' "
-                "forms the weights; load the model with attn_implementation='eager'."
-            )
         packing = {"seq_idx": seq_idx, "cu_seq_lens": cu_seq_lens_q}
         rows, packed = build_rows(
             inputs_embeds, mask, position_ids, packing, past_key_values, self.rotary_emb, bool(output_attentions)
@@ -310,7 +305,9 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         r"""
         Args:
             labels: `[B, T]`, -100 = ignored; shifted inside, so `labels=input_ids` trains next-token prediction.
-            logits_to_keep: logits of the last n tokens only (0 = all), or of the given positions.
+            logits_to_keep: an int n: logits of the last n tokens only (0 = all). A 1-D tensor: of these columns. A 2-D
+                integer tensor `[B, n]`: of these columns per row. A 2-D bool tensor `[B, T]`: of the True columns,
+                flattened to `[number of them, V]`.
             Others: see [`BMojoModel.forward`].
 
         Returns:
@@ -325,7 +322,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -364,6 +361,17 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
+def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The columns of `[B, T, E]` whose logits are wanted, before they are projected onto the vocabulary."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+
+
 def _refuse_modes(generation_config: GenerationConfig | None, kwargs: dict) -> None:
     def asked(name: str):
         return kwargs.get(name, getattr(generation_config, name, None))
@@ -379,8 +387,8 @@ def _refuse_modes(generation_config: GenerationConfig | None, kwargs: dict) -> N
             raise ValueError(f"{name}={value}: a B'MOJO memory cannot take back what it has read, and {reason}.")
     if asked("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
-            f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory has a constant size and one form; "
-            "leave it out (BMojoCache.offload and .to move it between devices)."
+            f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory is constant in size and has "
+            "one form; leave it out (BMojoCache.offload and .to move it between devices)."
         )
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from oracles import INNOVATION_EPS as ORACLE_EPS
 from oracles import EideticMemory, oracle_eidetic, oracle_output_innovation, scale_free_error
 
+from modeling_bmojo import BMojoConfig
+from modeling_bmojo.cache_bmojo import BMojoCacheLayer
 from modeling_bmojo.memory_ops import (
     INNOVATION_EPS,
     NEVER,
@@ -206,3 +208,52 @@ def test_selection_continues_a_stream(innovations, window, slots, decay, block, 
         held = {listed[column] for column in result.slots[0, index].tolist() if column >= 0}
         assert held == sets[k + index * block]
         assert len(result.slots[0, index]) == slots
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.randoms(use_true_random=False), WINDOWS, st.integers(1, 5), DECAYS, st.integers(0, 5))
+def test_cache_step_is_the_streaming_rule(random, window, slots, decay, fading):
+    """One token at a time, two rows that advance at different times; every entry holds what its position stands for."""
+    length = 3 * (window + slots)
+    rows = [[random.randrange(4) for _ in range(length)] for _ in range(2)]
+    sets = [oracle_eidetic(row, window, slots, decay)[0] for row in rows]
+    config = BMojoConfig(
+        vocab_size=8,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        window_size=window,
+        eidetic_size=slots,
+        fading_size=fading,
+    )
+    layer = BMojoCacheLayer(config.layer_spec(0))
+    layer.prepare(torch.zeros(2, 1, 4))
+    counts = [0, 0]
+    while min(counts) < length:
+        active = [count < length and random.random() < 0.7 for count in counts]
+        now = torch.tensor(counts)
+        tag = now.float().view(2, 1, 1, 1).expand(2, 1, 1, 4)
+        error = torch.tensor([[row[min(count, len(row) - 1)]] for row, count in zip(rows, counts, strict=True)])
+        faded = (tag + 0.25, tag + 0.75) if fading else None
+        lengths = torch.tensor(active, dtype=torch.int64)
+        layer.step(tag, tag + 0.5, error.float(), faded, lengths, decay)
+        layer.advance(lengths, 1)
+        counts = [count + step for count, step in zip(counts, active, strict=True)]
+        for row, count in enumerate(counts):
+            t = count - 1
+            local = set(range(max(0, t - window + 1), t + 1))
+            kept = set(sets[row][t]) if count else set()
+            beyond = set(range(max(0, t - window - fading + 1), max(0, t - window + 1)))
+            assert_entries(layer, row, slots, fading, kept, beyond, local)
+
+
+def assert_entries(layer, row, slots, fading, kept, beyond, local):
+    """The eidetic, fading and window entries hold exactly these positions, each with its own key and value."""
+    positions = layer.positions[row]
+    parts = {0.0: (slice(0, slots), kept), 0.25: (slice(slots, slots + fading), beyond)}
+    for offset, (part, expected) in [*parts.items(), (0.0, (slice(slots + fading, None), local))]:
+        held = positions[part]
+        assert sorted(held[held >= 0].tolist()) == sorted(expected)
+        keys, values = layer.keys[row, part, 0, 0][held >= 0], layer.values[row, part, 0, 0][held >= 0]
+        assert torch.equal(keys, held[held >= 0] + offset)
+        assert torch.equal(values, held[held >= 0] + 0.5 + offset)

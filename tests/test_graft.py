@@ -1,0 +1,308 @@
+"""conversion.graft on tiny random models of transformers' own classes: every family through the real command line.
+
+For T <= W a fresh graft has neither eidetic nor fading tokens in reach, so its logits are the source's.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from graft_sources import (
+    CHAT_TEMPLATE,
+    SOURCES,
+    VOCAB,
+    W,
+    graft,
+    logits,
+    randomised,
+    save_source,
+    snapshot,
+    tiny_tokenizer,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion.families import bmojo_config_for
+from conversion.report import REPORT_FILE, read_report
+from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_graft_has_the_logits_of_its_source(name, tmp_path):
+    source = save_source(tmp_path / "source", name)
+    assert graft(tmp_path) == 0
+    ours = BMojoForCausalLM.from_pretrained(tmp_path / "graft")
+    torch.testing.assert_close(logits(ours), logits(source), atol=1e-5, rtol=1e-5)
+    assert ours.config.tie_word_embeddings == source.config.tie_word_embeddings
+    assert set(ours.config.layer_types) == {"bmojo"}
+    # Beyond the window the graft must differ from full attention, or the test above would prove nothing.
+    if "sliding" not in name:
+        assert (logits(ours, 3 * W) - logits(source, 3 * W)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_report_accounts_for_every_tensor(name, tmp_path):
+    save_source(tmp_path / "source", name)
+    assert graft(tmp_path) == 0
+    report = read_report(tmp_path / "graft")
+    source = load_file(tmp_path / "source" / "model.safetensors")
+    target = load_file(tmp_path / "graft" / "model.safetensors")
+    assert report["source_tensors"].keys() == source.keys()
+    assert report["target_tensors"].keys() == target.keys()
+    for key, entry in report["source_tensors"].items():
+        assert entry["shape"] == list(source[key].shape)
+        if "dropped-because" in entry:
+            assert entry["dropped-because"]
+        else:
+            assert torch.equal(source[key], target[entry["copied-to"]])
+    for key, entry in report["target_tensors"].items():
+        assert entry["shape"] == list(target[key].shape)
+        assert entry["dtype"] == str(target[key].dtype).removeprefix("torch.")
+        assert ("copied-from" in entry) != ("initialised-by" in entry)
+        assert ("initialised-by" in entry) == (".fading." in key)
+    assert {"torch", "transformers", "modeling_bmojo", "python"} <= report["versions"].keys()
+    assert report["settings"]["memory"]["window_size"] == W
+    assert report["check"]["max_logit_difference"] < 1e-4
+
+
+def test_folder_holds_everything_that_loading_needs(tmp_path):
+    save_source(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    stated = {"eos_token_id": [3, 2], "temperature": 0.7, "do_sample": True}
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(stated))
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# A model\n")
+    assert graft(tmp_path) == 0
+    folder = tmp_path / "graft"
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "bmojo"
+    for auto_class in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        module = config["auto_map"][auto_class].split(".")[0]
+        assert (folder / f"{module}.py").is_file()
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {**stated, "bos_token_id": 1, "pad_token_id": 0}
+    again = AutoTokenizer.from_pretrained(folder)
+    assert again.chat_template == CHAT_TEMPLATE
+    chat = again.apply_chat_template([{"role": "user", "content": "a b"}], add_generation_prompt=True)["input_ids"]
+    assert chat == [1, 4, 6, 7, 2, 1, 5]
+    card = (folder / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
+    assert "source" in card and "AutoModelForCausalLM" in card and "LlamaForCausalLM" in card
+    assert read_report(folder)["tokenizer"]["tokens"] == len(again)
+    model = BMojoForCausalLM.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == [3, 2]
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_sharded_source_and_sharded_output(tmp_path):
+    source = save_source(tmp_path / "source", max_shard_size="20KB")
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
+    assert graft(tmp_path, "--set", "max_shard_size=30KB") == 0
+    assert len(list((tmp_path / "graft").glob("*.safetensors"))) > 2
+    ours = BMojoForCausalLM.from_pretrained(tmp_path / "graft")
+    torch.testing.assert_close(logits(ours), logits(source), atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_source_keeps_its_dtype_and_its_values(tmp_path):
+    randomised(SOURCES["qwen3"]).bfloat16().save_pretrained(tmp_path / "source")
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
+    assert graft(tmp_path) == 0
+    with safe_open(tmp_path / "graft" / "model.safetensors", framework="pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert {dtype for name, dtype in dtypes.items() if ".scalars." in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if ".scalars." not in name} == {torch.bfloat16}
+    ours = BMojoForCausalLM.from_pretrained(tmp_path / "graft")
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(ours.float()), logits(source), atol=1e-5, rtol=1e-5)
+
+
+def test_dtype_setting_casts_and_says_so(tmp_path):
+    save_source(tmp_path / "source")
+    assert graft(tmp_path, "--set", "dtype=bfloat16") == 0
+    report = read_report(tmp_path / "graft")
+    assert report["dtype"] == "bfloat16"
+    assert all(entry["cast-from"] == "float32" for entry in report["source_tensors"].values())
+    assert BMojoForCausalLM.from_pretrained(tmp_path / "graft").dtype == torch.bfloat16
+
+
+def test_lm_head_of_a_tied_source_is_dropped_with_the_reason(tmp_path):
+    save_source(tmp_path / "source", "llama_biases_tied")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    assert graft(tmp_path) == 0
+    assert "tied" in read_report(tmp_path / "graft")["source_tensors"]["lm_head.weight"]["dropped-because"]
+
+
+def test_buffers_of_old_checkpoints_are_dropped_with_the_reason(tmp_path):
+    save_source(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(path), buffer: torch.ones(4)}, path, {"format": "pt"})
+    assert graft(tmp_path) == 0
+    assert "rope_parameters" in read_report(tmp_path / "graft")["source_tensors"][buffer]["dropped-because"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "kinds"),
+    [
+        ("llama", [1], ["full_attention", "bmojo"]),
+        ("mistral_sliding", [0], ["bmojo", "sliding_attention"]),
+        ("qwen2_mixed", [1], ["full_attention", "bmojo"]),
+        ("smollm3", [0, 3], ["bmojo", "full_attention", "full_attention", "bmojo"]),
+    ],
+)
+def test_layers_that_are_not_chosen_stay_as_they_are(name, layers, kinds, tmp_path):
+    source = save_source(tmp_path / "source", name)
+    assert graft(tmp_path, layers=layers) == 0
+    ours = BMojoForCausalLM.from_pretrained(tmp_path / "graft")
+    assert ours.config.layer_types == kinds
+    torch.testing.assert_close(logits(ours), logits(source), atol=1e-5, rtol=1e-5)
+    memories = {int(key.split(".")[2]) for key in ours.state_dict() if ".fading." in key}
+    assert memories == set(layers)
+
+
+def test_window_defaults_to_the_window_of_the_source():
+    assert bmojo_config_for(SOURCES["mistral_sliding"], {}).window_size == W
+    assert bmojo_config_for(SOURCES["mistral_sliding"], {"window_size": 5}).window_size == 5
+    assert bmojo_config_for(SOURCES["llama"], {}).window_size == BMojoConfig().window_size
+
+
+def test_untied_fading_projections_start_as_copies(tmp_path):
+    save_source(tmp_path / "source", "qwen2")
+    assert graft(tmp_path, tie_fading_projections=False) == 0
+    tensors = load_file(tmp_path / "graft" / "model.safetensors")
+    for part in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
+        attention = "model.layers.1.self_attn."
+        assert torch.equal(tensors[f"{attention}fading_{part}"], tensors[f"{attention}{part}"])
+    entry = read_report(tmp_path / "graft")["target_tensors"]["model.layers.1.self_attn.fading_k_proj.weight"]
+    assert entry["initialised-by"] == "a copy of model.layers.1.self_attn.k_proj.weight"
+
+
+def test_the_same_settings_give_the_same_file(tmp_path):
+    save_source(tmp_path / "source")
+    for output in ("first", "second"):
+        assert graft(tmp_path, output=output) == 0
+    assert graft(tmp_path, output="other", seed=7) == 0
+    first, second, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second", "other"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_exported_folder_loads_where_the_package_cannot_be_imported(tmp_path):
+    save_source(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    assert graft(tmp_path) == 0
+    shutil.rmtree(tmp_path / "source")
+    expected = logits(BMojoForCausalLM.from_pretrained(tmp_path / "graft"), 3 * W)
+    script = f"""
+import importlib.abc, sys
+sys.path += {sorted({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]})!r}
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "modeling_bmojo":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import modeling_bmojo
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the package could be imported")
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("graft", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("graft", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+ids = torch.randint(3, {VOCAB}, (2, {3 * W}), generator=torch.Generator().manual_seed(5))
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, "logits.pt")
+out = model.generate(ids, max_new_tokens=3, do_sample=False)
+assert out.shape == (2, {3 * W + 3}), out.shape
+assert tokenizer.chat_template
+"""
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_second_run_refuses_overwrites_or_reuses(tmp_path, capsys):
+    save_source(tmp_path / "source")
+    assert graft(tmp_path) == 0
+    before = snapshot(tmp_path / "graft")
+    stamp = (tmp_path / "graft" / REPORT_FILE).stat().st_mtime_ns
+
+    assert graft(tmp_path) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert snapshot(tmp_path / "graft") == before
+
+    assert graft(tmp_path, "--reuse") == 0
+    assert (tmp_path / "graft" / REPORT_FILE).stat().st_mtime_ns == stamp
+
+    assert graft(tmp_path, "--reuse", "--set", "eidetic_size=2") == 0
+    assert BMojoConfig.from_pretrained(tmp_path / "graft").eidetic_size == 2
+
+    assert graft(tmp_path, "--overwrite") == 0
+    assert snapshot(tmp_path / "graft") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device"), ValueError("broken")])
+@pytest.mark.parametrize("step", ["build_tensors", "save_model", "check_against_source", "write_report"])
+def test_failure_leaves_no_partial_folder_and_the_old_output(step, error, tmp_path, monkeypatch, capsys):
+    save_source(tmp_path / "source")
+    assert graft(tmp_path) == 0
+    before = snapshot(tmp_path / "graft")
+    partial = []
+
+    def fail(*arguments, **named):
+        partial.extend(path.name for path in tmp_path.glob("graft.partial-*"))
+        raise error
+
+    monkeypatch.setattr(f"conversion.pipeline.{step}", fail)
+    assert graft(tmp_path, "--overwrite", "--set", "eidetic_size=2") == (130 if error is KeyboardInterrupt else 2)
+    assert bool(partial) == (step != "build_tensors"), "the work is done in a folder of its own"
+    assert snapshot(tmp_path / "graft") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
+    assert capsys.readouterr().err
+
+
+def test_failing_rename_puts_the_old_output_back(tmp_path, monkeypatch):
+    save_source(tmp_path / "source")
+    assert graft(tmp_path) == 0
+    before = snapshot(tmp_path / "graft")
+    rename = Path.rename
+
+    def fail_for_partial(self, target):
+        if ".partial-" in self.name:
+            raise OSError("device busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_partial)
+    assert graft(tmp_path, "--overwrite") == 2
+    assert snapshot(tmp_path / "graft") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
