@@ -38,7 +38,7 @@ class GraftSettings:
     layers: str | list[int] = "all"
     dtype: str | None = None
     ssm_init: str = "smoother"
-    smoother_tau: list[float] = field(default_factory=lambda: [4.0, 64.0])
+    smoother_tau: list[float] = field(default_factory=lambda: [2.0, 16.0])
     seed: int = 0
     max_shard_size: str = "5GB"
     check: bool = True

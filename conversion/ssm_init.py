@@ -76,7 +76,7 @@ def inner_projection(config: BMojoConfig, layer: Mapping[str, torch.Tensor]) -> 
 
 
 def smoother(
-    config: BMojoConfig, layer: Mapping[str, torch.Tensor], tau: tuple[float, float] = (4.0, 64.0), seed: int = 0
+    config: BMojoConfig, layer: Mapping[str, torch.Tensor], tau: tuple[float, float] = (2.0, 16.0), seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Tensors of one layer's FadingMemory, by their names below `fading.`; fp32, the same for the same seed.
 
@@ -122,7 +122,7 @@ def check_smoother(config: BMojoConfig, tau: tuple[float, float]) -> None:
     check_fields("smoother", SMOOTHER_FIELDS, {name: getattr(config, name) for name in SMOOTHER_FIELDS})
     low, high = tau
     if not 0 < low <= high < math.inf:
-        raise ValueError(f"smoother_tau={list(tau)}: must be two numbers of tokens, 0 < low <= high; e.g. [4, 64].")
+        raise ValueError(f"smoother_tau={list(tau)}: must be two numbers of tokens, 0 < low <= high; e.g. [2, 16].")
     floor, ceiling = config.ssm_time_step_limit
     if not (floor <= 1.0 / high and 1.0 / low <= ceiling):
         raise ValueError(

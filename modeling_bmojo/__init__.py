@@ -32,8 +32,11 @@ AUTO_CLASSES = {
 }
 
 AutoConfig.register("bmojo", BMojoConfig, exist_ok=True)
+BMojoConfig.register_for_auto_class()
 for auto_class, model_class in AUTO_CLASSES.items():
     auto_class.register(BMojoConfig, model_class, exist_ok=True)
+    # save_pretrained then writes the code beside the weights, so that the folder loads without this package.
+    model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
     "AUTO_CLASSES",

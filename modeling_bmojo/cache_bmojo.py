@@ -50,6 +50,46 @@ class BMojoCache(Cache):
             raise ValueError(f"config={type(config).__name__}: must be a BMojoConfig; pass model.config.")
         super().__init__(layers=[BMojoCacheLayer(config.layer_spec(i)) for i in range(config.num_hidden_layers)])
 
+        self._reading = False
+
+    def begin(self) -> None:
+        """Marks that a forward begins to write; `finish` that it is through.
+
+        Raises:
+            ValueError: if an earlier forward stopped in between, so that some layers have read more than others.
+        """
+        if self._reading:
+            raise ValueError(
+                "past_key_values: a forward that wrote this cache failed halfway, so its layers disagree; go back to "
+                "a copy (copy.deepcopy before reading), or reset() it and read again."
+            )
+        self._reading = True
+
+    def finish(self, last_hidden: torch.Tensor) -> None:
+        """Ends what `begin` began. last_hidden: `[B, E]`, the model's output for each row's last real token."""
+        last = self.layers[-1]
+        if last.last_hidden is None:
+            last.last_hidden = torch.empty_like(last_hidden, requires_grad=False)
+        last.last_hidden.copy_(last_hidden.detach())
+        self._reading = False
+
+    @property
+    def last_hidden(self) -> torch.Tensor | None:
+        """The model's output for each row's last real token, `[B, E]`; None before the first forward."""
+        return self.layers[-1].last_hidden
+
+    def reset(self) -> None:
+        super().reset()
+        self._reading = False
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves a layer's states back to the device where they were allocated."""
+        self.layers[layer_idx].prefetch()
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves a layer's states to the CPU; the next forward brings them back."""
+        self.layers[layer_idx].offload()
+
     @property
     def specs(self) -> list[LayerSpec]:
         return [layer.spec for layer in self.layers]
@@ -85,8 +125,10 @@ class BMojoCache(Cache):
         """The tokens that a layer's eidetic memory holds for a row of the batch, by position.
 
         Raises:
-            ValueError: if the layer has no eidetic memory or the row does not exist.
+            ValueError: if the layer or row does not exist, or the layer has no eidetic memory.
         """
+        if not -len(self.layers) <= layer_idx < len(self.layers):
+            raise ValueError(f"layer_idx={layer_idx}: the cache has {len(self.layers)} layers; layers count from 0.")
         layer = self.layers[layer_idx]
         if layer.spec.slots == 0:
             raise ValueError(
@@ -154,13 +196,13 @@ class BMojoCache(Cache):
             )
         cache = cls(config)
         _compare_specs([LayerSpec(**spec) for spec in json.loads(metadata["specs"])], cache.specs)
-        for name, value in tensors.items():
-            index, state = name.split(".", 1)
-            setattr(cache.layers[int(index)], state, value)
-        for layer in cache.layers:
-            layer.columns = int(metadata["columns"])
-            layer.device = layer.seen.device
-            layer.is_initialized = True
+        for index, layer in enumerate(cache.layers):
+            prefix = f"{index}."
+            states = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+            try:
+                layer.restore(states, int(metadata["columns"]))
+            except ValueError as error:
+                raise ValueError(f"path={os.fspath(path)!r}, layer {index}: {error}; save it again.") from error
         return cache
 
     def __repr__(self) -> str:

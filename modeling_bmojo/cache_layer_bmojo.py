@@ -9,6 +9,7 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
     ssm             [B, H, P, N]           SSM state, fp32 (fp64 for fp64 models) whatever the model's dtype
+    last_hidden     [B, E]                 last layer only: the model's output for the last real token
 
 Window, delay line and visible fading tokens are rings: position p sits in slot p mod size. A full-attention layer keeps
 every token: `keys`, `values` `[B, capacity, G, D]`, position = slot.
@@ -61,6 +62,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         "conv",
         "ssm",
         "seen",
+        "last_hidden",
     )
 
     def __init__(self, spec: LayerSpec):
@@ -113,6 +115,31 @@ class BMojoCacheLayer(CacheLayerMixin):
     def states(self) -> dict[str, torch.Tensor]:
         """Every allocated state by name."""
         return {name: value for name in self.STATES if (value := getattr(self, name)) is not None}
+
+    def restore(self, states: dict[str, torch.Tensor], columns: int) -> None:
+        """Takes in states that another layer of the same spec had.
+
+        Raises:
+            ValueError: if a state is missing, unknown or of another shape than this layer's spec gives.
+        """
+        if "seen" not in states:
+            raise ValueError("the state 'seen' is missing")
+        model = BMojoCacheLayer(self.spec)
+        kind = states.get("keys", states.get("conv", states["seen"])).dtype
+        model.lazy_initialization(torch.empty(states["seen"].shape[0], dtype=kind, device="meta"))
+        expected = model.states()
+        optional = {"last_hidden"} & set(states)
+        if set(states) != set(expected) | optional:
+            wrong = sorted(set(states) ^ (set(expected) | optional))
+            raise ValueError(f"states {wrong} are missing or unknown")
+        for name, value in expected.items():
+            grows = self.spec.has_attention and self.spec.window is None and name in ("keys", "values")
+            found = states[name].shape
+            if found != value.shape and not (grows and (found[0], *found[2:]) == (value.shape[0], *value.shape[2:])):
+                raise ValueError(f"the state {name!r} has shape {list(found)} instead of {list(value.shape)}")
+        for name, value in states.items():
+            setattr(self, name, value)
+        self.columns, self.device, self.is_initialized = columns, states["seen"].device, True
 
     # --- windowed layers: reading in blocks -------------------------------------------------------------------------
 
@@ -340,7 +367,7 @@ class BMojoCacheLayer(CacheLayerMixin):
             setattr(self, name, function(value))
 
     def to(self, device: torch.device | str) -> "BMojoCacheLayer":
-        self._map(lambda value: value.to(device, non_blocking=True))
+        self._map(lambda value: value.to(device))
         return self
 
     def offload(self) -> None:

@@ -9,7 +9,9 @@ from dataclasses import field
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
+from transformers.activations import ACT2CLS
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
@@ -172,9 +174,12 @@ class BMojoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
+        self._validate_types()
         no_positions = self.rope_parameters is None and not kwargs.get("rope_scaling") and "rope_theta" not in kwargs
         self._fill_defaults()
+        # Before transformers sees them: it renames some layer types of other models without a word.
         self._validate_sizes()
+        self.validate_layer_type()
         super().__post_init__(**kwargs)
         if no_positions:
             self.rope_parameters = None
@@ -189,11 +194,25 @@ class BMojoConfig(PreTrainedConfig):
             hint = f"did you mean {close[0]!r}?" if close else "remove it."
             raise ValueError(f"{key}={kwargs[key]!r}: BMojoConfig has no field of this name; {hint}")
 
+    def _validate_types(self) -> None:
+        """The types that filling in defaults relies on."""
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            self._require_int(name, 1, "give a positive size")
+        for name in ("layer_types", "no_rope_layers"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, list | tuple):
+                self._reject(name, value, "must be a list with one entry per layer, or None", "give a list")
+        limit = self.ssm_time_step_limit
+        if not isinstance(limit, list | tuple) or not all(_is_number(value) for value in limit):
+            self._reject("ssm_time_step_limit", limit, "must be two numbers 0 <= low < high", "use [0, inf] for none")
+        if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
+            self._reject("rope_parameters", self.rope_parameters, "must be a dict or None", "None is for no positions")
+
     def _fill_defaults(self) -> None:
         heads, hidden = self.num_attention_heads, self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads
-        if self.head_dim is None and _is_int(heads) and heads > 0:
+        if self.head_dim is None:
             if hidden % heads:
                 self._reject("head_dim", None, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
             self.head_dim = hidden // heads
@@ -224,13 +243,43 @@ class BMojoConfig(PreTrainedConfig):
         self.validate_layer_type()
         self._validate_memory()
         self._validate_ssm()
-        if self.rope_parameters is not None and "rope_type" not in self.rope_parameters:
-            self._reject("rope_parameters", self.rope_parameters, "must be one set of numbers with a rope_type", "")
+        self._validate_rope()
+        self.validate_token_ids()
+
+    def _validate_rope(self) -> None:
+        rope = self.rope_parameters
+        if rope is None:
+            return
+        types = ["default", *ROPE_INIT_FUNCTIONS]
+        if rope.get("rope_type") not in types:
+            self._reject("rope_parameters", rope, f"its rope_type must be one of {types}", "pick one of them")
+        if not _is_number(rope["rope_theta"]) or not 0 < rope["rope_theta"] < math.inf:
+            self._reject("rope_parameters", rope, "its rope_theta must be a positive number", "e.g. 10000.0")
+        share = rope.get("partial_rotary_factor", 1.0)
+        if not _is_number(share) or not 0 < share <= 1:
+            self._reject(
+                "rope_parameters", rope, "its partial_rotary_factor must lie in (0, 1]", "1 turns every channel"
+            )
+        if int(self.head_dim * share) % 2:
+            self._reject("head_dim", self.head_dim, "RoPE turns channels in pairs, so it must be even", "change it")
         try:
             self.validate_rope()
         except KeyError as error:
-            self._reject("rope_parameters", self.rope_parameters, str(error.args[0]), "add the missing keys")
-        self.validate_token_ids()
+            self._reject("rope_parameters", rope, str(error.args[0]), "add the missing keys")
+
+    def validate_token_ids(self) -> None:
+        """Overrides transformers' warning: an id outside the vocabulary is an error."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list | tuple) else [value]:
+                if token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
+                    self._reject(name, value, f"must lie in [0, vocab_size={self.vocab_size})", "or leave it None")
+
+    def _require_number(self, name: str, minimum: float, exclusive: bool, remedy: str) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not (minimum < value if exclusive else minimum <= value) or value == math.inf:
+            rule = f"must be a finite number {'>' if exclusive else '>='} {minimum}"
+            self._reject(name, value, rule, remedy)
 
     def _require_int(self, name: str, minimum: int, remedy: str) -> None:
         value = getattr(self, name)
@@ -245,6 +294,11 @@ class BMojoConfig(PreTrainedConfig):
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             self._require_int(name, 1, "give a positive size")
+        self._require_int("max_position_embeddings", 1, "give the length that the positions were made for")
+        self._require_number("rms_norm_eps", 0, True, "e.g. 1e-6")
+        self._require_number("initializer_range", 0, False, "e.g. 0.02")
+        self._require_choice("hidden_act", tuple(ACT2CLS))
+        self._require_choice("ssm_conv_act", tuple(ACT2CLS))
         self._require_int("head_dim", 1, "give a positive size or leave it None")
         self._require_int("intermediate_size", 0, "give the MLP's width, or 0 for layers without an MLP")
         self._require_choice("qk_norm", QK_NORMS)
@@ -255,7 +309,7 @@ class BMojoConfig(PreTrainedConfig):
                 f"must divide num_attention_heads={self.num_attention_heads}",
                 "query heads share key/value heads in equal groups",
             )
-        if not 0.0 <= self.attention_dropout < 1.0:
+        if not _is_number(self.attention_dropout) or not 0.0 <= self.attention_dropout < 1.0:
             self._reject("attention_dropout", self.attention_dropout, "must lie in [0, 1)", "give a probability")
 
     def validate_layer_type(self) -> None:
@@ -282,9 +336,7 @@ class BMojoConfig(PreTrainedConfig):
         self._require_int("memory_block_size", 1, "give the queries per block of the memory attention")
         self._require_int("innovation_taps", 1, "the predictor needs at least one past output")
         self._require_choice("innovation", INNOVATIONS)
-        decay = self.eidetic_decay
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < math.inf:
-            self._reject("eidetic_decay", decay, "must be a finite number >= 0", "use 0 for no forgetting")
+        self._require_number("eidetic_decay", 0, False, "use 0 for no forgetting")
 
     def _validate_ssm(self) -> None:
         self._require_choice("ssm_type", SSM_TYPES)
@@ -301,7 +353,10 @@ class BMojoConfig(PreTrainedConfig):
         limit = self.ssm_time_step_limit
         if len(limit) != 2 or not 0 <= limit[0] < limit[1]:
             self._reject("ssm_time_step_limit", limit, "must be two numbers 0 <= low < high", "use [0, inf] for none")
-        if not 0 < self.ssm_time_step_min <= self.ssm_time_step_max:
+        self._require_number("ssm_time_step_floor", 0, False, "e.g. 1e-4")
+        self._require_number("ssm_time_step_max", 0, True, "e.g. 0.1")
+        self._require_number("ssm_time_step_min", 0, True, "e.g. 0.001")
+        if self.ssm_time_step_min > self.ssm_time_step_max:
             self._reject(
                 "ssm_time_step_min",
                 self.ssm_time_step_min,
@@ -330,6 +385,10 @@ class BMojoConfig(PreTrainedConfig):
             conv_channels=inner + 2 * self.ssm_num_groups * self.ssm_state_size,
             conv_kernel=self.ssm_conv_kernel,
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_int(value: Any) -> bool:

@@ -39,6 +39,11 @@ def check_tokens(config: BMojoConfig, input_ids: torch.Tensor | None, inputs_emb
             f"{name} of shape {list(given.shape)}: must be [batch, tokens{', hidden' if wanted == 3 else ''}] with at "
             "least one row and one token; an empty prompt needs a start token such as bos."
         )
+    if input_ids is None and given.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"inputs_embeds of shape {list(given.shape)}: the last size must be hidden_size={config.hidden_size}; give "
+            "embeddings of this model."
+        )
     # Reading two scalars stalls a GPU: there, check prompts and leave single decoding steps alone.
     if input_ids is None or torch.compiler.is_compiling() or (input_ids.is_cuda and input_ids.shape[1] == 1):
         return
@@ -89,6 +94,47 @@ def new_token_mask(
     return mask
 
 
+def _check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None) -> None:
+    for name, value in {"position_ids": position_ids, "seq_idx": seq_idx}.items():
+        if value is not None and (value.dim() != 2 or value.shape[0] not in (1, batch) or value.shape[1] != columns):
+            raise ValueError(
+                f"{name} of shape {list(value.shape)}: must be [{batch}, {columns}] like the input; one number per "
+                "token, pads included."
+            )
+
+
+def _check_continues(cache: BMojoCache, mask: torch.Tensor | None, position_ids: torch.Tensor) -> None:
+    """A row that has read tokens cannot start at position 0 again: that would be another sequence."""
+    first = position_ids[:, 0] if mask is None else position_ids.gather(1, mask.to(torch.int8).argmax(1)[:, None])[:, 0]
+    restarts = (first == 0) & (cache.seen.to(first.device) > 0)
+    if mask is not None:
+        restarts = restarts & mask.any(dim=1)
+    if bool(restarts.any()):
+        row = int(restarts.to(torch.int8).argmax())
+        raise ValueError(
+            f"position_ids[{row}] starts at 0 but the cache has read {int(cache.seen[row])} tokens of that row; leave "
+            "position_ids out to continue it, or read another sequence with a cache of its own."
+        )
+
+
+def carry_last(
+    hidden_states: torch.Tensor, mask: torch.Tensor | None, last_hidden: torch.Tensor | None
+) -> torch.Tensor:
+    """Gives pads the output of the last real token before them: generate() reads its logits in the last column.
+
+    Args:
+        hidden_states: `[B, T, E]` outputs. mask: `[B, T]` bool or None if there are no pads.
+        last_hidden: `[B, E]`, the output for the last real token that a cache has read; zeros where there is none.
+    """
+    if mask is None:
+        return hidden_states
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, columns, -1).cummax(dim=1).values
+    carried = hidden_states.take_along_dim(last.clamp(min=0)[..., None], dim=1)
+    before = hidden_states.new_zeros(()) if last_hidden is None else last_hidden[:, None].to(hidden_states.dtype)
+    return torch.where((last >= 0)[..., None], carried, before)
+
+
 def build_rows(
     inputs_embeds: torch.Tensor,
     mask: torch.Tensor | None,
@@ -109,15 +155,19 @@ def build_rows(
         the rows, and whether the input is packed.
 
     Raises:
-        ValueError: for packed sequences together with a cache or with attention weights.
+        ValueError: for position_ids or seq_idx of another shape, positions that restart although the cache goes on, or
+            packed sequences together with a cache or with attention weights.
     """
     batch, columns = inputs_embeds.shape[:2]
     device = inputs_embeds.device
     past = 0 if cache is None else cache.get_seq_length()
+    _check_columns(batch, columns, position_ids, packing["seq_idx"])
+    if past and columns > 1 and position_ids is not None:
+        _check_continues(cache, mask, position_ids.expand(batch, -1))
     starts = sequence_starts(batch, columns, mask, position_ids, packing["seq_idx"], packing["cu_seq_lens"])
     if starts is not None:
-        if past or output_attentions:
-            other = "a cache that has read tokens" if past else "output_attentions"
+        if cache is not None or output_attentions:
+            other = "a cache" if cache is not None else "output_attentions"
             raise ValueError(
                 f"packed sequences and {other} cannot be combined; pass each sequence as a row of a padded batch."
             )

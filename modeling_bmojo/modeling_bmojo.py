@@ -31,7 +31,7 @@ from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .cache_bmojo import BMojoCache
 from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
-from .inputs_bmojo import Rows, build_rows, check_tokens, new_token_mask
+from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 
 
 logger = logging.get_logger(__name__)
@@ -217,7 +217,7 @@ class BMojoModel(BMojoPreTrainedModel):
         Args:
             input_ids: `[B, T]`. inputs_embeds: `[B, T, E]`, instead of input_ids.
             attention_mask: `[B, T]`, or `[B, P + T]` with a cache that has read P columns; 1 = real token, 0 = pad, in
-                any pattern. Pads take no part in anything.
+                any pattern. Pads take no part in anything; their output is that of the last real token before them.
             position_ids: `[B, T]`; default: real tokens counted from what the cache has seen. Positions that restart
                 at 0 mark packed sequences, which do not see each other.
             past_key_values: a `BMojoCache` to continue; no gradient flows into what it holds.
@@ -253,10 +253,16 @@ class BMojoModel(BMojoPreTrainedModel):
         if fresh and not packed and self._wants_cache(use_cache):
             past_key_values = BMojoCache(self.config)
 
+        if past_key_values is not None:
+            past_key_values.begin()
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, rows=rows, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        last_hidden = None if past_key_values is None else past_key_values.last_hidden
+        hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
+        if past_key_values is not None:
+            past_key_values.finish(hidden_states[:, -1])
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
@@ -338,19 +344,45 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate`, on a `BMojoCache`; refuses the modes that need to take tokens back.
 
         Raises:
-            ValueError: for contrastive search, assisted decoding, or another cache implementation.
+            ValueError: for contrastive search, assisted decoding, another cache implementation, a mask that does not
+                fit the prompt, or a cache of another kind or model.
         """
-        _refuse_modes(generation_config, kwargs)
+        _refuse_modes([kwargs, vars(generation_config or self.generation_config)])
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if cache is not None:
+            _check_cache(cache, self.config)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if mask is not None and prompt is not None and prompt.dim() > 1:
+            past = 0 if cache is None else cache.get_seq_length()
+            new_token_mask(mask, *prompt.shape[:2], past=past, fresh=False)
+            if not bool(mask.any(dim=1).all()):
+                new_token_mask(mask, *mask.shape, past=0, fresh=True)
         return super().generate(inputs, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past and next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens and the cache has read {past}: nothing new to read; "
+                "pass the whole text, what was read and what is new."
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
+        """None: the model counts real tokens itself, and goes on rightly behind right and inner pads."""
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not bool(mask.any(dim=1).all()):
-            new_token_mask(mask, *mask.shape, past=0, fresh=True)
         if model_kwargs.get("past_key_values") is not None:
-            _check_cache(model_kwargs["past_key_values"], self.config)
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = BMojoCache(self.config)
@@ -372,9 +404,11 @@ def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> to
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
-def _refuse_modes(generation_config: GenerationConfig | None, kwargs: dict) -> None:
+def _refuse_modes(places: list[dict]) -> None:
+    """Raises ValueError for generation modes that a bounded memory forbids; the first of `places` to name one binds."""
+
     def asked(name: str):
-        return kwargs.get(name, getattr(generation_config, name, None))
+        return next((place[name] for place in places if name in place), None)
 
     refused = {
         "penalty_alpha": "contrastive search re-reads its candidates; use sampling (do_sample=True)",

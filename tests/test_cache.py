@@ -273,6 +273,7 @@ def test_bytes_are_constant_and_what_the_table_says(fields, dtype):
     model = build(dtype=dtype, **fields)
     config, batch, size = model.config, 2, dtype.itemsize
     expected = batch * sum(layer_bytes(config, kind, size) for kind in config.layer_types)
+    expected += batch * config.hidden_size * size  # the last output
     cache, found = None, {}
     for times, new in ((2, 2), (10, 8), (100, 90)):
         cache = read(model, tokens(new * config.window_size, batch), cache)

@@ -457,7 +457,7 @@ BAD_PROMPTS = {
         dict(inputs=tokens(4), attention_mask=torch.ones(1, 4)),
         r"attention_mask.*\[1, 4\]",
     ),
-    "4-D mask": (dict(inputs=tokens(4), attention_mask=torch.ones(2, 1, 4, 4)), "attention_mask.*2D"),
+    "4-D mask": (dict(inputs=tokens(4), attention_mask=torch.ones(2, 1, 4, 4)), "attention_mask.*2-D"),
     "unknown argument": (dict(inputs=tokens(4), windw=3), "windw"),
 }
 

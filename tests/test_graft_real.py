@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.graft import main
+from conversion.nll import main as main_nll
 from conversion.report import read_report
-from modeling_bmojo import BMojoForCausalLM
+from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,6 @@ PROMPTS = (
     "Write one sentence about the sea.",
     "In 1995, version 3.12.4 had\n\n42 bugs. How many bugs were there?",
 )
-WINDOW, SLOTS, SINKS, TOKENS = 256, 64, 4, 2048
 
 
 @pytest.fixture(scope="module")
@@ -110,39 +110,14 @@ def test_report_of_the_real_graft(folder):
     assert "apache-2.0" in (folder / "README.md").read_text()
 
 
-def second_half_nll(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Mean NLL of the last `TOKENS // 2` tokens from the logits of the `TOKENS // 2 + 1` last positions."""
-    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, -(TOKENS // 2) :]).item()
-
-
-def visible(tokens: int, sinks: int) -> torch.Tensor:
-    """Additive mask `[1, 1, T, T]` of a sliding window of WINDOW tokens that also sees the first `sinks` tokens."""
-    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
-    seen = (key <= query) & ((query - key < WINDOW) | (key < sinks))
-    return torch.zeros(tokens, tokens).masked_fill(~seen, float("-inf"))[None, None]
-
-
-@torch.inference_mode()
-def test_beyond_the_window_no_worse_than_a_sliding_window_with_sinks(source, folder, tokenizer, english_text, capsys):
-    """The table of docs/graft.md: `pytest tests/test_graft_real.py -k beyond -s`."""
-    memories = BMojoForCausalLM.from_pretrained(folder, window_size=WINDOW, eidetic_size=SLOTS).eval()
-    starts = (0, 200_000)
-    rows = {"source, full attention": [], "sliding window": [], f"sliding window + {SINKS} sinks": [], "graft": []}
-    for start in starts:
-        text = english_text[start : start + 5 * TOKENS]
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :TOKENS]
-        assert ids.shape[1] == TOKENS
-        masks = {"source, full attention": None, "sliding window": 0, f"sliding window + {SINKS} sinks": SINKS}
-        for name, sinks in masks.items():
-            mask = None if sinks is None else visible(TOKENS, sinks)
-            logits = source(input_ids=ids, attention_mask=mask, logits_to_keep=TOKENS // 2 + 1, use_cache=False).logits
-            rows[name].append(second_half_nll(logits, ids))
-        logits = memories(input_ids=ids, logits_to_keep=TOKENS // 2 + 1, use_cache=False).logits
-        rows["graft"].append(second_half_nll(logits, ids))
-    mean = {name: sum(values) / len(values) for name, values in rows.items()}
-    with capsys.disabled():
-        for name, values in rows.items():
-            print(f"\n{name:26s} {mean[name]:.3f}  ({', '.join(f'{value:.3f}' for value in values)})", end="")
-    assert mean["source, full attention"] < mean["sliding window"], "the texts reach beyond the window"
-    assert mean["graft"] <= mean[f"sliding window + {SINKS} sinks"] + 0.02
-    assert mean["graft"] <= mean["sliding window"]
+def test_beyond_the_window_no_worse_than_a_sliding_window_with_sinks(folder, english_text, tmp_path, capsys):
+    """At T = 2,048, W = 256, M = 64, through the program that makes the table of docs/graft.md."""
+    document = tmp_path / "text.txt"
+    document.write_text(english_text[:40_000], encoding="utf-8")
+    options = ["--window", "256", "--tokens", "2048", "--sinks", "4", "--document", str(document)]
+    assert main_nll([str(folder), *options]) == 0
+    table = capsys.readouterr().out
+    full, window, sinks, graft = (float(row.rsplit("  (", 1)[0].split()[-1]) for row in table.splitlines())
+    assert BMojoConfig.from_pretrained(folder).eidetic_size == 64
+    assert full < sinks < window, "the texts reach beyond the window"
+    assert graft <= sinks + 0.02

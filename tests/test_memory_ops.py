@@ -10,7 +10,7 @@ from oracles import INNOVATION_EPS as ORACLE_EPS
 from oracles import EideticMemory, oracle_eidetic, oracle_output_innovation, scale_free_error
 
 from modeling_bmojo import BMojoConfig
-from modeling_bmojo.cache_bmojo import BMojoCacheLayer
+from modeling_bmojo.cache_layer_bmojo import BMojoCacheLayer
 from modeling_bmojo.memory_ops import (
     INNOVATION_EPS,
     NEVER,
