@@ -5,7 +5,7 @@
 Grafts SmolLM2-135M-Instruct (or `--source`: hub id, local folder, .gguf file), loads the written folder in a process
 that never imports the package, reads a document several windows long, answers a question about it, and prints what it
 cost and what the eidetic memory kept. Everything it writes lies in `outputs/` of the checkout. A second run reuses the
-graft. Takes about a minute on 2 CPU cores.
+graft. Takes about a minute on 2 CPU cores, and half of that the second time.
 """
 
 import argparse
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
 OUTPUTS = ROOT / "outputs"
 # Sections of Python's own reference, in CPython's standard library. The question is about the last one.
-SECTIONS = ("objects", "exceptions", "raise", "for", "while", "lambda", "del", "pass", "break", "continue", "assert")
-QUESTION = "What is the assert statement used for?"
+SECTIONS = ("objects", "exceptions", "raise", "for", "while", "lambda", "del", "assert", "break", "continue", "pass")
+QUESTION = "What does the pass statement do?"
 READ_CHUNK = 1024  # tokens read at a time, for the progress bar; the result does not depend on it
 TOKENS_SHOWN = 10
 

@@ -112,16 +112,19 @@ class BMojoAttention(nn.Module):
         if fading is not None and self.spec.fading:
             projections = (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
             faded = self._keys_values(fading, *projections, rotary)
+        live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         if self.spec.window is None:
-            out, weights = self._full(query, keys, values, cache, columns)
+            out, weights = self._full(query, keys, values, cache, columns, live)
         elif (cache is None or cache.columns == 0) and query.shape[1] <= self.spec.window:
             out, weights = self._attend(query, keys, values, None, columns)
             if cache is not None:
                 cache.commit(keys, values, innovation, faded, lengths, None)
-        elif cache is not None and query.shape[1] == 1 and not (torch.is_grad_enabled() and keys.requires_grad):
+        elif cache is not None and query.shape[1] == 1 and not live:
             out, weights = self._step(query, keys, values, innovation, faded, lengths, cache, columns)
         else:
             out, weights = self._blocks(query, keys, values, innovation, faded, lengths, cache, columns)
+        if self.training and fading is not None:
+            out = out + _zero_anchor(fading, faded).to(out.dtype)
         return self.o_proj(out.flatten(2)), weights if columns is not None else None
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,6 +136,10 @@ class BMojoAttention(nn.Module):
     def _softmax_options(self, columns: int | None) -> dict:
         # SDPA forms no weights: whoever asks for them gets the eager form.
         implementation = "eager" if columns is not None else self.config._attn_implementation or "sdpa"
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation={implementation!r}: must be 'eager' or 'sdpa'; load with one of them."
+            )
         return {
             "scaling": self.scaling,
             "dropout": self.dropout if self.training else 0.0,
@@ -143,14 +150,12 @@ class BMojoAttention(nn.Module):
         keys, values = keys.to(query.dtype), values.to(query.dtype)
         return causal_attention(query, keys, values, visible, **self._softmax_options(columns))
 
-    def _full(
-        self, query, keys, values, cache: BMojoCacheLayer | None, columns
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _full(self, query, keys, values, cache: BMojoCacheLayer | None, columns: int | None, live: bool):
         """Full attention with a growing cache: slot = position, so query i of a row sees slots up to seen + i."""
         if cache is None:
             return self._attend(query, keys, values, None, columns)
         empty = cache.columns == 0
-        all_keys, all_values = cache.append(keys, values)
+        all_keys, all_values = cache.append(keys, values, live)
         if empty:
             return self._attend(query, keys, values, None, columns)
         slot = torch.arange(all_keys.shape[1], device=query.device)
@@ -159,7 +164,8 @@ class BMojoAttention(nn.Module):
 
     def _step(self, query, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer, columns):
         """One token: the cache admits, forgets and takes it in; its entries are then exactly what the token sees."""
-        visible = cache.step(keys, values, innovation, faded, lengths, self.decay)
+        # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
+        visible = cache.step(keys, values, innovation, faded, lengths, self.decay) | (lengths == 0)[:, None]
         out, weights = self._attend(query, cache.keys, cache.values, visible[:, None], columns)
         if columns is not None:
             weights = weights_by_position(weights, cache.positions, columns)
@@ -216,6 +222,15 @@ class BMojoAttention(nn.Module):
             tokens - count,
         )
         return banded(keyset, 1 - window - fading, -window, blocks, block)
+
+
+def _zero_anchor(fading: torch.Tensor, faded: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Zero, but connected to the fading memory: where no query sees it yet, its parameters get a gradient of zero.
+
+    Data-parallel training waits for a gradient of every parameter and would otherwise stop at the first short batch.
+    """
+    ends = (fading,) if faded is None else faded
+    return 0.0 * sum(end[:, :1].float().mean() for end in ends)
 
 
 @torch.no_grad()

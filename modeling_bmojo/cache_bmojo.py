@@ -17,6 +17,24 @@ from .configuration_bmojo import BMojoConfig, LayerSpec
 
 
 FORMAT = "bmojo-cache-1"
+# What else a model must have in common with the one that wrote a cache: the states mean something else otherwise.
+FACTS = (
+    "rope_parameters",
+    "no_rope_layers",
+    "qk_norm",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+    "rms_norm_eps",
+    "eidetic_decay",
+    "innovation",
+    "tie_fading_projections",
+    "ssm_num_groups",
+    "ssm_conv_act",
+    "ssm_gated",
+    "ssm_norm",
+    "ssm_time_step_limit",
+)
 
 
 class RememberedToken(NamedTuple):
@@ -49,6 +67,7 @@ class BMojoCache(Cache):
         if getattr(config, "model_type", None) != "bmojo":
             raise ValueError(f"config={type(config).__name__}: must be a BMojoConfig; pass model.config.")
         super().__init__(layers=[BMojoCacheLayer(config.layer_spec(i)) for i in range(config.num_hidden_layers)])
+        self.facts = {name: getattr(config, name) for name in FACTS}
 
         self._reading = False
 
@@ -96,9 +115,8 @@ class BMojoCache(Cache):
 
     def check(self, config: BMojoConfig, batch: int | None = None) -> None:
         """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows."""
-        wanted = [config.layer_spec(i) for i in range(config.num_hidden_layers)]
-        _compare_specs(self.specs, wanted)
-        if batch is not None and self.layers[0].is_initialized and self.batch_size != batch:
+        _compare(self, BMojoCache(config))
+        if batch is not None and self.get_seq_length() > 0 and self.batch_size != batch:
             raise ValueError(
                 f"past_key_values has batch size {self.batch_size} but the input has {batch} rows; use one cache per "
                 "batch, or batch_repeat_interleave / batch_select_indices to change it."
@@ -160,6 +178,7 @@ class BMojoCache(Cache):
             "format": FORMAT,
             "columns": str(self.layers[0].columns),
             "specs": json.dumps([spec._asdict() for spec in self.specs]),
+            "facts": json.dumps(self.facts),
         }
         partial = f"{os.fspath(path)}.partial-{os.getpid()}"
         try:
@@ -194,13 +213,20 @@ class BMojoCache(Cache):
                 f"path={os.fspath(path)!r}: format {metadata.get('format')!r} is not {FORMAT!r}; give a file that "
                 "BMojoCache.save wrote."
             )
-        cache = cls(config)
-        _compare_specs([LayerSpec(**spec) for spec in json.loads(metadata["specs"])], cache.specs)
+        cache, written = cls(config), cls(config)
+        try:
+            columns, written.facts = int(metadata["columns"]), json.loads(metadata["facts"])
+            written.layers = [BMojoCacheLayer(LayerSpec(**spec)) for spec in json.loads(metadata["specs"])]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path={os.fspath(path)!r}: its description is damaged ({error}); save it again."
+            ) from error
+        _compare(written, cache)
         for index, layer in enumerate(cache.layers):
             prefix = f"{index}."
             states = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
             try:
-                layer.restore(states, int(metadata["columns"]))
+                layer.restore(states, columns)
             except ValueError as error:
                 raise ValueError(f"path={os.fspath(path)!r}, layer {index}: {error}; save it again.") from error
         return cache
@@ -209,20 +235,18 @@ class BMojoCache(Cache):
         return f"BMojoCache(layers={len(self.layers)}, columns={self.get_seq_length()}, nbytes={self.nbytes})"
 
 
-def _compare_specs(found: list[LayerSpec], wanted: list[LayerSpec]) -> None:
-    if len(found) != len(wanted):
-        raise ValueError(
-            f"the cache has {len(found)} layers but the model has {len(wanted)}; a cache belongs to one model: build "
-            "BMojoCache(model.config)."
-        )
-    for index, (ours, theirs) in enumerate(zip(found, wanted)):
-        different = [name for name in ours._fields if getattr(ours, name) != getattr(theirs, name)]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"layer {index}: the cache has {name}={getattr(ours, name)!r} but the model has "
-                f"{getattr(theirs, name)!r}; a cache belongs to one model: build BMojoCache(model.config)."
-            )
+def _compare(found: BMojoCache, wanted: BMojoCache) -> None:
+    """Raises ValueError unless both caches belong to models of the same sizes and the same computation."""
+    remedy = "a cache belongs to one model: build BMojoCache(model.config)."
+    if len(found.specs) != len(wanted.specs):
+        raise ValueError(f"the cache has {len(found.specs)} layers but the model has {len(wanted.specs)}; {remedy}")
+    pairs = [(f"layer {i}: ", a._asdict(), b._asdict()) for i, (a, b) in enumerate(zip(found.specs, wanted.specs))]
+    for where, ours, theirs in [*pairs, ("", found.facts, wanted.facts)]:
+        for name, value in theirs.items():
+            if ours.get(name) != value:
+                raise ValueError(
+                    f"{where}the cache has {name}={ours.get(name)!r} but the model has {value!r}; {remedy}"
+                )
 
 
 __all__ = ["BMojoCache", "RememberedToken"]

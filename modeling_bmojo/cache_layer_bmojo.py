@@ -103,12 +103,14 @@ class BMojoCacheLayer(CacheLayerMixin):
 
     def prepare(self, hidden: torch.Tensor) -> None:
         """Makes the layer ready for input `hidden` `[B, T, E]`: allocated, on its device."""
-        if not self.is_initialized:
+        if not self.is_initialized or (self.columns == 0 and self.batch_size != hidden.shape[0]):
             self.lazy_initialization(hidden)
             return
         if self.seen.device != hidden.device:
             self.to(hidden.device)
-        if self.seen.is_inference() and not torch.is_inference_mode_enabled():
+            self.device = hidden.device
+        inference = any(value.is_inference() for value in self.states().values())
+        if inference and not torch.is_inference_mode_enabled():
             # Read under inference_mode, continued outside (generate() uses no_grad): such tensors refuse writes.
             self._map(torch.clone)
 
@@ -129,14 +131,18 @@ class BMojoCacheLayer(CacheLayerMixin):
         model.lazy_initialization(torch.empty(states["seen"].shape[0], dtype=kind, device="meta"))
         expected = model.states()
         optional = {"last_hidden"} & set(states)
-        if set(states) != set(expected) | optional:
-            wrong = sorted(set(states) ^ (set(expected) | optional))
+        if optional:
+            expected["last_hidden"] = torch.empty(model.batch_size, self.spec.hidden, device="meta")
+        if set(states) != set(expected):
+            wrong = sorted(set(states) ^ set(expected))
             raise ValueError(f"states {wrong} are missing or unknown")
         for name, value in expected.items():
             grows = self.spec.has_attention and self.spec.window is None and name in ("keys", "values")
             found = states[name].shape
             if found != value.shape and not (grows and (found[0], *found[2:]) == (value.shape[0], *value.shape[2:])):
                 raise ValueError(f"the state {name!r} has shape {list(found)} instead of {list(value.shape)}")
+            if states[name].is_floating_point() != value.is_floating_point():
+                raise ValueError(f"the state {name!r} is of dtype {states[name].dtype}")
         for name, value in states.items():
             setattr(self, name, value)
         self.columns, self.device, self.is_initialized = columns, states["seen"].device, True
@@ -292,26 +298,29 @@ class BMojoCacheLayer(CacheLayerMixin):
 
     # --- full attention ---------------------------------------------------------------------------------------------
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, live: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Full attention: writes T tokens behind the `seen` ones of each row; pads are overwritten by the next tokens.
 
+        Args:
+            live: a gradient is wanted: the buffers are replaced instead of written in place.
+
         Returns:
-            keys and values `[B, columns + T, G, D]`, differentiable in the new ones.
+            keys and values `[B, columns + T, G, D]`, differentiable in the new ones if `live`.
         """
         upto = self.columns + keys.shape[1]
         if self.keys.shape[1] < upto:
             missing = max(upto - self.keys.shape[1], GROWTH, self.keys.shape[1] // 2)
-            grown = (0, 0, 0, 0, 0, missing)
-            self.keys, self.values = (torch.nn.functional.pad(value, grown) for value in (self.keys, self.values))
+            room = (0, 0, 0, 0, 0, missing)
+            self.keys, self.values = (torch.nn.functional.pad(value, room) for value in (self.keys, self.values))
         index = self.seen[:, None] + torch.arange(keys.shape[1], device=keys.device)
         rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        if torch.is_grad_enabled() and keys.requires_grad:
-            live = tuple(
+        if live:
+            grown = tuple(
                 buffer.to(new.dtype).index_put((rows, index), new)
                 for buffer, new in ((self.keys, keys), (self.values, values))
             )
-            self.keys, self.values = (value.detach().to(self.keys.dtype) for value in live)
-            return live[0][:, :upto], live[1][:, :upto]
+            self.keys, self.values = (value.detach().to(self.keys.dtype) for value in grown)
+            return grown[0][:, :upto], grown[1][:, :upto]
         self.keys[rows, index] = keys.to(self.keys.dtype)
         self.values[rows, index] = values.to(self.values.dtype)
         return self.keys[:, :upto].to(keys.dtype), self.values[:, :upto].to(values.dtype)

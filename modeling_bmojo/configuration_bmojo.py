@@ -105,6 +105,8 @@ class BMojoConfig(PreTrainedConfig):
         ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate, as in Mamba-2.
         ssm_chunk_size: tokens per chunk of the chunked scan; changes speed, never the result.
         ssm_time_step_min, ssm_time_step_max, ssm_time_step_floor: range of the initial time step.
+        ssm_scalars_in_fp32: load A_log, dt_bias and D in fp32 whatever the model's dtype; False for FSDP1, which
+            refuses parameters of mixed dtypes. They are computed with in fp32 either way.
         ssm_time_step_limit: the time step is clamped to this range, in prefill and in decoding alike.
 
     Example:
@@ -170,6 +172,7 @@ class BMojoConfig(PreTrainedConfig):
     ssm_time_step_min: float = 0.001
     ssm_time_step_max: float = 0.1
     ssm_time_step_floor: float = 1e-4
+    ssm_scalars_in_fp32: bool = True
     ssm_time_step_limit: list[float] | tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self, **kwargs):

@@ -45,7 +45,11 @@ def check_tokens(config: BMojoConfig, input_ids: torch.Tensor | None, inputs_emb
             "embeddings of this model."
         )
     # Reading two scalars stalls a GPU: there, check prompts and leave single decoding steps alone.
-    if input_ids is None or torch.compiler.is_compiling() or (input_ids.is_cuda and input_ids.shape[1] == 1):
+    if (
+        input_ids is None
+        or torch.compiler.is_compiling()
+        or (input_ids.device.type != "cpu" and input_ids.shape[1] == 1)
+    ):
         return
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= config.vocab_size:
@@ -84,7 +88,8 @@ def new_token_mask(
             f"token read so far ({past}) and now ({columns}); pass the tokenizer's mask."
         )
     mask = attention_mask[:, -columns:].to(torch.bool)
-    if bool(mask.all()):
+    # One column is handled with its mask as it stands: asking would stall a GPU at every decoding step.
+    if columns > 1 and bool(mask.all()):
         return None
     if fresh and not bool(mask.any(dim=1).all()):
         row = int((~mask.any(dim=1)).to(torch.int64).argmax())
@@ -128,10 +133,12 @@ def carry_last(
     """
     if mask is None:
         return hidden_states
+    # With a device_map, outputs, mask and cache may be on three devices.
+    mask = mask.to(hidden_states.device)
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, columns, -1).cummax(dim=1).values
     carried = hidden_states.take_along_dim(last.clamp(min=0)[..., None], dim=1)
-    before = hidden_states.new_zeros(()) if last_hidden is None else last_hidden[:, None].to(hidden_states.dtype)
+    before = hidden_states.new_zeros(()) if last_hidden is None else last_hidden[:, None].to(hidden_states)
     return torch.where((last >= 0)[..., None], carried, before)
 
 

@@ -129,8 +129,10 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         if cache is not None:
             cache.prepare(part)
         y = innovation = None
-        # Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window.
-        if self.spec.has_ssm and (cache is not None or not self.spec.has_attention or part.shape[1] > self.spec.window):
+        # Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
+        # runs all the same, because data-parallel training waits for a gradient of every parameter.
+        unread = self.spec.kind == "bmojo" and part.shape[1] <= self.spec.window
+        if self.spec.has_ssm and not (unread and cache is None and not self.training):
             y, innovation = self.fading(part, lengths, cache)
         if not self.spec.has_attention:
             return y, None
@@ -164,6 +166,11 @@ class BMojoPreTrainedModel(PreTrainedModel):
         "hidden_states": BMojoDecoderLayer,
         "attentions": OutputRecorder(BMojoDecoderLayer, index=1),
     }
+
+    def __init__(self, config: BMojoConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if not config.ssm_scalars_in_fp32:
+            self._keep_in_fp32_modules_strict = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -240,6 +247,11 @@ class BMojoModel(BMojoPreTrainedModel):
         fresh = past_key_values is None
         if not fresh:
             _check_cache(past_key_values, self.config, batch)
+            if self.gradient_checkpointing and self.training:
+                raise ValueError(
+                    "past_key_values in training with gradient checkpointing: recomputation would not find the states "
+                    "as they were; switch one of them off, or call model.eval() to generate."
+                )
         past = 0 if fresh else past_key_values.get_seq_length()
         mask = new_token_mask(attention_mask, batch, columns, past, fresh)
         output_attentions = kwargs.pop("output_attentions", None)
