@@ -3,17 +3,27 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import yaml
 
-from modeling_bmojo import BMojoConfig
+from modeling_bmojo import BMojoCache, BMojoConfig
 
 
-def kept_tokens(config: BMojoConfig, kind: str, window: int | None, tokens: int) -> int:
-    """Tokens whose key and value a layer of this kind holds after reading `tokens` tokens."""
-    if kind == "full_attention":
-        return tokens
-    beyond = config.eidetic_size + config.fading_size if kind == "bmojo" else 0
-    return min(tokens, window + beyond)
+def memory_bytes(config: BMojoConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the graft's memory of one sequence after `tokens` tokens."""
+    cache, probe = BMojoCache(config), torch.empty(1, 1, 1, dtype=dtype, device="meta")
+    growing = 0
+    for layer in cache.layers:
+        layer.lazy_initialization(probe)
+        growing += layer.spec.kind == "full_attention"
+    return cache.nbytes + growing * tokens * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def source_bytes(config: BMojoConfig, source: Mapping[str, Any], dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the source's keys and values of one sequence after `tokens` tokens."""
+    per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    kept = [tokens if kind == "full_attention" else min(tokens, source["window"]) for kind in source["layer_types"]]
+    return sum(kept) * per_token
 
 
 def model_card(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -38,14 +48,12 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     layers = [index for index, kind in enumerate(config.layer_types) if kind == "bmojo"]
     count = config.num_hidden_layers
     which = f"all {count} layers" if len(layers) == count else f"layers {layers} of {count}"
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}[report["dtype"]]
-    per_token = 2 * config.num_key_value_heads * config.head_dim * size
-    rows = []
-    for tokens in (4096, 32768):
-        source = report["source"]
-        ours = sum(kept_tokens(config, kind, config.window_size, tokens) for kind in config.layer_types)
-        theirs = sum(kept_tokens(config, kind, source["window"], tokens) for kind in source["layer_types"])
-        rows.append(f"| {tokens:,} | {ours * per_token / 1e6:,.1f} MB | {theirs * per_token / 1e6:,.1f} MB |")
+    dtype = getattr(torch, report["dtype"])
+    rows = [
+        f"| {tokens:,} | {memory_bytes(config, dtype, tokens) / 1e6:,.1f} MB "
+        f"| {source_bytes(config, report['source'], dtype, tokens) / 1e6:,.1f} MB |"
+        for tokens in (4096, 32768)
+    ]
     table = "\n".join(rows)
     counts = report["counts"]
     name = facts["name"]
@@ -83,8 +91,7 @@ torch is needed. With the package `modeling_bmojo` installed and imported, `trus
 - {counts["parameters"] / 1e6:,.1f} million parameters in {report["dtype"]};
   {counts["source_parameters"] / 1e6:,.1f} million are the source's.
 
-Keys and values that the attention sees of one sequence, in {report["dtype"]}. B'MOJO's delay line and SSM
-states come on top, and are constant too.
+Memory of one sequence, all states, in {report["dtype"]}:
 
 | tokens read | this model | the source |
 |---|---|---|

@@ -75,7 +75,7 @@ def graft(arguments: argparse.Namespace) -> Path:
     Raises:
         ValueError: it did not succeed; its own message has been printed.
     """
-    name = "smollm2-135m" if arguments.source is None else Path(arguments.source).stem.lower()
+    name = "smollm2-135m" if arguments.source is None else Path(arguments.source).name.removesuffix(".gguf").lower()
     output = Path(arguments.output) if arguments.output else OUTPUTS / f"{name}-bmojo"
     command = [sys.executable, "-m", "conversion.graft", str(SETTINGS), "--reuse", "--output", str(output.absolute())]
     if arguments.source is not None:

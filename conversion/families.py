@@ -68,6 +68,7 @@ MEMORY_FIELDS = (
     "ssm_time_step_min",
     "ssm_time_step_max",
     "ssm_time_step_floor",
+    "ssm_scalars_in_fp32",
     "ssm_time_step_limit",
 )
 

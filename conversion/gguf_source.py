@@ -6,6 +6,7 @@ only one end-of-sequence id is kept, so the end-of-turn and end-of-message ids a
 lose the rule that every digit stands alone, so it is put back; scaled RoPE is dropped silently, so it is refused.
 """
 
+import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,12 @@ class GGUFSource:
 
     def load_model(self, dtype: torch.dtype) -> torch.nn.Module:
         """The file's model, its weights rounded to `dtype`; computes in float32 (a GGUF model refuses to be cast)."""
-        if dtype != torch.float32:
-            for tensor in self._state.values():
-                tensor.copy_(tensor.to(dtype))
-        return self._model
+        if dtype == torch.float32:
+            return self._model
+        model = copy.deepcopy(self._model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The file's tokenizer, or None where it carries no vocabulary."""

