@@ -103,7 +103,7 @@ class BMojoCacheLayer(CacheLayerMixin):
 
     def prepare(self, hidden: torch.Tensor) -> None:
         """Makes the layer ready for input `hidden` `[B, T, E]`: allocated, on its device."""
-        if not self.is_initialized or (self.columns == 0 and self.batch_size != hidden.shape[0]):
+        if not self.is_initialized:
             self.lazy_initialization(hidden)
             return
         if self.seen.device != hidden.device:
@@ -367,9 +367,10 @@ class BMojoCacheLayer(CacheLayerMixin):
         return sum(value.numel() * value.element_size() for value in self.states().values())
 
     def reset(self) -> None:
-        for name, value in self.states().items():
-            value.fill_(-1 if name == "positions" else 0)
-        self.columns = 0
+        """Forgets everything; the next input may have another batch size, dtype or device."""
+        for name in self.states():
+            setattr(self, name, None)
+        self.columns, self.is_initialized = 0, False
 
     def _map(self, function) -> None:
         for name, value in self.states().items():

@@ -152,7 +152,7 @@ class FadingMemory(nn.Module):
             with torch.no_grad():
                 expected = predict_input(x, dt, A, B, state, self.chunk_size)
                 surprise = prediction_error(x.flatten(2), expected.flatten(2))
-        ssd = step_ssd if tokens == 1 else chunk_ssd
+        ssd = step_ssd if tokens == 1 and cache is not None else chunk_ssd
         y, after = ssd(x, dt, A, B, C, D, state, self.chunk_size)
         if cache is not None:
             cache.ssm.copy_(after.detach())
