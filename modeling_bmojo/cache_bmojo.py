@@ -132,8 +132,10 @@ class BMojoCache(Cache):
         """Bytes of all states."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def to(self, device: torch.device | str) -> "BMojoCache":
-        """Moves every state; in place, and returns itself."""
+    def to(self, device: torch.device | str | None) -> "BMojoCache":
+        """Moves every state; in place, and returns itself. None changes nothing, as for tensors (accelerate asks so)."""
+        if device is None:
+            return self
         for layer in self.layers:
             layer.to(device)
             layer.device = torch.device(device)

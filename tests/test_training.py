@@ -201,3 +201,15 @@ def test_scalars_are_loaded_in_fp32_or_not(keep, dtype, tmp_path):
     others = {p.dtype for name, p in model.named_parameters() if ".scalars." not in name}
     assert (found, others) == ({dtype}, {torch.bfloat16})
     assert model(tokens(2 * WINDOW)).logits.isfinite().all()
+
+
+def test_generate_under_offloading_hooks():
+    """accelerate moves whatever has a `to`, also the cache, and sometimes to None."""
+    from accelerate import cpu_offload
+
+    model = build().eval()
+    ids = tokens(2 * WINDOW)
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **options)
+    hooked = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(hooked.generate(ids, **options), expected)
