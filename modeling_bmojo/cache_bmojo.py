@@ -133,7 +133,7 @@ class BMojoCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     def to(self, device: torch.device | str | None) -> "BMojoCache":
-        """Moves every state; in place, and returns itself. None changes nothing, as for tensors (accelerate asks so)."""
+        """Moves every state, in place, and returns itself. None changes nothing, as for tensors (accelerate asks)."""
         if device is None:
             return self
         for layer in self.layers:
