@@ -16,33 +16,18 @@ import torch
 from oracles import randomize_
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, RememberedToken, cache_bmojo
 
 
-VOCAB, WINDOW, SLOTS = 61, 5, 3
-BASE = dict(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    window_size=WINDOW,
-    eidetic_size=SLOTS,
-    fading_size=2,
-    ssm_state_size=6,
-    ssm_chunk_size=8,
-    memory_block_size=8,
-)
+BASE = SIZES
 STATES = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, fading_size=7),
-    "mixed-layers": dict(
-        num_hidden_layers=4, layer_types=["bmojo", "sliding_attention", "full_attention", "linear_attention"]
-    ),
+    "mixed-layers": MIXED_LAYERS,
 }
 LENGTHS = torch.tensor([30, 17, 4])  # real tokens of the three rows of `padded`, left-padded to 30 columns
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from oracles import randomize_
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tiny import MIXED_LAYERS, SIZES, VOCAB
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,28 +31,12 @@ import modeling_bmojo
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, BMojoModel
 
 
-VOCAB = 61
-BASE = dict(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    pad_token_id=0,
-    window_size=5,
-    eidetic_size=3,
-    fading_size=2,
-    ssm_state_size=5,
-    ssm_chunk_size=8,
-    memory_block_size=8,
-)
+BASE = {**SIZES, "pad_token_id": 0}
 MODELS = {
     "plain": {},
     "tied": dict(tie_word_embeddings=True),
     "every tensor there is": dict(
-        num_hidden_layers=4,
-        layer_types=["bmojo", "sliding_attention", "full_attention", "linear_attention"],
+        **MIXED_LAYERS,
         no_rope_layers=[1, 1, 0, 1],
         tie_fading_projections=False,
         attention_bias=True,

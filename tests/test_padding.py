@@ -9,33 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import randomize_
+from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
 
 
-VOCAB, PAD, WINDOW, SLOTS = 61, 0, 5, 3
-BASE = dict(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-    pad_token_id=PAD,
-    window_size=WINDOW,
-    eidetic_size=SLOTS,
-    fading_size=2,
-    ssm_state_size=5,
-    ssm_chunk_size=8,
-    memory_block_size=8,
-)
+PAD = 0
+BASE = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "pad_token_id": PAD}
 SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
-    "mixed-layers": dict(
-        num_hidden_layers=4, layer_types=["bmojo", "sliding_attention", "full_attention", "linear_attention"]
-    ),
+    "mixed-layers": MIXED_LAYERS,
 }
 PATTERNS = ("left", "right", "inner")
 ROWS = {"one row": [31], "many": [40, 23, 6, 1]}  # real tokens per row
@@ -225,7 +209,7 @@ def generate(model, ids, mask, cache=None, **kwargs):
 def assert_generates_as_alone(model, rows, result):
     new, logits, cache = result
     for index, row in enumerate(rows):
-        own_new, own_logits, own_cache = generate(model, row[None], None)
+        own_new, own_logits, own_cache = generate(model, row[None], torch.ones_like(row[None]))
         assert_near(logits[index], own_logits[0], f"row {index}")
         assert new[index].tolist() == own_new[0].tolist()
         assert_same_memory(cache, index, own_cache)

@@ -11,35 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import algorithm1_forward, randomize_
+from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
-VOCAB, TOKENS, WINDOW, SLOTS = 61, 44, 5, 3
-BASE = dict(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-    window_size=WINDOW,
-    eidetic_size=SLOTS,
-    fading_size=2,
-    ssm_state_size=5,
-    ssm_chunk_size=8,
-    memory_block_size=8,
-)
+TOKENS = 44
+BASE = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 SETTINGS = {
     "output": {},
     "output-decay": dict(eidetic_decay=0.05),
     "state": dict(innovation="state"),
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False),
     "strong-decay": dict(eidetic_decay=2.0, innovation_taps=7),
-    "mixed-layers": dict(
-        num_hidden_layers=4, layer_types=["bmojo", "sliding_attention", "full_attention", "linear_attention"]
-    ),
+    "mixed-layers": MIXED_LAYERS,
     "window-1": dict(window_size=1, fading_size=1),
     "fading-beyond-two-windows": dict(window_size=3, fading_size=11, innovation="state"),
     "no-fading": dict(fading_size=0),
