@@ -57,6 +57,9 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     table = "\n".join(rows)
     counts = report["counts"]
     name = facts["name"]
+    beyond = "it sees the window and the memories only"
+    if len(layers) < count:
+        beyond = "its B'MOJO layers see the window and the memories only, the others what they saw in the source"
     return f"""# {name}, grafted to B'MOJO
 
 This is {name} ({report["source"]["architecture"]}) with {which} turned into B'MOJO layers.
@@ -69,7 +72,7 @@ Under one softmax, such a layer attends to
 The memory of a B'MOJO layer does not grow with the text.
 
 It is a fresh graft: nothing was trained. Up to {report["identical_up_to"]:,} tokens its logits are those of the source;
-beyond that it sees the window and the memories only. The new tensors are a starting point for training.
+beyond that {beyond}. The new tensors are a starting point for training.
 
 ## Load it
 

@@ -9,8 +9,9 @@ message, 130 interrupted. Nothing is left behind where the status is not 0, and 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .pipeline import graft
+from .pipeline import graft, is_current
 from .report import read_report
 from .settings import load_settings, parse_assignments
 
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides |= {
             key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None
         }
-        output = graft(load_settings(arguments.settings, overrides), arguments.overwrite, arguments.reuse)
+        settings = load_settings(arguments.settings, overrides)
+        kept = arguments.reuse and is_current(Path(settings.output), settings)
+        output = graft(settings, arguments.overwrite, arguments.reuse)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     report = read_report(output)
+    if kept:
+        print(f"{output}: kept; the source, the settings and the code are those that made it.")
+        return 0
     counts = report["counts"]
     print(
         f"{output}: {counts['copied']} tensors copied, {counts['initialised']} initialised, "

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from modeling_bmojo import BMojoConfig
+
 from .families import MEMORY_FIELDS
 from .ssm_init import SSM_INITS, check_fields
 
@@ -104,6 +106,8 @@ def build_settings(values: dict[str, Any]) -> GraftSettings:
     """Settings from plain `key: value` pairs; see `load_settings`."""
     for key in values:
         if key not in KNOWN_KEYS:
+            if key in BMojoConfig.__dataclass_fields__:
+                raise ValueError(f"{key}: is a fact of the source and cannot be set; remove it.")
             close = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"{key}: no such setting; {hint}Known settings: {', '.join(KNOWN_KEYS)}.")

@@ -167,8 +167,11 @@ class BMojoCache(Cache):
         """Writes every state to one safetensors file (beside it first, then renamed, so no half file is left).
 
         Raises:
-            ValueError: if nothing has been read yet.
+            ValueError: if nothing has been read yet, or the folder does not exist.
         """
+        folder = os.path.dirname(os.fspath(path)) or "."
+        if not os.path.isdir(folder):
+            raise ValueError(f"path={os.fspath(path)!r}: there is no folder {folder!r}; make it first.")
         if not self.layers[0].is_initialized:
             raise ValueError("the cache is empty: run the model with past_key_values=cache before saving it.")
         tensors = {

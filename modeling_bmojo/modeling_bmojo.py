@@ -378,7 +378,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         if past and next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens and the cache has read {past}: nothing new to read; "
-                "pass the whole text, what was read and what is new."
+                "pass the whole text, or only the new tokens with an attention_mask for what was read and what is new."
             )
         return super().prepare_inputs_for_generation(
             input_ids,

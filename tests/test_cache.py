@@ -89,6 +89,12 @@ def test_the_settings_allocate_every_state():
 
 
 # Operations over every state -----------------------------------------------------------------------------------------
+def test_saving_into_no_folder_is_refused(tmp_path):
+    cache = read(build(), tokens(4))
+    with pytest.raises(ValueError, match="there is no folder"):
+        cache.save(tmp_path / "missing" / "cache.safetensors")
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_reset_is_a_fresh_cache(name):
     model = build(name)

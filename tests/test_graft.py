@@ -261,13 +261,19 @@ def test_second_run_refuses_overwrites_or_reuses(tmp_path, capsys):
     assert snapshot(tmp_path / "graft") == before
 
     assert graft(tmp_path, "--reuse") == 0
+    assert "kept" in capsys.readouterr().out
     assert (tmp_path / "graft" / REPORT_FILE).stat().st_mtime_ns == stamp
 
     assert graft(tmp_path, "--reuse", "--set", "eidetic_size=2") == 0
     assert BMojoConfig.from_pretrained(tmp_path / "graft").eidetic_size == 2
 
+    save_source(tmp_path / "source")  # written again: no longer the files that were read
+    assert graft(tmp_path, "--reuse", "--set", "eidetic_size=2") == 0
+    assert "copied" in capsys.readouterr().out
+
     assert graft(tmp_path, "--overwrite") == 0
-    assert snapshot(tmp_path / "graft") == before
+    after = snapshot(tmp_path / "graft")
+    assert {name for name in before if before[name] != after.get(name)} <= {REPORT_FILE}  # the source's time stamps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
 
 
@@ -306,3 +312,15 @@ def test_failing_rename_puts_the_old_output_back(tmp_path, monkeypatch):
     assert graft(tmp_path, "--overwrite") == 2
     assert snapshot(tmp_path / "graft") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
+
+
+def test_a_partial_graft_s_card_says_what_the_other_layers_see(tmp_path):
+    save_source(tmp_path / "source")
+    assert graft(tmp_path, "--set", "layers=[0]") == 0
+    assert "the others what they saw in the source" in (tmp_path / "graft" / "README.md").read_text()
+
+
+def test_facts_of_the_source_cannot_be_set(tmp_path, capsys):
+    save_source(tmp_path / "source")
+    assert graft(tmp_path, "--set", "hidden_size=3") == 2
+    assert "fact of the source" in capsys.readouterr().err

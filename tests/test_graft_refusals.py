@@ -44,7 +44,7 @@ def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:
     ("assignment", "words"),
     [
         ("window_sise=8", ["window_sise", "did you mean 'window_size'", "eidetic_size"]),
-        ("vocab_size=8", ["vocab_size", "Known settings"]),
+        ("vocab_size=8", ["vocab_size", "fact of the source"]),
         ("window_size=0", ["window_size=0"]),
         ("eidetic_size=-1", ["eidetic_size=-1"]),
         ("innovation=surprise", ["innovation='surprise'", "output", "state"]),
