@@ -208,7 +208,7 @@ def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
         print(f"    {count:3d} layers  [{position:5d}]  {excerpt(pieces, position)}")
     for index in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
         kept = [position for position in reading.kept[index] if position >= opening]
-        spread = kept[:: max(1, -(-len(kept) // TOKENS_SHOWN))]
+        spread = kept[:: max(1, -(-2 * len(kept) // TOKENS_SHOWN))]
         print(f"\n  Layer {index} kept {len(reading.kept[index])} tokens; some of them, in the order of the text:")
         for position in spread:
             print(f"    [{position:5d}]  {excerpt(pieces, position)}")
