@@ -228,7 +228,7 @@ DAMAGES = {
     "shard truncated": (lambda folder: truncate(shards(folder)[1]), SafetensorError, "incomplete|not fully covered"),
     "shard empty": (lambda folder: shards(folder)[1].write_bytes(b""), SafetensorError, "header|too small"),
     "shard missing": (lambda folder: shards(folder)[1].unlink(), OSError, r"model-00002-of-\d+\.safetensors"),
-    "index damaged": (lambda folder: truncate(folder / "model.safetensors.index.json"), ValueError, r"line \d+ column \d+"),
+    "index damaged": (lambda folder: truncate(folder / "model.safetensors.index.json"), ValueError, r"line \d+"),
     "config damaged": (lambda folder: truncate(folder / "config.json"), OSError, r"config\.json.*not a valid JSON"),
     "config missing": (lambda folder: (folder / "config.json").unlink(), (OSError, ValueError), r"config\.json"),
     "unknown field": (
