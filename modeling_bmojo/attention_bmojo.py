@@ -107,18 +107,16 @@ class BMojoAttention(nn.Module):
         """
         rotary = rotary if self.use_rope else None
         query = rotate(self.q_norm(self._heads(self.q_proj(hidden_states))), rotary)
-        keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj, rotary)
-        faded = None
-        if fading is not None and self.spec.fading:
-            projections = (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
-            faded = self._keys_values(fading, *projections, rotary)
+        keys, values, faded = self._memories(hidden_states, fading, rotary)
         live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         if self.spec.window is None:
             out, weights = self._full(query, keys, values, cache, columns, live)
-        elif (cache is None or cache.columns == 0) and query.shape[1] <= self.spec.window:
+        elif (cache is None or not cache.started) and query.shape[1] <= self.spec.window:
             out, weights = self._attend(query, keys, values, None, columns)
             if cache is not None:
-                cache.commit(keys, values, innovation, faded, lengths, None)
+                line = self._line(keys, values, innovation, faded, lengths, cache, None)
+                empty = lengths.new_full((lengths.shape[0], self.spec.slots), -1) if self.spec.slots else None
+                cache.commit(line, None, empty, lengths)
         elif cache is not None and query.shape[1] == 1 and not live:
             out, weights = self._step(query, keys, values, innovation, faded, lengths, cache, columns)
         else:
@@ -129,6 +127,19 @@ class BMojoAttention(nn.Module):
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+    def _memories(self, hidden_states: torch.Tensor, fading: torch.Tensor | None, rotary) -> tuple:
+        """Keys and values `[B, T, G, D]` of the inputs, and those of the fading tokens as a pair, or None."""
+        inputs = (self.k_proj, self.v_proj)
+        if fading is None or not self.spec.fading:
+            return *self._keys_values(hidden_states, *inputs, rotary), None
+        if self.tied and fading.shape[1] == 1:
+            # Decoding waits for the weights to come from memory: both tokens go through them at once.
+            pair = self._keys_values(torch.cat([hidden_states, fading], dim=1), *inputs, rotary)
+            (keys, faded_keys), (values, faded_values) = (value.split(1, dim=1) for value in pair)
+            return keys, values, (faded_keys, faded_values)
+        outputs = inputs if self.tied else (self.fading_k_proj, self.fading_v_proj)
+        return *self._keys_values(hidden_states, *inputs, rotary), self._keys_values(fading, *outputs, rotary)
 
     def _keys_values(self, x, k_proj, v_proj, rotary) -> tuple[torch.Tensor, torch.Tensor]:
         return rotate(self.k_norm(self._heads(k_proj(x))), rotary), self._heads(v_proj(x))
@@ -154,7 +165,7 @@ class BMojoAttention(nn.Module):
         """Full attention with a growing cache: slot = position, so query i of a row sees slots up to seen + i."""
         if cache is None:
             return self._attend(query, keys, values, None, columns)
-        empty = cache.columns == 0
+        empty = not cache.started
         all_keys, all_values = cache.append(keys, values, live)
         if empty:
             return self._attend(query, keys, values, None, columns)
@@ -164,48 +175,73 @@ class BMojoAttention(nn.Module):
 
     def _step(self, query, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer, columns):
         """One token: the cache admits, forgets and takes it in; its entries are then exactly what the token sees."""
+        active = lengths > 0
         # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
-        visible = cache.step(keys, values, innovation, faded, lengths, self.decay) | (lengths == 0)[:, None]
+        visible = cache.step(keys, values, innovation, faded, active, self.decay) | ~active[:, None]
         out, weights = self._attend(query, cache.keys, cache.values, visible[:, None], columns)
         if columns is not None:
             weights = weights_by_position(weights, cache.positions, columns)
         return out, weights
 
     def _blocks(self, query, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer | None, columns):
-        """Many tokens: list the tokens from old to new, select, and offer each block of queries its keys."""
-        spec, tokens = self.spec, query.shape[1]
+        """Many tokens: list the tokens from old to new, select, and offer each block of queries its keys.
+
+        Without a past, the first W tokens see each other and nothing else; for the others they are the past.
+        """
+        window, slots = self.spec.window, self.spec.slots
+        before = cache.recall() if cache is not None and cache.started else None
+        line = self._line(keys, values, innovation, faded, lengths, cache, before)
+        if before is not None:
+            out, weights, eidetic = self._attend_line(query, line, slots, columns)
+        else:
+            start, start_weights = self._attend(query[:, :window], keys[:, :window], values[:, :window], None, columns)
+            out, weights, eidetic = self._attend_line(query[:, window:], line, 0, columns)
+            out = torch.cat([start, out], dim=1)
+            if columns is not None:
+                start_weights = nn.functional.pad(start_weights, (0, columns - window))
+                weights = torch.cat([start_weights, weights], dim=2)
+        if cache is not None:
+            last = line.positions.shape[1] - query.shape[1] + lengths - 1
+            cache.commit(line, before, _still_held(line.positions, eidetic, last, window, slots), lengths)
+        return out, weights
+
+    def _line(self, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer | None, before: Past | None):
+        """The tokens from old to new: what the cache recalls, then the T new ones."""
         seen = lengths.new_zeros(lengths.shape) if cache is None else cache.seen
-        past = cache.recall() if cache is not None and cache.columns > 0 else None
-        offset = torch.arange(tokens, device=query.device)
+        offset = torch.arange(keys.shape[1], device=keys.device)
         positions = torch.where(offset < lengths[:, None], seen[:, None] + offset, -1)
         if innovation is None:
-            innovation = torch.zeros(positions.shape, dtype=torch.float32, device=query.device)
-        line = Past(keys, values, positions, innovation, *(faded or (None, None)), positions if faded else None)
-        held = window = 0
-        if past is not None:
-            held, window = spec.slots, spec.window
-            line = Past(*(None if new is None else torch.cat([old.to(new), new], 1) for old, new in zip(past, line)))
+            innovation = torch.zeros(positions.shape, dtype=torch.float32, device=keys.device)
+        new = Past(keys, values, positions, innovation, *(faded or (None, None)), positions if faded else None)
+        if before is None:
+            return new
+        return Past(*(None if n is None else torch.cat([old.to(n), n], dim=1) for old, n in zip(before, new)))
 
+    def _attend_line(self, query, line: Past, held: int, columns: int | None):
+        """The last T tokens of the line attend to it; before them stand `held` kept tokens and W window tokens.
+
+        Returns:
+            `[B, T, H, D]`, weights or None, and the expiry of the line's tokens `[B, S]` as indices into it.
+        """
+        spec, tokens = self.spec, query.shape[1]
+        first = -held - spec.window
         block = min(self.block, tokens)
         valid = line.positions >= 0
         ranked = retention_key(line.innovations, line.positions, self.decay)
-        chosen = select(ranked, valid, spec.window, spec.slots, block, tokens, held, window)
-        coordinate = torch.arange(-held - window, tokens, device=query.device).expand(valid.shape)
+        chosen = select(ranked, valid, spec.window, spec.slots, block, tokens, held, spec.window)
+        coordinate = torch.arange(first, tokens, device=query.device).expand(valid.shape)
         # A pad sees itself, so that no softmax is empty; nobody else does, because pads come last.
         end = torch.where(valid | (coordinate < 0), chosen.expiry, coordinate + 1)
-        tokens_seen = KeySet(line.keys, line.values, coordinate, end, line.positions, -held - window)
+        tokens_seen = KeySet(line.keys, line.values, coordinate, end, line.positions, first)
         blocks = -(-tokens // block)
-        local = KeySet(*(value[:, held:] for value in tokens_seen[:5]), -window)
+        local = KeySet(*(value[:, held:] for value in tokens_seen[:5]), -spec.window)
         offers = [banded(local, 1 - spec.window, 0, blocks, block)]
         if spec.slots:
             offers.append(gathered(tokens_seen, chosen.slots))
-        if faded:
+        if line.fading_keys is not None:
             offers.append(self._fading_offer(line, blocks, block, tokens))
         out, weights = block_attention(query, offers, block, **self._softmax_options(columns), columns=columns)
-        if cache is not None:
-            eidetic = _still_held(line, coordinate, chosen.expiry, lengths, spec.window, spec.slots)
-            cache.commit(keys, values, innovation, faded, lengths, eidetic)
-        return out, weights
+        return out, weights, chosen.expiry - first
 
     def _fading_offer(self, line: Past, blocks: int, block: int, tokens: int):
         """SSM outputs are seen from W tokens after they were made, F of them at a time."""
@@ -235,19 +271,23 @@ def _zero_anchor(fading: torch.Tensor, faded: tuple[torch.Tensor, torch.Tensor] 
 
 @torch.no_grad()
 def _still_held(
-    line: Past, coordinate: torch.Tensor, expiry: torch.Tensor, lengths: torch.Tensor, window: int, slots: int
-) -> Past | None:
-    """The tokens that are in the eidetic memory after each row's last real token, oldest first, as M slots."""
+    positions: torch.Tensor, expiry: torch.Tensor, last: torch.Tensor, window: int, slots: int
+) -> torch.Tensor | None:
+    """The tokens that are in the eidetic memory after each row's last real token, oldest first.
+
+    Args:
+        positions: `[B, S]` of the line, -1 = no token. expiry: `[B, S]`, as indices into the line. last: `[B]` index of
+        the last real token.
+
+    Returns:
+        `[B, M]` indices into the line, -1 = empty slot; None if M = 0.
+    """
     if slots == 0:
         return None
-    last = lengths[:, None] - 1
-    held = (line.positions >= 0) & (coordinate <= last - window) & (expiry > last)
-    count = held.shape[1]
-    place = torch.where(held, torch.arange(count, device=held.device), count)
-    order = torch.nn.functional.pad(place, (0, max(slots - count, 0)), value=count).sort(dim=1).values[:, :slots]
-    empty = order == count
-    order = order.clamp(max=count - 1)
-    rows = torch.arange(order.shape[0], device=order.device)[:, None]
-    keys, values = line.keys[rows, order], line.values[rows, order]
-    positions = line.positions.gather(1, order).masked_fill(empty, -1)
-    return Past(keys, values, positions, line.innovations.gather(1, order), None, None, None)
+    count = positions.shape[1]
+    index = torch.arange(count, device=positions.device)
+    last = last[:, None]
+    held = (positions >= 0) & (index <= last - window) & (expiry > last)
+    place = torch.where(held, index, count)
+    order = nn.functional.pad(place, (0, max(slots - count, 0)), value=count).sort(dim=1).values[:, :slots]
+    return order.masked_fill(order == count, -1)

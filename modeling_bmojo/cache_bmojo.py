@@ -16,7 +16,7 @@ from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig, LayerSpec
 
 
-FORMAT = "bmojo-cache-1"
+FORMAT = "bmojo-cache-2"
 # What else a model must have in common with the one that wrote a cache: the states mean something else otherwise.
 FACTS = (
     "rope_parameters",
@@ -159,9 +159,10 @@ class BMojoCache(Cache):
             return []
         if not -layer.batch_size <= row < layer.batch_size:
             raise ValueError(f"row={row}: the cache has {layer.batch_size} rows; rows count from 0.")
-        positions = layer.positions[row, : layer.spec.slots].tolist()
-        innovations = layer.innovations[row, : layer.spec.slots].tolist()
-        return sorted(RememberedToken(p, e) for p, e in zip(positions, innovations) if p >= 0)
+        positions = layer.positions[row, layer.spec.fading :].tolist()
+        innovations = layer.innovations[row, layer.spec.fading :].tolist()
+        beyond = int(layer.seen[row]) - layer.spec.window
+        return sorted(RememberedToken(p, e) for p, e in zip(positions, innovations) if 0 <= p < beyond)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes every state to one safetensors file (beside it first, then renamed, so no half file is left).

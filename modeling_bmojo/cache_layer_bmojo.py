@@ -2,17 +2,19 @@
 
 States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pads are never counted:
 
-    keys, values    [B, M + F + W, G, D]   eidetic slots | visible fading tokens | window, all that the next query sees
-    positions       [B, M + F + W]         position of each entry in its row, -1 = empty
-    innovations     [B, M + F + W]         e of eidetic and window entries (0 for fading tokens)
+    keys, values    [B, F + M + W, G, D]   visible fading tokens | pool of eidetic and window tokens: what a query sees
+    positions       [B, F + M + W]         position of each entry in its row, -1 = empty
+    innovations     [B, F + M + W]         e of the pool's tokens (0 for fading tokens)
     delay_*         [B, W, G, D]           keys and values of SSM outputs that are not yet beyond the window (F > 0)
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
     ssm             [B, H, P, N]           SSM state, fp32 (fp64 for fp64 models) whatever the model's dtype
     last_hidden     [B, E]                 last layer only: the model's output for the last real token
 
-Window, delay line and visible fading tokens are rings: position p sits in slot p mod size. A full-attention layer keeps
-every token: `keys`, `values` `[B, capacity, G, D]`, position = slot.
+A pool token is in the window if its position is at least `seen - W`, else in the eidetic memory. Their order means
+nothing (positions are in the keys), so a token that moves from window to memory stays where it is, and a new one takes
+the place of the one that is forgotten. Delay line and visible fading tokens are rings: position p sits in slot p mod
+size. A full-attention layer keeps every token: `keys`, `values` `[B, capacity, G, D]`, position = slot.
 """
 
 from typing import NamedTuple
@@ -28,10 +30,10 @@ GROWTH = 256  # tokens by which a full-attention layer's buffer grows at least
 
 
 class Past(NamedTuple):
-    """The state of a windowed layer in reading order (slots, then window), for prefill after the first tokens.
+    """Tokens of a windowed layer in reading order, for reading many tokens at once.
 
-    keys, values `[B, M + W, G, D]`, positions, innovations `[B, M + W]`; the fading tokens (visible, then delayed)
-    `[B, F + W, G, D]` and their positions `[B, F + W]`, or None.
+    What a cache recalls: keys, values `[B, M + W, G, D]`, positions (-1 = empty), innovations `[B, M + W]`; the fading
+    tokens (visible, then delayed) `[B, F + W, G, D]` and their positions `[B, F + W]`, or None. New tokens come behind.
     """
 
     keys: torch.Tensor
@@ -72,6 +74,11 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.device: torch.device | None = None
         for name in self.STATES:
             setattr(self, name, None)
+
+    @property
+    def started(self) -> bool:
+        """Whether anything was read."""
+        return self.columns > 0
 
     # --- allocation -------------------------------------------------------------------------------------------------
 
@@ -150,21 +157,19 @@ class BMojoCacheLayer(CacheLayerMixin):
     # --- windowed layers: reading in blocks -------------------------------------------------------------------------
 
     def recall(self) -> Past:
-        """The memories in reading order: eidetic tokens by age, window and fading tokens by position."""
+        """The memories in reading order, by position; empty entries come first."""
         spec = self.spec
-        slots = self.positions[:, : spec.slots].argsort(dim=1)
-        window = self._ring_order(spec.window) + spec.slots + spec.fading
-        order = torch.cat([slots, window], dim=1)
-        keys, values = _take(self.keys, order), _take(self.values, order)
-        positions, innovations = self.positions.gather(1, order), self.innovations.gather(1, order)
+        pool = self.positions[:, spec.fading :].argsort(dim=1, stable=True) + spec.fading
+        keys, values = _take(self.keys, pool), _take(self.values, pool)
+        positions, innovations = self.positions.gather(1, pool), self.innovations.gather(1, pool)
         if not spec.fading:
             return Past(keys, values, positions, innovations, None, None, None)
-        # The visible ring holds F positions that end W before `seen`.
-        visible = self._ring_order(spec.fading, behind=spec.window) + spec.slots
+        visible = self._ring_order(spec.fading, behind=spec.window)
         delay = self._ring_order(spec.window)
         fading_keys = torch.cat([_take(self.keys, visible), _take(self.delay_keys, delay)], dim=1)
         fading_values = torch.cat([_take(self.values, visible), _take(self.delay_values, delay)], dim=1)
-        fading_positions = torch.cat([self.positions.gather(1, visible), positions[:, spec.slots :]], dim=1)
+        delayed = self.seen[:, None] + torch.arange(-spec.window, 0, device=self.seen.device)
+        fading_positions = torch.cat([self.positions.gather(1, visible), delayed.clamp(min=-1)], dim=1)
         return Past(keys, values, positions, innovations, fading_keys, fading_values, fading_positions)
 
     def _ring_order(self, size: int, behind: int = 0) -> torch.Tensor:
@@ -172,67 +177,40 @@ class BMojoCacheLayer(CacheLayerMixin):
         return (self.seen[:, None] - behind + torch.arange(size, device=self.seen.device)) % size
 
     @torch.no_grad()
-    def commit(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        innovations: torch.Tensor | None,
-        fading: tuple[torch.Tensor, torch.Tensor] | None,
-        lengths: torch.Tensor,
-        eidetic: Past | None,
-    ) -> None:
+    def commit(self, line: Past, before: Past | None, eidetic: torch.Tensor | None, lengths: torch.Tensor) -> None:
         """Takes in T tokens that the layer has just attended to.
 
         Args:
-            keys, values: `[B, T, G, D]`. innovations: `[B, T]` or None if M = 0. fading: keys and values of the SSM
-            outputs, or None if F = 0. lengths: `[B]` real tokens per row, which come first.
-            eidetic: the M tokens to hold from now on, or None to hold what is held.
+            line: what was recalled and the new tokens behind it. before: what was recalled, None for the first tokens.
+            eidetic: `[B, M]` the entries of `line` to hold from now on, -1 = empty; None if M = 0.
+            lengths: `[B]` real tokens per row, which come first among the new ones.
         """
-        spec, seen = self.spec, self.seen
-        after = seen + lengths
-        if fading is not None:
-            source, is_new, was_delayed, last = self._ring_update(spec.fading, after - spec.window)
-            delayed = source.clamp(min=0) % spec.window
-            part = slice(spec.slots, spec.slots + spec.fading)
-            for buffer, delay, new in zip((self.keys, self.values), (self.delay_keys, self.delay_values), fading):
-                moved = torch.where(was_delayed[..., None, None], _take(delay, delayed), buffer[:, part])
-                fresh = _take(new, (source - seen[:, None]).clamp(0, new.shape[1] - 1))
-                buffer[:, part] = torch.where(is_new[..., None, None], fresh.to(buffer.dtype), moved)
-            self.positions[:, part] = last
-        source, is_new, _, last = self._ring_update(spec.window, after)
-        pick = (source - seen[:, None]).clamp(0, keys.shape[1] - 1)
-        part = slice(spec.slots + spec.fading, None)
-        self._merge_ring(self.keys[:, part], keys, pick, is_new)
-        self._merge_ring(self.values[:, part], values, pick, is_new)
-        if innovations is not None:
-            self._merge_ring(self.innovations[:, part], innovations, pick, is_new)
-        self.positions[:, part] = last
-        if fading is not None:
-            self._merge_ring(self.delay_keys, fading[0], pick, is_new)
-            self._merge_ring(self.delay_values, fading[1], pick, is_new)
-        if eidetic is not None:
-            self.keys[:, : spec.slots] = eidetic.keys.to(self.keys.dtype)
-            self.values[:, : spec.slots] = eidetic.values.to(self.values.dtype)
-            self.positions[:, : spec.slots] = eidetic.positions
-            self.innovations[:, : spec.slots] = eidetic.innovations
-
-    def _ring_update(self, size: int, end: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Which position each slot of a ring holds once its last position is `end - 1`.
-
-        Returns:
-            position `[B, size]`; is_new: it was just read; was_delayed: it comes from the delay line (it was in the
-            window before); the position again, -1 where it is before the first token.
-        """
-        slot = torch.arange(size, device=end.device)
-        position = end[:, None] - size + (slot - end[:, None]) % size
-        is_new = position >= self.seen[:, None]
-        was_delayed = ~is_new & (position >= self.seen[:, None] - self.spec.window)
-        return position, is_new, was_delayed, position.clamp(min=-1)
-
-    @staticmethod
-    def _merge_ring(ring: torch.Tensor, new: torch.Tensor, pick: torch.Tensor, is_new: torch.Tensor) -> None:
-        fresh = _take(new, pick).to(ring.dtype)
-        ring.copy_(torch.where(is_new.view(is_new.shape + (1,) * (ring.dim() - 2)), fresh, ring))
+        spec = self.spec
+        start = 0 if before is None else before.positions.shape[1]
+        keep = start + lengths[:, None] + torch.arange(-spec.window, 0, device=lengths.device)
+        keep = keep if eidetic is None else torch.cat([eidetic, keep], dim=1)
+        empty, keep = keep < 0, keep.clamp(min=0)
+        part = slice(spec.fading, None)
+        self.keys[:, part] = _take(line.keys, keep).to(self.keys.dtype)
+        self.values[:, part] = _take(line.values, keep).to(self.values.dtype)
+        self.positions[:, part] = line.positions.gather(1, keep).masked_fill(empty, -1)
+        self.innovations[:, part] = line.innovations.gather(1, keep).to(self.innovations.dtype)
+        if line.fading_keys is None:
+            return
+        start = (0 if before is None else before.fading_positions.shape[1]) + lengths[:, None]
+        after = (self.seen + lengths)[:, None]
+        # Slot r of a ring of size s whose last position is e - 1 holds the (r - e mod s)-th of the s tokens up to e.
+        ring = torch.arange(spec.fading, device=lengths.device)
+        visible = start - spec.window - spec.fading + (ring - after + spec.window) % spec.fading
+        empty, visible = visible < 0, visible.clamp(min=0)
+        delay = start - spec.window + (torch.arange(spec.window, device=lengths.device) - after) % spec.window
+        for buffer, ring, new in (
+            (self.keys, self.delay_keys, line.fading_keys),
+            (self.values, self.delay_values, line.fading_values),
+        ):
+            buffer[:, : spec.fading] = _take(new, visible).to(buffer.dtype)
+            ring.copy_(_take(new, delay.clamp(min=0)))
+        self.positions[:, : spec.fading] = line.fading_positions.gather(1, visible).masked_fill(empty, -1)
 
     # --- windowed layers: one token ---------------------------------------------------------------------------------
 
@@ -243,33 +221,32 @@ class BMojoCacheLayer(CacheLayerMixin):
         values: torch.Tensor,
         innovations: torch.Tensor | None,
         fading: tuple[torch.Tensor, torch.Tensor] | None,
-        lengths: torch.Tensor,
+        active: torch.Tensor | None,
         decay: float,
     ) -> torch.Tensor:
-        """Takes in one token per row, in place and with fixed shapes; rows with `lengths` 0 stay as they are.
+        """Takes in one token per row, in place and with fixed shapes.
 
-        First the token that leaves the window applies for the eidetic memory, then a fading token becomes visible,
-        then the new token takes the freed slot. Arguments as in `commit`, with T = 1.
+        A fading token becomes visible, and the new token takes the place of the one that is forgotten: nothing moves.
+
+        Args:
+            keys, values: `[B, 1, G, D]`. innovations: `[B, 1]` or None if M = 0. fading: keys and values of the SSM
+            output, or None if F = 0. active: `[B]` bool, rows where it is False stay as they are; None: all read.
+            decay: g.
 
         Returns:
-            `[B, M + F + W]` bool: which entries the token's query sees.
+            `[B, F + M + W]` bool: which entries the token's query sees.
         """
         spec, seen = self.spec, self.seen
         rows = torch.arange(seen.shape[0], device=seen.device)
-        active = lengths > 0
-        slot = spec.slots + spec.fading + seen % spec.window
-        if spec.slots:
-            self._admit(rows, slot, active, decay)
+        leaving = seen - spec.window
         if fading is not None:
-            delayed = seen % spec.window
-            leaving = seen - spec.window
-            target = spec.slots + leaving % spec.fading
-            moves = active & (leaving >= 0)
-            _write(self.keys, rows, target, self.delay_keys[rows, delayed], moves)
-            _write(self.values, rows, target, self.delay_values[rows, delayed], moves)
-            _write(self.positions, rows, target, leaving, moves)
+            delayed, visible = seen % spec.window, leaving % spec.fading
+            _write(self.keys, rows, visible, self.delay_keys[rows, delayed], active)
+            _write(self.values, rows, visible, self.delay_values[rows, delayed], active)
+            _write(self.positions, rows, visible, leaving.clamp(min=-1), active)
             _write(self.delay_keys, rows, delayed, fading[0][:, 0], active)
             _write(self.delay_values, rows, delayed, fading[1][:, 0], active)
+        slot = self._forgotten(leaving, decay)
         _write(self.keys, rows, slot, keys[:, 0], active)
         _write(self.values, rows, slot, values[:, 0], active)
         _write(self.positions, rows, slot, seen, active)
@@ -277,24 +254,20 @@ class BMojoCacheLayer(CacheLayerMixin):
             _write(self.innovations, rows, slot, innovations[:, 0], active)
         return self.positions >= 0
 
-    def _admit(self, rows: torch.Tensor, slot: torch.Tensor, active: torch.Tensor, decay: float) -> None:
-        """The token in `slot` leaves the window: it replaces the weakest kept token if it beats it (Algorithm 1, 4)."""
-        count = self.spec.slots
-        positions = self.positions[:, :count]
-        keys = retention_key(self.innovations[:, :count], positions, decay).masked_fill(positions < 0, -torch.inf)
-        leaving_position, leaving_innovation = self.positions[rows, slot], self.innovations[rows, slot]
-        leaving_key = retention_key(leaving_innovation, leaving_position, decay)
-        # The weakest: an empty slot, else the smallest key, and among equals the youngest.
-        smallest = keys.min(dim=1, keepdim=True).values
-        empty = positions < 0
-        rank = torch.where(empty, self.columns + 1, torch.where(keys == smallest, positions, -1))
-        weakest = rank.argmax(dim=1)
-        wins = empty.any(dim=1) | (leaving_key > smallest[:, 0])
-        admitted = active & (leaving_position >= 0) & wins
-        _write(self.keys, rows, weakest, self.keys[rows, slot], admitted)
-        _write(self.values, rows, weakest, self.values[rows, slot], admitted)
-        _write(self.positions, rows, weakest, leaving_position, admitted)
-        _write(self.innovations, rows, weakest, leaving_innovation, admitted)
+    def _forgotten(self, leaving: torch.Tensor, decay: float) -> torch.Tensor:
+        """The slot `[B]` whose token the next one replaces (Algorithm 1, line 4).
+
+        Up for it are an empty slot, the kept tokens, and the one that leaves the window, at position `leaving` `[B]`.
+        The weakest goes: the smallest retention key, among equals the youngest.
+        """
+        fading = self.spec.fading
+        positions = self.positions[:, fading:]
+        ranked = retention_key(self.innovations[:, fading:], positions, decay)
+        ranked = ranked.masked_fill(positions > leaving[:, None], torch.inf).masked_fill(positions < 0, -torch.inf)
+        weakest = ranked == ranked.amin(dim=1, keepdim=True)
+        # An empty slot, position -1, counts as the youngest: the sign bit goes.
+        age = torch.where(weakest, positions & torch.iinfo(positions.dtype).max, -1)
+        return age.argmax(dim=1) + fading
 
     # --- full attention ---------------------------------------------------------------------------------------------
 
@@ -412,8 +385,10 @@ def _take(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _write(
-    buffer: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor, value: torch.Tensor, where: torch.Tensor
+    buffer: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor, value: torch.Tensor, active: torch.Tensor | None
 ) -> None:
-    """buffer[b, slot[b]] = value[b] where `where[b]`, in place and without a data-dependent shape."""
-    keep = where.view(where.shape + (1,) * (value.dim() - 1))
-    buffer[rows, slot] = torch.where(keep, value.to(buffer.dtype), buffer[rows, slot])
+    """buffer[b, slot[b]] = value[b] where `active[b]`, in place and without a data-dependent shape."""
+    value = value.to(buffer.dtype)
+    if active is not None:
+        value = torch.where(active.view(active.shape + (1,) * (value.dim() - 1)), value, buffer[rows, slot])
+    buffer[rows, slot] = value

@@ -236,7 +236,7 @@ def test_cache_step_is_the_streaming_rule(random, window, slots, decay, fading):
         error = torch.tensor([[row[min(count, len(row) - 1)]] for row, count in zip(rows, counts, strict=True)])
         faded = (tag + 0.25, tag + 0.75) if fading else None
         lengths = torch.tensor(active, dtype=torch.int64)
-        layer.step(tag, tag + 0.5, error.float(), faded, lengths, decay)
+        layer.step(tag, tag + 0.5, error.float(), faded, lengths > 0, decay)
         layer.advance(lengths, 1)
         counts = [count + step for count, step in zip(counts, active, strict=True)]
         for row, count in enumerate(counts):
@@ -244,16 +244,15 @@ def test_cache_step_is_the_streaming_rule(random, window, slots, decay, fading):
             local = set(range(max(0, t - window + 1), t + 1))
             kept = set(sets[row][t]) if count else set()
             beyond = set(range(max(0, t - window - fading + 1), max(0, t - window + 1)))
-            assert_entries(layer, row, slots, fading, kept, beyond, local)
+            assert_entries(layer, row, fading, kept, beyond, local)
 
 
-def assert_entries(layer, row, slots, fading, kept, beyond, local):
-    """The eidetic, fading and window entries hold exactly these positions, each with its own key and value."""
-    positions = layer.positions[row]
-    parts = {0.0: (slice(0, slots), kept), 0.25: (slice(slots, slots + fading), beyond)}
-    for offset, (part, expected) in [*parts.items(), (0.0, (slice(slots + fading, None), local))]:
-        held = positions[part]
-        assert sorted(held[held >= 0].tolist()) == sorted(expected)
-        keys, values = layer.keys[row, part, 0, 0][held >= 0], layer.values[row, part, 0, 0][held >= 0]
-        assert torch.equal(keys, held[held >= 0] + offset)
-        assert torch.equal(values, held[held >= 0] + 0.5 + offset)
+def assert_entries(layer, row, fading, kept, beyond, local):
+    """The visible fading tokens, and the pool of eidetic and window tokens, are exactly these, each with its own data."""
+    for offset, part, expected in ((0.25, slice(0, fading), beyond), (0.0, slice(fading, None), kept | local)):
+        positions = layer.positions[row, part]
+        held = positions[positions >= 0]
+        assert sorted(held.tolist()) == sorted(expected)
+        keys, values = layer.keys[row, part, 0, 0][positions >= 0], layer.values[row, part, 0, 0][positions >= 0]
+        assert torch.equal(keys, held + offset)
+        assert torch.equal(values, held + 0.5 + offset)

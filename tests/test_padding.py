@@ -87,17 +87,15 @@ def memory(cache, row):
         if spec.has_attention and spec.window is None:
             held[f"{index}.keys"], held[f"{index}.values"] = layer.keys[row, :seen], layer.values[row, :seen]
             continue
-        sections = dict(eidetic=spec.slots, fading=spec.fading, window=spec.window or 0) if spec.has_attention else {}
-        first = 0
-        for section, size in sections.items():
-            part = slice(first, first + size)
-            positions = layer.positions[row, part]
-            order = positions.argsort()[(positions < 0).sum() :]
-            held[f"{index}.{section}.positions"] = positions[order]
-            names = ("keys", "values") if section == "fading" else ("keys", "values", "innovations")
+        positions = layer.positions[row] if spec.has_attention else torch.empty(0)
+        in_window, is_fading = positions >= seen - (spec.window or 0), torch.arange(len(positions)) < spec.fading
+        sections = {"eidetic": ~is_fading & ~in_window, "fading": is_fading, "window": ~is_fading & in_window}
+        for section, part in sections.items() if spec.has_attention else ():
+            part = part & (positions >= 0)
+            order = part.nonzero()[:, 0][positions[part].argsort()]
+            names = ("positions", "keys", "values") if section == "fading" else ("positions", "keys", "values", "innovations")
             for name in names:
-                held[f"{index}.{section}.{name}"] = getattr(layer, name)[row, part][order]
-            first += size
+                held[f"{index}.{section}.{name}"] = getattr(layer, name)[row][order]
         if layer.delay_keys is not None:
             slots = torch.arange(max(0, seen - spec.window), seen) % spec.window
             held[f"{index}.delay_keys"] = layer.delay_keys[row, slots]
