@@ -38,15 +38,20 @@ class BMojoRMSNorm(nn.Module):
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """RoPE on `[B, T, H, D]` with cos and sin `[B, T, R]`; channels beyond R (partial RoPE) stay as they are."""
+    """RoPE on `[B, T, H, D]`; channels beyond R (partial RoPE) stay as they are.
+
+    Args:
+        rotary: cos and sin `[B, T, 1, R]` of the tokens' positions, the first half of sin negated; None: no positions.
+    """
     if rotary is None:
         return x
-    cos, sin = (value.unsqueeze(2) for value in rotary)
+    cos, sin = rotary
     size = cos.shape[-1]
-    turned, still = x[..., :size], x[..., size:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, still], dim=-1) if still.shape[-1] else turned
+    if size == x.shape[-1]:
+        return torch.addcmul(x * cos, x.roll(size // 2, dims=-1), sin)
+    turned = x[..., :size]
+    turned = torch.addcmul(turned * cos, turned.roll(size // 2, dims=-1), sin)
+    return torch.cat([turned, x[..., size:]], dim=-1)
 
 
 class BMojoAttention(nn.Module):
@@ -87,7 +92,7 @@ class BMojoAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        lengths: torch.Tensor,
+        lengths: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         fading: torch.Tensor | None = None,
         innovation: torch.Tensor | None = None,
@@ -97,8 +102,8 @@ class BMojoAttention(nn.Module):
         """Attends, and lets the cache take the tokens in.
 
         Args:
-            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first.
-            rotary: cos and sin of the tokens' positions. fading: `[B, T, E]` SSM outputs or None.
+            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; None: all T.
+            rotary: what `rotate` takes. fading: `[B, T, E]` SSM outputs or None.
             innovation: `[B, T]` or None. cache: the layer's states or None.
             columns: if given, the attention weights are returned with one column per token position.
 
@@ -109,6 +114,9 @@ class BMojoAttention(nn.Module):
         query = rotate(self.q_norm(self._heads(self.q_proj(hidden_states))), rotary)
         keys, values, faded = self._memories(hidden_states, fading, rotary)
         live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
+        stepping = cache is not None and cache.started and query.shape[1] == 1 and not live
+        if lengths is None and not stepping:
+            lengths = torch.full((query.shape[0],), query.shape[1], device=query.device)
         if self.spec.window is None:
             out, weights = self._full(query, keys, values, cache, columns, live)
         elif (cache is None or not cache.started) and query.shape[1] <= self.spec.window:
@@ -117,7 +125,7 @@ class BMojoAttention(nn.Module):
                 line = self._line(keys, values, innovation, faded, lengths, cache, None)
                 empty = lengths.new_full((lengths.shape[0], self.spec.slots), -1) if self.spec.slots else None
                 cache.commit(line, None, empty, lengths)
-        elif cache is not None and query.shape[1] == 1 and not live:
+        elif stepping:
             out, weights = self._step(query, keys, values, innovation, faded, lengths, cache, columns)
         else:
             out, weights = self._blocks(query, keys, values, innovation, faded, lengths, cache, columns)
@@ -175,9 +183,11 @@ class BMojoAttention(nn.Module):
 
     def _step(self, query, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer, columns):
         """One token: the cache admits, forgets and takes it in; its entries are then exactly what the token sees."""
-        active = lengths > 0
-        # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
-        visible = cache.step(keys, values, innovation, faded, active, self.decay) | ~active[:, None]
+        active = None if lengths is None else lengths > 0
+        visible = cache.step(keys, values, innovation, faded, active, self.decay)
+        if active is not None:
+            # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
+            visible = visible | ~active[:, None]
         out, weights = self._attend(query, cache.keys, cache.values, visible[:, None], columns)
         if columns is not None:
             weights = weights_by_position(weights, cache.positions, columns)

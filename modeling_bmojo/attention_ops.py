@@ -20,7 +20,7 @@ from .memory_ops import NEVER
 
 
 # Mask entries per SDPA call: bounds the memory of long prompts (a bool each, and an fp32 copy inside SDPA on CPU).
-MASK_BUDGET = 1 << 25
+MASK_BUDGET = 1 << 20
 
 
 class KeySet(NamedTuple):
@@ -96,38 +96,34 @@ def block_attention(
         fading token has the sum of both weights in its column, so that every row sums to 1.
     """
     batch, tokens, heads, dim = query.shape
-    groups = offers[0].keys.shape[2]
-    repeat = heads // groups
     blocks = -(-tokens // block)
-    padded = F.pad(query, (0, 0, 0, 0, 0, blocks * block - tokens))
-    # [B, n, G, R, L, D]: the query heads of a group share its keys, so they fold into the query axis.
-    folded = padded.view(batch, blocks, block, groups, repeat, dim).permute(0, 1, 3, 4, 2, 5)
+    missing = blocks * block - tokens
+    padded = F.pad(query, (0, 0, 0, 0, 0, missing)) if missing else query
+    by_block = padded.unflatten(1, (blocks, block)).transpose(2, 3)  # [B, n, H, L, D]
     time = torch.arange(blocks * block, device=query.device).view(1, blocks, block, 1)
 
     offered = sum(offer.begin.shape[-1] for offer in offers)
-    step = max(1, MASK_BUDGET // (batch * block * repeat * offered))
+    step = max(1, MASK_BUDGET // (batch * block * offered))
     outputs, weights = [], []
     for lo in range(0, blocks, step):
         part = [BlockKeys(*(value[:, lo : lo + step] for value in offer)) for offer in offers]
         keys, values = (torch.cat([offer[i] for offer in part], dim=3).flatten(0, 1) for i in (0, 1))
         begin, end, position = (torch.cat([offer[i] for offer in part], dim=2)[:, :, None] for i in (2, 3, 4))
         now = time[:, lo : lo + step]
-        # The last block's empty places see everything: a softmax over nothing would send NaN into the gradients.
-        visible = ((begin <= now) & (now < end)) | (now >= tokens)
-        mask = visible.unsqueeze(2).expand(-1, -1, repeat, -1, -1).flatten(2, 3).flatten(0, 1).unsqueeze(1)
-        queries = folded[:, lo : lo + step].flatten(3, 4).flatten(0, 1)
-        out, weight = attend(queries, keys, values, mask, scaling, dropout, implementation)
-        outputs.append(out.unflatten(0, (batch, -1)))
+        visible = (begin <= now) & (now < end)
+        if missing and lo + step >= blocks:
+            # The last block's empty places see everything: a softmax over nothing would send NaN into the gradients.
+            visible = visible | (now >= tokens)
+        queries = by_block[:, lo : lo + step].flatten(0, 1)
+        out, weight = attend(queries, keys, values, visible.flatten(0, 1), scaling, dropout, implementation)
+        outputs.append(out.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2))
         if columns is not None:
-            by_block = weights_by_position(weight, position[:, :, 0].flatten(0, 1), columns)
-            weights.append(by_block.unflatten(0, (batch, -1)))
-    out = torch.cat(outputs, dim=1).unflatten(3, (repeat, block)).permute(0, 1, 4, 2, 3, 5)
-    out = out.reshape(batch, blocks * block, heads, dim)[:, :tokens]
+            dense = weights_by_position(weight, position[:, :, 0].flatten(0, 1), columns)
+            weights.append(dense.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2))
+    out = torch.cat(outputs, dim=1)[:, :tokens] if missing or len(outputs) > 1 else outputs[0]
     if columns is None:
         return out, None
-    dense = torch.cat(weights, dim=1).unflatten(3, (repeat, block)).permute(0, 2, 3, 1, 4, 5)
-    dense = dense.reshape(batch, heads, blocks * block, columns)
-    return out, dense[:, :, :tokens]
+    return out, torch.cat(weights, dim=1)[:, :tokens].transpose(1, 2)
 
 
 def causal_attention(
@@ -148,39 +144,53 @@ def causal_attention(
     Returns:
         `[B, T, H, D]` and, with `"eager"`, the weights `[B, H, T, S]`.
     """
-    repeat = query.shape[2] // keys.shape[2]
     q, k, v = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     if visible is None and implementation == "sdpa":
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.transpose(1, 2), None
-    tokens, seen = query.shape[1], keys.shape[1]
     if visible is None:
-        visible = torch.ones(1, tokens, seen, dtype=torch.bool, device=query.device).tril()
-    # Heads of a group fold into the query axis: [B, G, R T, D].
-    q = q.unflatten(1, (-1, repeat)).flatten(2, 3)
-    mask = visible[:, None].expand(-1, repeat, -1, -1).flatten(1, 2).unsqueeze(1)
-    out, weights = attend(q, k, v, mask, scaling, dropout, implementation)
-    out = out.unflatten(2, (repeat, tokens)).flatten(1, 2).transpose(1, 2)
-    return out, None if weights is None else weights.unflatten(2, (repeat, tokens)).flatten(1, 2)
+        visible = torch.ones(1, query.shape[1], keys.shape[1], dtype=torch.bool, device=query.device).tril()
+    out, weights = attend(q, k, v, visible, scaling, dropout, implementation)
+    return out.transpose(1, 2), weights
 
 
 def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    mask: torch.Tensor,
+    visible: torch.Tensor,
     scaling: float,
     dropout: float,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Masked attention `[N, G, Q, D]` x `[N, G, K, D]`, mask bool broadcastable to `[N, G, Q, K]`."""
+    """Masked attention `[N, H, Q, D]` x `[N, G, K, D]`, `visible` bool broadcastable to `[N, Q, K]`.
+
+    Returns:
+        `[N, H, Q, D]` and, with `"eager"`, the weights `[N, H, Q, K]`.
+    """
+    repeat, length = query.shape[1] // keys.shape[1], query.shape[2]
+    if implementation == "sdpa" and query.device.type == "cpu" and length > 1:
+        # The CPU kernel shares the keys of a group by itself, and would turn a bool mask into this one.
+        mask = torch.zeros((), dtype=query.dtype).masked_fill(~visible[:, None], -torch.inf)
+        out = F.scaled_dot_product_attention(
+            query, keys, values, mask, dropout, scale=scaling, enable_gqa=repeat > 1
+        )
+        return out, None
+    # The query heads of a group share its keys, so they fold into the query axis: [N, G, R Q, D].
+    folded = query.unflatten(1, (-1, repeat)).flatten(2, 3)
+    mask = visible[:, None]
+    if length > 1:
+        mask = mask.expand(-1, repeat, -1, -1).flatten(1, 2).unsqueeze(1)
     if implementation == "sdpa":
-        return F.scaled_dot_product_attention(query, keys, values, mask, dropout, scale=scaling), None
-    scores = (query @ keys.transpose(-1, -2)) * scaling
+        out = F.scaled_dot_product_attention(folded, keys, values, mask, dropout, scale=scaling)
+        return out.unflatten(2, (repeat, length)).flatten(1, 2), None
+    scores = (folded @ keys.transpose(-1, -2)) * scaling
     wide = torch.promote_types(query.dtype, torch.float32)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=wide).to(query.dtype)
-    return F.dropout(weights, dropout) @ values, weights
+    out = F.dropout(weights, dropout) @ values
+    return tuple(value.unflatten(2, (repeat, length)).flatten(1, 2) for value in (out, weights))
 
 
 def weights_by_position(weights: torch.Tensor, position: torch.Tensor, columns: int) -> torch.Tensor:

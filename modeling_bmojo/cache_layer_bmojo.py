@@ -96,7 +96,10 @@ class BMojoCacheLayer(CacheLayerMixin):
             self.keys, self.values = (zeros(0, spec.kv_heads, spec.head_dim) for _ in range(2))
         elif spec.has_attention:
             entries = spec.slots + spec.fading + spec.window
-            self.keys, self.values = (zeros(entries, spec.kv_heads, spec.head_dim) for _ in range(2))
+            # Head by head in memory, as attention reads them.
+            self.keys, self.values = (
+                zeros(spec.kv_heads, entries, spec.head_dim).transpose(1, 2) for _ in range(2)
+            )
             self.positions = zeros(entries, dtype=torch.int64) - 1
             self.innovations = zeros(entries, dtype=wide)
         if spec.fading:
@@ -301,17 +304,22 @@ class BMojoCacheLayer(CacheLayerMixin):
     # --- SSM states -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def shift(self, name: str, new: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Moves the history `name` `[B, k, E]` on by the first `lengths` rows of `new` `[B, T, E]`."""
+    def shift(self, name: str, new: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Moves the history `name` `[B, k, E]` on by the first `lengths` (None: all) rows of `new` `[B, T, E]`."""
         history = getattr(self, name)
         if history.shape[1] == 0:
             return
-        index = lengths[:, None] + torch.arange(history.shape[1], device=history.device)
-        history.copy_(_take(torch.cat([history, new.to(history.dtype)], dim=1), index))
+        if lengths is None:
+            history.copy_(torch.cat([history, new[:, -history.shape[1] :].to(history.dtype)], 1)[:, -history.shape[1] :])
+            return
+        index = lengths[:, None] + torch.arange(-history.shape[1], 0, device=history.device)
+        fresh = _take(new, index.clamp(min=0)).to(history.dtype)
+        older = _take(history, (index + history.shape[1]).clamp(max=history.shape[1] - 1))
+        history.copy_(torch.where((index >= 0)[..., None], fresh, older))
 
-    def advance(self, lengths: torch.Tensor, columns: int) -> None:
-        """Counts `columns` columns, `lengths` `[B]` of them real, as read. Called last, once per forward."""
-        self.seen += lengths
+    def advance(self, lengths: torch.Tensor | None, columns: int) -> None:
+        """Counts `columns` columns as read, `lengths` `[B]` of them real (None: all). Called last, once per forward."""
+        self.seen += columns if lengths is None else lengths
         self.columns += columns
 
     # --- what transformers' Cache asks of a layer -------------------------------------------------------------------
@@ -388,7 +396,8 @@ def _write(
     buffer: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor, value: torch.Tensor, active: torch.Tensor | None
 ) -> None:
     """buffer[b, slot[b]] = value[b] where `active[b]`, in place and without a data-dependent shape."""
-    value = value.to(buffer.dtype)
+    if value.dtype != buffer.dtype:
+        value = value.to(buffer.dtype)
     if active is not None:
         value = torch.where(active.view(active.shape + (1,) * (value.dim() - 1)), value, buffer[rows, slot])
     buffer[rows, slot] = value

@@ -155,7 +155,7 @@ class BMojoConfig(PreTrainedConfig):
     innovation_taps: int = 4
     fading_size: int = 1
     tie_fading_projections: bool = True
-    memory_block_size: int = 128
+    memory_block_size: int = 64
 
     ssm_type: str = "mamba2"
     ssm_num_heads: int | None = None

@@ -93,13 +93,13 @@ class FadingMemory(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        lengths: torch.Tensor,
+        lengths: torch.Tensor | None,
         cache: BMojoCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the SSM over rows of real tokens.
 
         Args:
-            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; the rest is passed over.
+            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; the rest is passed over. None: all T.
             cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
 
         Returns:
@@ -131,7 +131,7 @@ class FadingMemory(nn.Module):
         self,
         convolved: torch.Tensor,
         dt: torch.Tensor,
-        lengths: torch.Tensor,
+        lengths: torch.Tensor | None,
         tokens: int,
         cache: BMojoCacheLayer | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -143,8 +143,8 @@ class FadingMemory(nn.Module):
         B, C = (value.unflatten(-1, (self.groups, self.state)) for value in (B, C))
         A, dt_bias, D = self.scalars(wide)
         dt = F.softplus(dt.to(wide) + dt_bias).clamp(*self.time_step_limit)
-        real = torch.arange(tokens, device=dt.device) < lengths[:, None]
-        dt = dt * real[..., None]
+        if lengths is not None:
+            dt = dt * (torch.arange(tokens, device=dt.device) < lengths[:, None])[..., None]
         # A copy: the state is overwritten below, and a backward pass may still need what it was.
         state = None if cache is None else cache.ssm.to(wide, copy=torch.is_grad_enabled())
         surprise = None

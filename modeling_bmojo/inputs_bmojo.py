@@ -16,12 +16,12 @@ class Rows(NamedTuple):
     """The mixer rows of a forward call.
 
     layout: None if the input's rows are the mixer's rows as they stand.
-    lengths: per group, `[R]` real tokens. rotary: per group, cos and sin `[R, T', D]`, or None without positions.
+    lengths: per group, `[R]` real tokens, or None if all are. rotary: per group, cos and sin `[R, T', 1, D]`, or None without positions.
     columns: columns of the attention weights, None if they are not wanted.
     """
 
     layout: RowLayout | None
-    lengths: list[torch.Tensor]
+    lengths: list[torch.Tensor | None]
     rotary: list[tuple[torch.Tensor, torch.Tensor] | None]
     columns: int | None
 
@@ -88,8 +88,9 @@ def new_token_mask(
             f"token read so far ({past}) and now ({columns}); pass the tokenizer's mask."
         )
     mask = attention_mask[:, -columns:].to(torch.bool)
-    # One column is handled with its mask as it stands: asking would stall a GPU at every decoding step.
-    if columns > 1 and bool(mask.all()):
+    # On a GPU one column is handled with its mask as it stands: asking would stall it at every decoding step.
+    ask = columns > 1 or (mask.device.type == "cpu" and not torch.compiler.is_compiling())
+    if ask and bool(mask.all()):
         return None
     if fresh and not bool(mask.any(dim=1).all()):
         row = int((~mask.any(dim=1)).to(torch.int64).argmax())
@@ -186,8 +187,7 @@ def build_rows(
         lengths = [layout.groups[0].lengths]
     else:
         layout = None
-        full = torch.full((batch,), columns, dtype=torch.int64, device=device)
-        lengths = [full if mask is None else mask[:, 0].to(torch.int64)]
+        lengths = [None if mask is None else mask[:, 0].to(torch.int64)]
 
     if position_ids is not None:
         position_ids = position_ids.to(device).expand(batch, -1)

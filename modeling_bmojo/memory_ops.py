@@ -28,8 +28,8 @@ def prediction_error(value: torch.Tensor, prediction: torch.Tensor) -> torch.Ten
     Scale-free, because an absolute error keeps the loud tokens instead of the unexpected ones (docs/log.md).
     """
     value, prediction = _at_least_fp32(value), _at_least_fp32(prediction)
-    energy = value.square().sum(-1) + prediction.square().sum(-1)
-    return (value - prediction).square().sum(-1) / (energy + INNOVATION_EPS)
+    missed, own, expected = (torch.linalg.vector_norm(x, dim=-1) for x in (value - prediction, value, prediction))
+    return missed.square() / (own.square() + expected.square() + INNOVATION_EPS)
 
 
 def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
@@ -42,11 +42,15 @@ def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         e `[B, T]`. Without gradient: selection is discrete.
     """
     with torch.no_grad():
-        taps = history.shape[1]
-        padded = _at_least_fp32(torch.cat([history.to(y.dtype), y], dim=1))
-        tokens = y.shape[1]
-        prediction = sum(padded[:, tap : tap + tokens] for tap in range(taps)) / taps
-        return prediction_error(padded[:, taps:], prediction)
+        taps, tokens = history.shape[1], y.shape[1]
+        history, y = _at_least_fp32(history), _at_least_fp32(y)
+        if tokens == 1:
+            return prediction_error(y, history.mean(dim=1, keepdim=True))
+        padded = torch.cat([history, y], dim=1)
+        prediction = padded[:, :tokens] / taps
+        for tap in range(1, taps):
+            prediction.add_(padded[:, tap : tap + tokens], alpha=1 / taps)
+        return prediction_error(y, prediction)
 
 
 def retention_key(innovation: torch.Tensor, position: torch.Tensor, decay: float) -> torch.Tensor:
@@ -179,4 +183,4 @@ def _admit(
 
 
 def _at_least_fp32(value: torch.Tensor) -> torch.Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()

@@ -61,10 +61,10 @@ class BMojoRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin `[B, T, D]` in x's dtype, for positions `[B, T]`."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+        """cos and sin `[B, T, 1, D]` in x's dtype, for positions `[B, T]`; the first half of sin is negated."""
+        angles = position_ids[..., None, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
 
 
 class BMojoMLP(nn.Module):
