@@ -119,8 +119,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         if self.seen.device != hidden.device:
             self.to(hidden.device)
             self.device = hidden.device
-        inference = any(value.is_inference() for value in self.states().values())
-        if inference and not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
+            return
+        if self.seen.is_inference() and not torch.is_inference_mode_enabled():
             # Read under inference_mode, continued outside (generate() uses no_grad): such tensors refuse writes.
             self._map(torch.clone)
 
