@@ -61,6 +61,7 @@ MEMORY_FIELDS = (
     "ssm_conv_kernel",
     "ssm_conv_bias",
     "ssm_conv_act",
+    "ssm_projected",
     "ssm_proj_bias",
     "ssm_gated",
     "ssm_norm",

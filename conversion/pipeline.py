@@ -16,7 +16,7 @@ from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 from .card import model_card
 from .export import generation_settings, meta_model, save_model, save_tokenizer
-from .families import bmojo_config_for, chosen_layers, family_of, source_layer_types, source_window
+from .families import backbone_fields, bmojo_config_for, chosen_layers, family_of, source_layer_types, source_window
 from .report import code_fingerprint, dtype_name, plan_copy, read_report, target_account, versions, write_report
 from .settings import GraftSettings
 from .sources import Source, open_source, source_files
@@ -81,7 +81,7 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     if Path(settings.source).exists():
         check_output(output, overwrite, sources=(Path(settings.source),))
     init = SSM_INITS[settings.ssm_init]
-    memory = {**init.fields, **settings.memory}
+    memory = init.complete(backbone_fields(source.config), {**init.fields, **settings.memory})
     config = bmojo_config_for(source.config, memory, settings.layers)
     if settings.ssm_init == "smoother":
         check_smoother(config, tuple(settings.smoother_tau))

@@ -1,28 +1,38 @@
 r"""Initial values of a grafted fading memory: the smoother (design.md section 6).
 
 The smoother makes the SSM's output a running average of the layer's input, so that with tied projections a fading token
-is an averaged key and value. With u_t the layer input, y_t the SSM output after out_proj and head h of Hs:
+is an averaged key and value. With u_t the layer input, y_t the SSM's output and head h of Hs:
 
     dt_h    = 1 / tau_h            constant; tau_h log-spaced over the heads from tau_low to tau_high, in tokens
     A_h     = -1                   so each step keeps a_h = exp(-dt_h) of the past
     B = C   = e_1                  constant: only the first of the N state channels carries the average
     S_t     = a_h S_{t-1} + dt_h x_t e_1^T
-    y_t     = out_proj S_t e_1  =  sum_{j>=0} (1 - a_h) a_h^j u_{t-j}
+    y_t     = S_t e_1  =  sum_{j>=0} (1 - a_h) a_h^j u_{t-j}
 
 The discretisation (exp for the decay, Euler for the input) leaves weights that sum to dt / (1 - exp(-dt)), about
 1 + dt/2; the convolution's tap for x carries the inverse, so the weights sum to exactly one.
 
 Tensors (K the last, current tap of the convolution):
 
-    in_proj   x rows = P;  B rows: the first of each group zero, the others small and random;  C rows = 0;  dt rows = 0
+    in_proj   B rows: the first of each group zero, the others small and random;  C rows = 0;  dt rows = 0
     conv      x: (1 - exp(-dt_h)) / dt_h at tap K, bias 0;  B and C: 1 at tap K, bias e_1
     scalars   A_log = 0,  dt_bias = softplus^-1(1 / tau_h),  D = 0
-    out_proj  = P^T
 
-C never reads the random B rows, so they leave y_t alone, and give the rows of C a gradient. P is the identity where
-inner = Hs * P_ssm equals hidden. A wider inner repeats the channels (P^T P = I, each channel averaged over several
-tau). A narrower one keeps the subspace that k_proj and v_proj read: P = the first right singular vectors of
+C never reads the random B rows, so they leave y_t alone, and give the rows of C a gradient.
+
+That is all where inner = Hs * P_ssm equals hidden: x is u itself (`ssm_projected=False`), because identity matrices are
+not stored, let alone multiplied by. `lean_memory` therefore gives the SSM as many heads as make it so wide, whatever
+the attention has. Set `ssm_projected: true` for a learned map (the Mamba-2 form), on the attention's heads:
+
+    in_proj   x rows = P, on top of the others
+    out_proj  = P^T,  y_t = P^T S_t e_1
+
+P is the identity where inner equals hidden. A wider inner repeats the channels (P^T P = I, each channel averaged over
+several tau). A narrower one keeps the subspace that k_proj and v_proj read: P = the first right singular vectors of
 [k_proj; v_proj], lossless while inner >= 2 G D.
+
+For training without projections: `tie_fading_projections: false` gives the fading tokens learned maps of y_t, their own
+k_proj and v_proj, at the cost per token of the shared ones.
 
 Shapes: u, y [B, T, hidden]; P [inner, hidden]; G groups, N state channels, Hs heads of P_ssm channels.
 """
@@ -44,15 +54,42 @@ SMOOTHER_FIELDS = {
     "ssm_proj_bias": False,
     "ssm_conv_bias": True,
 }
+SSM_SIZES = ("ssm_num_heads", "ssm_head_dim", "ssm_num_groups")
 
 
 @dataclass(frozen=True)
 class SSMInit:
-    """An initialisation: the config fields it stands on, and `(config, layer tensors, options, seed) -> tensors`."""
+    """An initialisation.
+
+    fields: the config fields it stands on. complete: `(backbone fields, memory fields) -> memory fields`, with what it
+    chooses where the user left it open. build: `(config, layer tensors, options, seed) -> tensors`.
+    """
 
     fields: Mapping[str, Any]
+    complete: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     build: Callable[..., dict[str, torch.Tensor]]
     describe: str
+
+
+def lean_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
+    """`memory` completed so that the SSM needs no projections, as far as it leaves that open and the sizes allow it.
+
+    Args:
+        backbone: fields of `BMojoConfig` that the source implies. memory: fields that are set. Sizes of the SSM that
+            are None are left open, as in `BMojoConfig`; with `ssm_projected=True` they follow the attention.
+    """
+    if memory.get("ssm_projected") is True:
+        return dict(memory)
+    hidden, attention_heads = backbone["hidden_size"], backbone["num_attention_heads"]
+    head_dim = backbone.get("head_dim") or hidden // attention_heads
+    given = {name: memory[name] for name in SSM_SIZES if memory.get(name) is not None}
+    if "ssm_num_heads" not in given and "ssm_head_dim" not in given and hidden % head_dim == 0:
+        heads = hidden // head_dim
+        groups = math.gcd(heads, backbone["num_key_value_heads"] or attention_heads)
+        given = {"ssm_num_heads": heads, "ssm_num_groups": groups, **given}
+    sizes = given.get("ssm_num_heads", attention_heads), given.get("ssm_head_dim", head_dim)
+    fits = all(type(size) is int for size in sizes) and math.prod(sizes) == hidden
+    return {"ssm_projected": not fits, **memory, **given}
 
 
 def smoother_time_constants(heads: int, low: float, high: float) -> torch.Tensor:
@@ -81,7 +118,7 @@ def smoother(
     """Tensors of one layer's FadingMemory, by their names below `fading.`; fp32, the same for the same seed.
 
     Args:
-        layer: the source layer's `k_proj.weight` and `v_proj.weight`, read only where inner < hidden.
+        layer: the source layer's `k_proj.weight` and `v_proj.weight`, read only for projections where inner < hidden.
         tau: shortest and longest time constant in tokens.
         seed: of the random rows of B.
 
@@ -92,7 +129,6 @@ def smoother(
     heads, groups, states = config.ssm_num_heads, config.ssm_num_groups, config.ssm_state_size
     inner, hidden, kernel = heads * config.ssm_head_dim, config.hidden_size, config.ssm_conv_kernel
     dt = 1.0 / smoother_time_constants(heads, *tau)
-    projection = inner_projection(config, layer)
 
     generator = torch.Generator().manual_seed(seed)
     write_rows = torch.randn(groups, states, hidden, generator=generator, dtype=torch.float64)
@@ -106,14 +142,17 @@ def smoother(
     conv[:inner, -1] = (-torch.expm1(-dt) / dt).repeat_interleave(config.ssm_head_dim)
     no_rows = torch.zeros(groups * states + heads, hidden, dtype=torch.float64)  # C and dt
     tensors = {
-        "in_proj.weight": torch.cat([projection, write_rows.flatten(0, 1), no_rows]),
+        "in_proj.weight": torch.cat([write_rows.flatten(0, 1), no_rows]),
         "conv.weight": conv,
         "conv.bias": torch.cat([torch.zeros(inner, dtype=torch.float64), first_state.flatten(), first_state.flatten()]),
         "scalars.A_log": torch.zeros(heads, dtype=torch.float64),
         "scalars.dt_bias": dt + torch.log(-torch.expm1(-dt)),  # softplus^-1
         "scalars.D": torch.zeros(heads, dtype=torch.float64),
-        "out_proj.weight": projection.T.contiguous(),
     }
+    if config.ssm_projected:
+        projection = inner_projection(config, layer)
+        tensors["in_proj.weight"] = torch.cat([projection, tensors["in_proj.weight"]])
+        tensors["out_proj.weight"] = projection.T.contiguous()
     return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 
 
@@ -144,6 +183,7 @@ def check_fields(init: str, required: Mapping[str, Any], given: Mapping[str, Any
 SSM_INITS = {
     "smoother": SSMInit(
         fields=SMOOTHER_FIELDS,
+        complete=lean_memory,
         build=smoother,
         describe="running average of the layer input (conversion/ssm_init.py)",
     ),

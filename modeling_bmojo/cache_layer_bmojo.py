@@ -305,9 +305,12 @@ class BMojoCacheLayer(CacheLayerMixin):
     # --- SSM states -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def shift(self, name: str, new: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        """Moves the history `name` `[B, k, E]` on by the first `lengths` (None: all) rows of `new` `[B, T, E]`."""
-        history = getattr(self, name)
+    def shift(self, name: str, new: torch.Tensor, lengths: torch.Tensor | None, first: int = 0) -> None:
+        """Moves the history `name` `[B, k, C]` on by the first `lengths` (None: all) rows of `new` `[B, T, C']`.
+
+        Where C' < C only the channels from `first` on move; the caller moves the others.
+        """
+        history = getattr(self, name)[..., first : first + new.shape[-1]]
         if history.shape[1] == 0:
             return
         if lengths is None:

@@ -101,6 +101,9 @@ class BMojoConfig(PreTrainedConfig):
         ssm_num_heads, ssm_head_dim, ssm_num_groups: `None` follows the attention's heads, head_dim and key/value heads.
         ssm_state_size: N, state channels per SSM head channel.
         ssm_conv_kernel, ssm_conv_bias, ssm_conv_act: the short causal convolution over x, B and C, its activation.
+        ssm_projected: True: the SSM reads learned maps of the layer's input and its output goes through out_proj
+            (Mamba-2). False: it reads the input itself and its output goes out as it is, which saves both products;
+            needs ssm_num_heads * ssm_head_dim == hidden_size. B, C, time steps and the gate are learned either way.
         ssm_proj_bias: biases in the SSM's in_proj and out_proj.
         ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate, as in Mamba-2.
         ssm_chunk_size: tokens per chunk of the chunked scan; changes speed, never the result.
@@ -165,6 +168,7 @@ class BMojoConfig(PreTrainedConfig):
     ssm_conv_kernel: int = 4
     ssm_conv_bias: bool = True
     ssm_conv_act: str = "silu"
+    ssm_projected: bool = True
     ssm_proj_bias: bool = False
     ssm_gated: bool = True
     ssm_norm: bool = True
@@ -352,6 +356,16 @@ class BMojoConfig(PreTrainedConfig):
                 self.ssm_num_groups,
                 f"must divide ssm_num_heads={self.ssm_num_heads}",
                 "SSM heads share B and C in equal groups",
+            )
+        self._require_choice("ssm_projected", (True, False))
+        inner = self.ssm_num_heads * self.ssm_head_dim
+        if not self.ssm_projected and inner != self.hidden_size:
+            self._reject(
+                "ssm_projected",
+                self.ssm_projected,
+                f"ssm_num_heads={self.ssm_num_heads} times ssm_head_dim={self.ssm_head_dim} must be "
+                f"hidden_size={self.hidden_size}, because the SSM reads and writes the layer's channels themselves",
+                "change them, or set ssm_projected=True",
             )
         limit = self.ssm_time_step_limit
         if len(limit) != 2 or not 0 <= limit[0] < limit[1]:

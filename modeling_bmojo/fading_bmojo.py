@@ -3,7 +3,8 @@
     z | xBC | dt = in_proj(u);  x | B | C = act(conv(xBC));  y = ssd(x, softplus(dt + dt_bias), A, B, C) + D x
     y = out_proj(norm(y * silu(z)))
 
-and the innovation of every token, measured on its output or its input (B'MOJO, Algorithm 1, lines 2 and 3).
+With `ssm_projected=False` x is u itself and y goes out as it is: in_proj has no x rows, and there is no out_proj.
+The module also measures the innovation of every token on its output or its input (B'MOJO, Algorithm 1, lines 2, 3).
 
 Shapes: B rows, T tokens, E hidden size, H heads, P channels per head, N state channels, G groups, K conv taps.
 """
@@ -27,10 +28,12 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def forward(self, x: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, history: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
+        """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels."""
+        part = slice(first, first + x.shape[-1])
         # k-bit preparation casts 1-D weights to fp32: cast at the call.
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return causal_conv(x, self.weight.to(x.dtype), bias, history)
+        bias = None if self.bias is None else self.bias[part].to(x.dtype)
+        return causal_conv(x, self.weight[part].to(x.dtype), bias, None if history is None else history[..., part])
 
 
 class SSMScalars(nn.Module):
@@ -76,19 +79,24 @@ class FadingMemory(nn.Module):
         self.groups = config.ssm_num_groups
         self.inner = self.heads * self.head_dim
         self.gated = config.ssm_gated
+        self.projected = config.ssm_projected
         self.chunk_size = config.ssm_chunk_size
         self.time_step_limit = tuple(config.ssm_time_step_limit)
         # What the eidetic memory asks for: nothing, the error on the output, or on the input.
         self.innovation = config.innovation if spec.slots else None
         self.taps = config.innovation_taps
 
-        rows = self.inner * (2 if self.gated else 1) + 2 * self.groups * self.state + self.heads
-        self.in_proj = nn.Linear(config.hidden_size, rows, bias=config.ssm_proj_bias)
+        # Rows of in_proj: z, then x (if projected), B and C, then dt.
+        mixed = (self.inner if self.projected else 0) + 2 * self.groups * self.state
+        self.rows = [self.inner if self.gated else 0, mixed, self.heads]
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
         self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars(self.heads)
         self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+        self.out_proj = None
+        if self.projected:
+            self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(
         self,
@@ -99,27 +107,30 @@ class FadingMemory(nn.Module):
         """Runs the SSM over rows of real tokens.
 
         Args:
-            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; the rest is passed over. None: all T.
+            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; the rest is passed over.
+                None: all T.
             cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
 
         Returns:
             y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens.
         """
         tokens = hidden_states.shape[1]
-        gate_rows = self.inner if self.gated else 0
-        gate, mixed, dt = self.in_proj(hidden_states).split(
-            [gate_rows, self.inner + 2 * self.groups * self.state, self.heads], dim=-1
-        )
-        convolved = self.act(self.conv(mixed, None if cache is None else cache.conv))
-        if cache is not None:
-            cache.shift("conv", mixed, lengths)
+        gate, mixed, dt = self.in_proj(hidden_states).split(self.rows, dim=-1)
+        if self.projected:
+            (convolved,) = self._convolve([mixed], lengths, cache)
+            x, keys = convolved.split([self.inner, 2 * self.groups * self.state], dim=-1)
+        else:
+            # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
+            x, keys = self._convolve([hidden_states.to(mixed.dtype), mixed], lengths, cache)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            y, surprise = self._scan(convolved, dt, lengths, tokens, cache)
+            y, surprise = self._scan(x, keys, dt, lengths, tokens, cache)
             if self.gated:
                 y = y * F.silu(gate.to(y.dtype))
             if self.norm is not None:
                 y = self.norm(y)
-        y = self.out_proj(y.to(convolved.dtype))
+        y = y.to(x.dtype)
+        if self.out_proj is not None:
+            y = self.out_proj(y)
         if self.innovation == "output":
             history = y.new_zeros(y.shape[0], self.taps, y.shape[2]) if cache is None else cache.outputs
             surprise = output_innovation(y, history)
@@ -127,20 +138,34 @@ class FadingMemory(nn.Module):
                 cache.shift("outputs", y, lengths)
         return y, surprise
 
+    def _convolve(
+        self, parts: list[torch.Tensor], lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
+    ) -> list[torch.Tensor]:
+        """act(conv(x|B|C)), given and returned in parts `[B, T, C_i]`, which are not joined: no copy of u is made."""
+        convolved, first = [], 0
+        for part in parts:
+            convolved.append(self.act(self.conv(part, None if cache is None else cache.conv, first)))
+            if cache is not None:
+                cache.shift("conv", part, lengths, first)
+            first += part.shape[-1]
+        return convolved
+
     def _scan(
         self,
-        convolved: torch.Tensor,
+        x: torch.Tensor,
+        keys: torch.Tensor,
         dt: torch.Tensor,
         lengths: torch.Tensor | None,
         tokens: int,
         cache: BMojoCacheLayer | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The recurrence in fp32 at least; returns y `[B, T, H P]` and the innovation of the "state" form, or None."""
-        wide = torch.promote_types(convolved.dtype, torch.float32)
-        keys = self.groups * self.state
-        x, B, C = convolved.to(wide).split([self.inner, keys, keys], dim=-1)
-        x = x.unflatten(-1, (self.heads, self.head_dim))
-        B, C = (value.unflatten(-1, (self.groups, self.state)) for value in (B, C))
+        """The recurrence in fp32 at least, of x `[B, T, H P]` and keys = B|C `[B, T, 2 G N]`.
+
+        Returns y `[B, T, H P]` and the innovation of the "state" form, or None.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide).unflatten(-1, (self.heads, self.head_dim))
+        B, C = keys.to(wide).unflatten(-1, (2, self.groups, self.state)).unbind(-3)
         A, dt_bias, D = self.scalars(wide)
         dt = F.softplus(dt.to(wide) + dt_bias).clamp(*self.time_step_limit)
         if lengths is not None:

@@ -252,9 +252,9 @@ class Algorithm1:
         heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
         groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
         projected = self.linear(f"{name}.in_proj", u)
-        sizes = [inner if config.ssm_gated else 0, inner + 2 * groups * size, heads]
-        z, raw, dt = torch.split(projected, sizes)
-        layer.convolved.append(raw)
+        sizes = [inner if config.ssm_gated else 0, inner if config.ssm_projected else 0, 2 * groups * size, heads]
+        z, x, keys, dt = torch.split(projected, sizes)
+        layer.convolved.append(torch.cat([x if config.ssm_projected else u, keys]))
         x, B, C = torch.split(self.convolve(name, layer.convolved), [inner, groups * size, groups * size])
         x, B, C = x.view(heads, width), B.view(groups, size), C.view(groups, size)
         low, high = config.ssm_time_step_limit
@@ -271,7 +271,8 @@ class Algorithm1:
         if config.ssm_norm:
             grouped = rms_norm(y.view(groups, -1), 1.0, config.rms_norm_eps).reshape(-1)
             y = grouped * tensors[f"{name}.norm.weight"]
-        y = self.linear(f"{name}.out_proj", y)
+        if config.ssm_projected:
+            y = self.linear(f"{name}.out_proj", y)
         if config.innovation == "state":
             error = scale_free_error(x, prediction)
         else:

@@ -7,6 +7,7 @@ any split is proven in test_parity.py, for any padding in test_padding.py.
 
 import copy
 import gc
+import json
 import os
 from pathlib import Path
 
@@ -492,6 +493,19 @@ def test_a_cache_of_another_model_is_refused(other, tmp_path):
     with pytest.raises(ValueError, match=message):
         model.generate(tokens(12), past_key_values=cache, max_new_tokens=2)
     assert cache.get_seq_length() == 9
+
+
+def test_a_file_from_before_unprojected_memories_is_read_as_projected(tmp_path):
+    model, path = build(), tmp_path / "cache"
+    read(model, tokens(9)).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    facts = json.loads(metadata["facts"])
+    assert facts.pop("ssm_projected") is True
+    save_file(load_file(path), path, metadata={**metadata, "facts": json.dumps(facts)})
+    assert BMojoCache.load(path, model.config).get_seq_length() == 9
+    with pytest.raises(ValueError, match="the cache has ssm_projected=True but the model has False"):
+        BMojoCache.load(path, build(ssm_projected=False).config)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

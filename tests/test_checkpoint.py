@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracles import randomize_
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import MIXED_LAYERS, SIZES, VOCAB
+from tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -48,6 +48,7 @@ MODELS = {
     ),
     "bare": dict(intermediate_size=0, rope_parameters=None, ssm_gated=False, ssm_norm=False, ssm_conv_bias=False)
     | dict(tie_word_embeddings=True, innovation="state", eidetic_decay=0.5, ssm_time_step_limit=[0.01, 0.5]),
+    "unprojected": dict(**UNPROJECTED, ssm_proj_bias=True),
 }
 
 
@@ -187,6 +188,19 @@ def test_an_unknown_tensor_is_reported(tmp_path):
     edit_weights(tmp_path, lambda tensors: tensors.update({"model.layers.0.ghost.weight": torch.ones(2)}))
     loaded, info = load(tmp_path)
     assert info["unexpected_keys"] == {"model.layers.0.ghost.weight"} and not info["missing_keys"]
+    assert_same_tensors(loaded, model)
+
+
+def test_a_checkpoint_from_before_unprojected_memories_loads(tmp_path):
+    """Its config.json has no field `ssm_projected`, and its layers have x rows and out_proj."""
+    model = build()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("ssm_projected") is True
+    path.write_text(json.dumps(fields))
+    loaded, info = load(tmp_path)
+    assert not any(info.values()) and "model.layers.0.fading.out_proj.weight" in loaded.state_dict()
     assert_same_tensors(loaded, model)
 
 
@@ -487,9 +501,14 @@ def valid_fields(draw):
     high = draw(st.one_of(st.just(math.inf), st.floats(0.6, 5)))
     kinds = st.sampled_from(["bmojo", "full_attention", "sliding_attention", "linear_attention"])
     head_dim = draw(st.sampled_from([None, 4, 8]))
+    hidden = heads * draw(even) * 2 if head_dim is None else draw(st.integers(1, 20))
+    projected, ssm_head_dim = draw(st.booleans()), draw(st.integers(1, 5))
+    if not projected:
+        ssm_head_dim = draw(st.sampled_from([size for size in range(1, 6) if hidden % size == 0]))
+        ssm_repeat, ssm_groups = hidden // ssm_head_dim, 1
     return dict(
         vocab_size=draw(st.integers(3, 50)),
-        hidden_size=heads * draw(even) * 2 if head_dim is None else draw(st.integers(1, 20)),
+        hidden_size=hidden,
         intermediate_size=draw(st.integers(0, 9)),
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -515,12 +534,13 @@ def valid_fields(draw):
         tie_fading_projections=draw(st.booleans()),
         memory_block_size=draw(st.integers(1, 9)),
         ssm_num_heads=ssm_groups * ssm_repeat,
-        ssm_head_dim=draw(st.integers(1, 5)),
+        ssm_head_dim=ssm_head_dim,
         ssm_state_size=draw(st.integers(1, 6)),
         ssm_num_groups=ssm_groups,
         ssm_conv_kernel=draw(st.integers(1, 5)),
         ssm_conv_bias=draw(st.booleans()),
         ssm_conv_act=draw(st.sampled_from(["silu", "linear", "gelu"])),
+        ssm_projected=projected,
         ssm_proj_bias=draw(st.booleans()),
         ssm_gated=draw(st.booleans()),
         ssm_norm=draw(st.booleans()),
@@ -623,6 +643,8 @@ CONTRADICTIONS = [
     ("ssm_num_groups", 3),
     ("ssm_conv_kernel", 0),
     ("ssm_conv_act", "swoosh"),
+    ("ssm_projected", None),
+    ("ssm_projected", "no"),
     ("ssm_chunk_size", 0),
     ("ssm_time_step_min", 0),
     ("ssm_time_step_min", 0.5),
@@ -655,6 +677,10 @@ def test_contradictions_between_fields():
         (dict(hidden_size=18), r"hidden_size=18 is not a multiple of num_attention_heads=4"),
         (dict(ssm_num_heads=3), r"ssm_num_groups=2: must divide ssm_num_heads=3"),
         (dict(ssm_time_step_max=1e-9), r"ssm_time_step_min=0.001: must lie in \(0, ssm_time_step_max=1e-09\]"),
+        (
+            dict(ssm_projected=False, ssm_head_dim=3),
+            r"ssm_projected=False: ssm_num_heads=4 times ssm_head_dim=3 must be hidden_size=16.*ssm_projected=True",
+        ),
         (dict(num_hidden_layers=3, layer_types=["bmojo"] * 2), r"has 2 entries but num_hidden_layers=3"),
     ):
         with pytest.raises(ValueError, match=message):

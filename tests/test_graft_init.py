@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from graft_sources import SIZES, SOURCES, VOCAB, W, randomised
-from transformers import LlamaConfig
+from graft_sources import SIZES, SOURCES, VOCAB, W, graft, logits, randomised, save_source
+from transformers import LlamaConfig, Qwen3Config
 
-from conversion.families import FAMILIES, MEMORY_FIELDS, bmojo_config_for, target_of
+from conversion.families import FAMILIES, MEMORY_FIELDS, backbone_fields, bmojo_config_for, target_of
 from conversion.settings import KNOWN_KEYS, load_settings
-from conversion.ssm_init import SMOOTHER_FIELDS, inner_projection, smoother, smoother_time_constants
+from conversion.ssm_init import SMOOTHER_FIELDS, inner_projection, lean_memory, smoother, smoother_time_constants
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
@@ -47,8 +47,9 @@ def test_every_family_maps_the_names_that_transformers_saves():
         assert kept <= set(target), family.name
 
 
-def smoother_config(**sizes) -> BMojoConfig:
-    return bmojo_config_for(LlamaConfig(**{**SIZES, **sizes}), {**SMOOTHER_FIELDS, "window_size": W})
+def smoother_config(projected=True, **sizes) -> BMojoConfig:
+    memory = {**SMOOTHER_FIELDS, "window_size": W, "ssm_projected": projected}
+    return bmojo_config_for(LlamaConfig(**{**SIZES, **sizes}), memory)
 
 
 def memory_of(config: BMojoConfig, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -66,9 +67,13 @@ def running_average(u: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 12], ids=["equal", "twice", "one_and_a_half"])
-def test_smoother_outputs_the_running_average_of_its_input(head_dim):
-    config = smoother_config(head_dim=head_dim)
+@pytest.mark.parametrize(
+    ("head_dim", "projected"),
+    [(8, False), (8, True), (16, True), (12, True)],
+    ids=["unprojected", "equal", "twice", "one_and_a_half"],
+)
+def test_smoother_outputs_the_running_average_of_its_input(head_dim, projected):
+    config = smoother_config(projected, head_dim=head_dim)
     tau = (2.0, 32.0)
     u = torch.randn(1, 50, 32, dtype=torch.float64)
     y, _ = memory_of(config, smoother(config, {}, tau))(u, torch.tensor([50]))
@@ -95,8 +100,69 @@ def test_narrow_smoother_keeps_what_keys_and_values_read():
     torch.testing.assert_close(projection @ projection.T, torch.eye(24, dtype=torch.float64))
 
 
-def test_smoother_lets_a_gradient_reach_every_tensor():
-    config = smoother_config()
+def test_unprojected_smoother_is_the_projected_one_without_its_identities():
+    tensors, lean = (smoother(smoother_config(projected), {}, seed=3) for projected in (True, False))
+    identity = torch.eye(32)
+    assert torch.equal(tensors.pop("out_proj.weight"), identity)
+    x, others = tensors["in_proj.weight"].split([32, len(lean["in_proj.weight"])])
+    assert torch.equal(x, identity)
+    tensors["in_proj.weight"] = others
+    assert tensors.keys() == lean.keys() and all(torch.equal(tensors[name], lean[name]) for name in lean)
+
+
+@pytest.mark.parametrize(
+    ("source", "memory", "chosen"),
+    [
+        ("llama", {}, (False, 4, 8, 2)),
+        ("llama", {"ssm_projected": True}, (True, 4, 8, 2)),
+        ("llama", {"ssm_num_heads": 8, "ssm_head_dim": 4}, (False, 8, 4, 2)),
+        ("llama", {"ssm_num_heads": None, "ssm_num_groups": 4}, (False, 4, 8, 4)),
+        ("llama", {"ssm_head_dim": 4}, (True, 4, 4, 2)),
+        ("llama_narrow_heads", {}, (True, 4, 6, 2)),  # 32 channels are no whole number of heads of 6
+        ("qwen3", {}, (False, 2, 16, 2)),  # 4 heads of 16 attend, 2 of them hold the 32 channels
+        ("qwen3", {"ssm_num_groups": 1}, (False, 2, 16, 1)),
+        ("qwen3", {"ssm_projected": True}, (True, 4, 16, 2)),
+        ("qwen3", {"ssm_num_heads": 4}, (True, 4, 16, 2)),
+    ],
+    ids=str,
+)
+def test_the_smoother_does_without_projections_where_the_sizes_allow_it(source, memory, chosen):
+    memory = lean_memory(backbone_fields(SOURCES[source]), {**SMOOTHER_FIELDS, **memory})
+    config = bmojo_config_for(SOURCES[source], memory)
+    sizes = (config.ssm_num_heads, config.ssm_head_dim, config.ssm_num_groups)
+    assert (config.ssm_projected, *sizes) == chosen
+
+
+def test_groups_divide_the_heads_of_the_ssm_and_the_key_value_heads():
+    """12 attention heads of 8 and 6 key/value heads at 32 channels: 4 heads of 8, in gcd(4, 6) = 2 groups."""
+    source = Qwen3Config(**{**SIZES, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 8})
+    memory = lean_memory(backbone_fields(source), {})
+    assert memory == {"ssm_projected": False, "ssm_num_heads": 4, "ssm_num_groups": 2}
+
+
+def test_a_graft_with_and_without_projections_is_the_same_model(tmp_path):
+    """Far beyond the window: equal logits, and every layer keeps the same tokens."""
+    save_source(tmp_path / "source")
+    models = []
+    for output, settings in (("lean", {}), ("projected", {"ssm_projected": True})):
+        assert graft(tmp_path, output=output, **settings) == 0
+        models.append(BMojoForCausalLM.from_pretrained(tmp_path / output))
+    lean, projected = models
+    assert lean.num_parameters() == projected.num_parameters() - 2 * 2 * 32 * 32  # 2 layers, 2 products
+    assert not any("out_proj" in name for name in lean.state_dict())
+    torch.testing.assert_close(logits(lean, 6 * W), logits(projected, 6 * W), atol=1e-4, rtol=0)
+    ids = torch.randint(3, VOCAB, (2, 6 * W), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        caches = [model(input_ids=ids).past_key_values for model in models]
+    for layer in range(2):
+        for row in range(2):
+            kept = [[token.position for token in cache.remembered(layer, row)] for cache in caches]
+            assert kept[0] == kept[1] and len(kept[0]) == 4
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_smoother_lets_a_gradient_reach_every_tensor(projected):
+    config = smoother_config(projected)
     model = BMojoForCausalLM(config)
     for layer in model.model.layers:
         layer.fading.load_state_dict(smoother(config, {}))
@@ -105,8 +171,9 @@ def test_smoother_lets_a_gradient_reach_every_tensor():
     fading = model.model.layers[0].fading
     for name, parameter in fading.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    inner, states = 32, 2 * config.ssm_state_size
-    parts = dict(zip(("x", "B", "C", "dt"), fading.in_proj.weight.grad.split([inner, states, states, 4])))
+    states = 2 * config.ssm_state_size
+    rows = {**({"x": 32} if projected else {}), "B": states, "C": states, "dt": 4}
+    parts = dict(zip(rows, fading.in_proj.weight.grad.split(list(rows.values()))))
     assert all(part.abs().max() > 0 for part in parts.values()), {
         name: part.abs().max() for name, part in parts.items()
     }

@@ -102,8 +102,8 @@ def test_report_of_the_real_graft(folder):
     assert report["counts"] == {
         "copied": 272,
         "dropped": 1,
-        "initialised": 210,
-        "parameters": 161357418,
+        "initialised": 180,
+        "parameters": 141450858,
         "source_parameters": 134515008,
     }
     assert report["check"]["max_logit_difference"] < 1e-3

@@ -55,6 +55,8 @@ def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:
         ("dtype=int8", ["dtype='int8'", "bfloat16"]),
         ("ssm_init=magic", ["ssm_init='magic'", "smoother"]),
         ("ssm_gated=true", ["ssm_gated=True", "smoother"]),
+        ("ssm_projected=perhaps", ["ssm_projected='perhaps'", "True"]),
+        ("ssm_num_heads={}", ["ssm_num_heads={}"]),
         ("smoother_tau=[8, 2]", ["smoother_tau=[8, 2]", "low <= high"]),
         ("smoother_tau=4", ["smoother_tau=4", "[low, high]"]),
         ("ssm_time_step_limit=[0.1, 1.0]", ["smoother_tau", "ssm_time_step_limit=[0.1, 1.0]"]),
@@ -68,6 +70,12 @@ def test_bad_setting_is_named(assignment, words, tmp_path, capsys):
     save_source(tmp_path / "source")
     message = refused(capsys, tmp_path, "--set", assignment)
     assert all(word in message for word in words), message
+
+
+def test_a_memory_that_needs_projections_says_so(tmp_path, capsys):
+    save_source(tmp_path / "source", "llama_narrow_heads")
+    message = refused(capsys, tmp_path, ssm_projected=False)
+    assert "ssm_projected=False" in message and "hidden_size=32" in message and "ssm_projected=True" in message
 
 
 def test_bad_settings_file_is_named(tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import randomize_
-from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
+from tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
 
@@ -20,6 +20,7 @@ SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "mixed-layers": MIXED_LAYERS,
+    "unprojected": UNPROJECTED,
 }
 PATTERNS = ("left", "right", "inner")
 ROWS = {"one row": [31], "many": [40, 23, 6, 1]}  # real tokens per row

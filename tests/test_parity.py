@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import algorithm1_forward, randomize_
-from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
+from tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
@@ -31,6 +31,9 @@ SETTINGS = {
     "no-slots": dict(eidetic_size=0),
     "time-step-limit": dict(ssm_time_step_limit=[0.2, 0.8]),
     "bare-ssm": dict(ssm_gated=False, ssm_norm=False, ssm_conv_kernel=1, ssm_conv_act="linear"),
+    "unprojected": UNPROJECTED,
+    "unprojected-bare": dict(ssm_projected=False, ssm_gated=False, ssm_norm=False, ssm_conv_act="linear")
+    | dict(innovation="state", eidetic_decay=0.05),
     "qk-norm-no-positions": dict(qk_norm="head", rope_parameters=None),
 }
 
@@ -131,7 +134,7 @@ def test_any_split_equals_the_full_forward(name, data):
     assert_same_memories(model, cache, full_cache, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers"])
+@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "unprojected"])
 def test_float32_splits_stay_within_its_rounding(name):
     model, ids = build(name, torch.float32), tokens()
     full, _ = read(model, ids, [TOKENS])
@@ -236,7 +239,7 @@ def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
 
 def test_every_parameter_learns():
     """With T far beyond the window every tensor of every layer type receives a gradient."""
-    for name in ("output", "state-decay", "mixed-layers"):
+    for name in ("output", "state-decay", "mixed-layers", "unprojected"):
         for key, gradient in gradients(build(name).train(), tokens()).items():
             assert gradient.abs().max() > 0, f"{name}: {key}"
 
@@ -268,7 +271,7 @@ def test_eager_equals_sdpa(name):
         assert (results["eager"][2][key] - value).abs().max() < 1e-11, key
 
 
-@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers"])
+@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "unprojected"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.25)])
 def test_low_precision_is_finite_and_close(name, dtype, limit):
     """Root mean square error over that of the logits; rounding may also exchange tokens of nearly equal innovation."""
@@ -286,15 +289,19 @@ def test_low_precision_is_finite_and_close(name, dtype, limit):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_finite_in_low_precision(dtype):
-    for name in ("output", "state-decay", "mixed-layers"):
+    for name in ("output", "state-decay", "mixed-layers", "unprojected"):
         for key, gradient in gradients(build(name, dtype).train(), tokens()).items():
             assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, f"{name}: {key}"
 
 
-def test_autocast_keeps_the_recurrent_state_in_fp32():
-    model, ids = build(dtype=torch.float32), tokens()
+@pytest.mark.parametrize("name", ["output", "unprojected"])
+def test_autocast_keeps_the_recurrent_state_in_fp32(name):
+    model, ids = build(name, torch.float32), tokens()
     expected, _ = read(model, ids, [TOKENS])
+    convolved = set()
+    model.model.layers[0].fading.conv.register_forward_hook(lambda _, given, out: convolved.add(given[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, cache = read(model, ids, [20] + [1] * (TOKENS - 20))
-    assert all(layer.ssm.dtype == torch.float32 for layer in cache.layers)
+    assert convolved == {torch.bfloat16}, "in every part, or prefill and decoding round differently"
+    assert all(layer.ssm.dtype == torch.float32 for layer in cache.layers if layer.spec.has_ssm)
     assert (logits - expected).square().mean().sqrt() < 0.25 * expected.square().mean().sqrt()

@@ -178,6 +178,7 @@ def test_a_reset_cache_takes_another_batch():
         {"eidetic_decay": 0.1},
         {"innovation": "state"},
         {"ssm_conv_act": "linear"},
+        {"ssm_projected": False},
         {"tie_fading_projections": False},
         {"eidetic_size": 3},
     ],

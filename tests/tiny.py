@@ -18,3 +18,5 @@ SIZES = dict(
 MIXED_LAYERS = dict(
     num_hidden_layers=4, layer_types=["bmojo", "sliding_attention", "full_attention", "linear_attention"]
 )
+# The SSM reads the layer's input itself; in a layer with attention and in one without.
+UNPROJECTED = dict(layer_types=["bmojo", "linear_attention"], ssm_projected=False, ssm_num_heads=8, ssm_head_dim=2)
