@@ -116,14 +116,15 @@ class FadingMemory(nn.Module):
         """
         tokens = hidden_states.shape[1]
         gate, mixed, dt = self.in_proj(hidden_states).split(self.rows, dim=-1)
-        if self.projected:
-            (convolved,) = self._convolve([mixed], lengths, cache)
-            x, keys = convolved.split([self.inner, 2 * self.groups * self.state], dim=-1)
-        else:
-            # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
-            x, keys = self._convolve([hidden_states.to(mixed.dtype), mixed], lengths, cache)
+        # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
+        parts = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
+        if tokens == 1 and not self.projected:
+            parts = [torch.cat(parts, dim=-1)]  # one token is copied sooner than it is convolved in two parts
+        x, *keys = self._convolve(parts, lengths, cache)
+        if not keys:
+            x, *keys = x.split([self.inner, 2 * self.groups * self.state], dim=-1)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            y, surprise = self._scan(x, keys, dt, lengths, tokens, cache)
+            y, surprise = self._scan(x, keys[0], dt, lengths, tokens, cache)
             if self.gated:
                 y = y * F.silu(gate.to(y.dtype))
             if self.norm is not None:
