@@ -173,7 +173,7 @@ def draw(report: Report, path: Path) -> str | None:
 
 def _panel(axes: Any, name: str, figures: list[Figure]) -> None:
     """One diagram, both axes logarithmic: ours once, and every `against`."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figures = sorted(figures, key=lambda figure: figure.context)
     scale, unit = (1e-3, "ms") if figures[0].unit == "s" and figures[-1].ours < 1 else (1, "s")
@@ -188,10 +188,11 @@ def _panel(axes: Any, name: str, figures: list[Figure]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(list(ours), [f"{context:,}" for context in ours])
     axes.xaxis.set_minor_locator(NullLocator())
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(f"{name}, {unit}", fontsize=10)
     axes.set_xlabel("tokens", fontsize=8)
-    axes.tick_params(which="both", labelsize=8)
+    axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
