@@ -433,11 +433,18 @@ def test_model_checks_notice_a_changed_graft(tiny_models):
         weight.data.copy_(kept)
 
 
-def test_decode_row_measures_behind_the_whole_text(tiny_models):
+def test_decode_row_measures_behind_the_whole_text(tiny_models, monkeypatch):
+    """Both caches stand at the context that the figure names, also after the steps at the one before."""
+    lengths, right = [], rows_model.steps
+
+    def watched(model, cache):
+        lengths.append(cache.get_seq_length())
+        return right(model, cache)
+
+    monkeypatch.setattr(rows_model, "steps", watched)
     tokens = [figure.context for figure in rows_model.decode_figures(tiny_models)]
     assert tokens == list(rows_model.QUICK_DECODE)
-    cache = rows_model.filled_cache(load("theirs", tiny_models.models.path("theirs")).config, 40)
-    assert cache.get_seq_length() == 40
+    assert lengths == [context for context in tokens for _ in rows_model.SIDES]
 
 
 def test_command_line_from_a_shell(tmp_path):
