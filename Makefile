@@ -18,10 +18,11 @@ HAVE_TORCH := $(VENV)/.have-torch
 HAVE_PACKAGE := $(VENV)/.have-package
 HAVE_SMOLLM2 := $(VENV)/.have-smollm2
 HAVE_TEST := $(VENV)/.have-test
+HAVE_BENCH := $(VENV)/.have-bench
 HAVE_RUFF := $(VENV)/.have-ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -29,6 +30,8 @@ help:
 	@echo "make demo     graft a real Transformer into B'MOJO, let it read a long document and answer"
 	@echo "                SOURCE=...           hub id or local path of another model (default: SmolLM2-135M-Instruct)"
 	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
+	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
+	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
 	@echo "make lint     check style with ruff    (make format mends what can be mended)"
 	@echo "make clean    remove .venv and caches; models under outputs/ stay"
 	@echo ""
@@ -44,6 +47,11 @@ demo: $(HAVE_PACKAGE) $(if $(SOURCE),,$(HAVE_SMOLLM2))
 test: $(HAVE_TEST) $(HAVE_SMOLLM2)
 	@echo "==> test: pytest, one process per core"
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
+
+# Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.
+bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)
+	@echo "==> bench: every figure against what a user would take instead"
+	@HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m tests.bench.speed --json outputs/bench/speed.json $(ARGS)
 
 lint: $(HAVE_RUFF)
 	@echo "==> lint: ruff"
@@ -93,6 +101,11 @@ $(HAVE_SMOLLM2): $(HAVE_PACKAGE)
 $(HAVE_TEST): $(HAVE_PACKAGE)
 	@echo "==> set-up: what the tests need (pytest, hypothesis, ...)"
 	@$(PIP) install $(QUIET) -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(HAVE_BENCH): $(HAVE_PACKAGE)
+	@echo "==> set-up: what the benchmark needs (matplotlib)"
+	@$(PIP) install $(QUIET) -c constraints.txt -e ".[bench]"
 	@touch $@
 
 $(HAVE_RUFF): $(HAVE_VENV) constraints.txt

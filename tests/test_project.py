@@ -94,7 +94,7 @@ def test_metadata():
     assert project["name"] == "modeling-bmojo"
     assert project["license"] == "Apache-2.0"
     assert Requirement(f"python{project['requires-python']}").specifier.contains("3.10")
-    assert {"cuda", "convert", "train", "notebooks", "test", "dev"} <= set(project["optional-dependencies"])
+    assert {"cuda", "convert", "bench", "train", "notebooks", "test", "dev"} <= set(project["optional-dependencies"])
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").count("Apache License") >= 1
     assert (PACKAGE / "py.typed").is_file()
 
@@ -130,7 +130,7 @@ def test_dependencies_are_open_ranges_and_constraints_pin_them():
 def test_extras_name_their_test_tools_in_constraints():
     pinned = {canonicalize_name(pin.name) for pin in constraints()}
     extras = pyproject()["project"]["optional-dependencies"]
-    for text in extras["convert"] + extras["test"]:
+    for text in extras["convert"] + extras["bench"] + extras["test"]:
         name = canonicalize_name(Requirement(text).name)
         assert name in pinned | {"modeling-bmojo"}, f"constraints.txt does not pin {name}, which `make test` installs"
 

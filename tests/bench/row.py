@@ -1,0 +1,136 @@
+"""What a row of the benchmark is: a parity check, and figures that are measured only if it passes.
+
+A figure is a ratio ours / theirs. `GOALS` holds the ratios that the project wants to reach on 2 CPU cores, and on one
+GPU of the H200 class for the rows that need one; a figure of a `--quick` run has no goal, for its sizes are others.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from .models import Models
+from .timing import Action, Plan, alternate, compare
+
+
+GOALS = {
+    "scan, default chunk": 0.12,
+    "scan, best chunk": 0.45,
+    "scan, memory": 0.4,
+    "attention, full causal": 0.33,
+    "prefill 512": 1.45,
+    "prefill 2048": 1.1,
+    "prefill 8192": 0.6,
+    "prefill 32768": 0.25,
+    "decode 512": 1.35,
+    "decode 8192": 0.6,
+    "decode 32768": 0.15,
+    "cache 32768": 0.03,
+    "cache stays": 1.0,
+    "innovation 32768": 0.03,
+    "train 2048": 1.5,
+    "cuda scan": 1.05,
+    "cuda conv": 1.05,
+    "cuda attention": 1.3,
+    "cuda decode": 0.5,
+    "cuda train": 1.0,
+}
+
+
+@dataclass
+class Figure:
+    """One line of the table, one object of the JSON.
+
+    name: what was measured. against: what `theirs` is. context: tokens. unit: `"s"` or `"B"`.
+    ours, theirs: medians in that unit. ratio: median of the rounds' ratios. low, high: smallest and largest of them.
+    goal: the ratio to reach, None if there is none. panel: the diagram that shows this figure, None for no diagram.
+    """
+
+    name: str
+    against: str
+    context: int
+    unit: str
+    ours: float
+    theirs: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    goal: float | None = None
+    panel: str | None = None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.goal is None else self.ratio <= self.goal
+
+
+@dataclass
+class Check:
+    """A comparison made before anything is timed: passes if difference <= tolerance (so not if it is NaN)."""
+
+    what: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+@dataclass
+class Context:
+    """How this run measures. threads: of torch, also in child processes. models: the real model and its graft."""
+
+    quick: bool
+    threads: int
+    device: str
+    models: Models
+    seed: int = 0
+    plan: Plan = field(init=False)
+
+    def __post_init__(self):
+        self.plan = Plan(least=3, most=3, budget=1.0) if self.quick else Plan()
+
+    def goal(self, name: str) -> float | None:
+        """The goal of that name, none in a quick run and none for a size that has none."""
+        return None if self.quick else GOALS.get(name)
+
+    def alternate(self, actions: dict[str, Action], plan: Plan | None = None) -> dict[str, list[float]]:
+        """`timing.alternate` by this run's plan, which a quick run keeps whatever a row asks for."""
+        wait = torch.cuda.synchronize if self.device == "cuda" else None
+        return alternate(actions, self.plan if self.quick or plan is None else plan, wait)
+
+
+class Row(NamedTuple):
+    """A row: its name on the command line, what it compares, its check and its figures (or remarks, as text)."""
+
+    name: str
+    title: str
+    checks: Callable[[Context], list[Check]]
+    figures: Callable[[Context], Iterator[Figure | str]]
+    device: str = "cpu"
+    optional: bool = False
+
+
+def figure(
+    name: str,
+    against: str,
+    context: int,
+    ours: list[float],
+    theirs: list[float],
+    unit: str = "s",
+    goal: float | None = None,
+    panel: str | None = None,
+    note: str = "",
+) -> Figure:
+    """A figure from samples of the same rounds: seconds, or bytes."""
+    return Figure(name, against, context, unit, *compare(ours, theirs), goal=goal, panel=panel, note=note)
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest magnitude of what is wanted."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()

@@ -1,0 +1,97 @@
+"""Row "compiled": the decoding step under torch.compile, against the source's, compiled with its static cache.
+
+Optional, because compiling takes minutes on a CPU and needs a C++ compiler. Where compiling fails, the compiled step
+gives other logits or compiles again at later tokens, a remark says so and nothing is timed.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+
+from modeling_bmojo import BMojoCache
+
+from .models import random_ids
+from .row import Check, Context, Figure, Row, difference, figure
+from .rows_model import SIDES, STEPS, both, model_checks, per_token
+from .timing import Action, Plan
+
+
+TOKENS, QUICK_TOKENS = 512, 96
+ROOM = 512  # places of the static cache beyond the tokens read
+
+
+@torch.no_grad()
+def read(side: str, model: torch.nn.Module, tokens: int):
+    """The cache after T tokens, of the kind that suits a compiled step."""
+    cache = BMojoCache(model.config) if side == "ours" else StaticCache(model.config, max_cache_len=tokens + ROOM)
+    model(random_ids(model.config.vocab_size, tokens), past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def stepper(forward, model: torch.nn.Module, cache, count: int) -> Action:
+    """`count` tokens through `forward`, which is the model or its compiled form; returns the last logits."""
+    ids = random_ids(model.config.vocab_size, 1)
+
+    def decode() -> torch.Tensor:
+        with torch.no_grad():
+            for _ in range(count):
+                logits = forward(ids, past_key_values=cache, use_cache=True).logits
+            return logits
+
+    return decode
+
+
+def compiled_step(side: str, model: torch.nn.Module, tokens: int) -> tuple[Action, str]:
+    """The compiled step and what compiling did.
+
+    Raises:
+        ValueError: the compiled step gives other logits, or is not done with compiling. Whatever the compiler raises
+            comes through.
+    """
+    counters.clear()
+    forward = torch.compile(model, dynamic=False)
+    cache = read(side, model, tokens)
+    wanted = stepper(model, model, read(side, model, tokens), 3)()
+    largest = difference(stepper(forward, model, cache, 3)(), wanted)
+    if not largest <= 1e-3:
+        raise ValueError(f"its logits differ from the plain step's by {largest:.1e}")
+    graphs = counters["stats"]["unique_graphs"]
+    decode = stepper(forward, model, cache, STEPS)
+    decode()
+    later, breaks = counters["stats"]["unique_graphs"] - graphs, sum(counters["graph_break"].values())
+    if later:
+        raise ValueError(f"the step is compiled again: {later} graphs in {STEPS} more tokens, {breaks} graph breaks")
+    return decode, f"{graphs} graphs, {breaks} graph breaks, none compiled at later tokens"
+
+
+def figures(context: Context) -> Iterator[Figure | str]:
+    tokens = QUICK_TOKENS if context.quick else TOKENS
+    models, actions = both(context), {}
+    torch._dynamo.reset()
+    for side in SIDES:
+        try:
+            actions[side], found = compiled_step(side, models[side], tokens)
+        except Exception as error:  # the compiler's own exceptions, of many types
+            words = (str(error).strip().splitlines() or [""])[0]
+            yield f"{side}: the compiled step was not timed: {type(error).__name__}: {words}"
+            continue
+        yield f"{side}: {found}"
+    if "ours" not in actions:
+        return
+    actions["plain"] = stepper(models["theirs"], models["theirs"], read("theirs", models["theirs"], tokens), STEPS)
+    actions["ours, plain"] = stepper(models["ours"], models["ours"], read("ours", models["ours"], tokens), STEPS)
+    seconds = per_token(context.alternate(actions, Plan(least=5, most=15, budget=30)))
+    labels = {"theirs": "source, compiled", "plain": "source, not compiled", "ours, plain": "ours, not compiled"}
+    for which, label in labels.items():
+        if which in seconds:
+            yield figure("one decoding step, compiled", label, tokens, seconds["ours"], seconds[which])
+
+
+def checks(context: Context) -> list[Check]:
+    return model_checks(context)
+
+
+TITLE = "the decoding step under torch.compile; the models of prefill and decode"
+ROWS = [Row("compiled", TITLE, checks, figures, optional=True)]
