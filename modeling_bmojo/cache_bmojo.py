@@ -29,6 +29,8 @@ FACTS = (
     "eidetic_decay",
     "innovation",
     "tie_fading_projections",
+    "ssm_type",
+    "ssm_time_step_rank",
     "ssm_num_groups",
     "ssm_conv_act",
     "ssm_gated",
@@ -220,7 +222,8 @@ class BMojoCache(Cache):
             )
         cache, written = cls(config), cls(config)
         try:
-            columns, written.facts = int(metadata["columns"]), json.loads(metadata["facts"])
+            # Files of 0.1.0 do not name the SSM: there was one.
+            columns, written.facts = int(metadata["columns"]), {"ssm_type": "mamba2", **json.loads(metadata["facts"])}
             written.layers = [BMojoCacheLayer(LayerSpec(**spec)) for spec in json.loads(metadata["specs"])]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(

@@ -8,7 +8,7 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
     delay_*         [B, W, G, D]           keys and values of SSM outputs that are not yet beyond the window (F > 0)
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
-    ssm             [B, H, P, N]           SSM state, fp32 (fp64 for fp64 models) whatever the model's dtype
+    ssm             [B, H, P, N]           SSM state (S6: H P channels), fp32 (fp64 for fp64 models) in any dtype
     last_hidden     [B, E]                 last layer only: the model's output for the last real token
 
 Window, delay line and visible fading tokens are rings: position p sits in slot p mod size. A full-attention layer keeps

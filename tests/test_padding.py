@@ -20,6 +20,7 @@ SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "mixed-layers": MIXED_LAYERS,
+    "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
 }
 PATTERNS = ("left", "right", "inner")
 ROWS = {"one row": [31], "many": [40, 23, 6, 1]}  # real tokens per row
