@@ -58,6 +58,7 @@ MEMORY_FIELDS = (
     "ssm_head_dim",
     "ssm_state_size",
     "ssm_num_groups",
+    "ssm_time_step_rank",
     "ssm_conv_kernel",
     "ssm_conv_bias",
     "ssm_conv_act",

@@ -48,6 +48,7 @@ from modeling_bmojo import BMojoConfig
 
 
 SMOOTHER_FIELDS = {
+    "ssm_type": "mamba2",
     "ssm_conv_act": "linear",
     "ssm_gated": False,
     "ssm_norm": False,

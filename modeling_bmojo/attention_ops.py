@@ -174,9 +174,7 @@ def attend(
     if implementation == "sdpa" and query.device.type == "cpu" and length > 1:
         # The CPU kernel shares the keys of a group by itself, and would turn a bool mask into this one.
         mask = torch.zeros((), dtype=query.dtype).masked_fill(~visible[:, None], -torch.inf)
-        out = F.scaled_dot_product_attention(
-            query, keys, values, mask, dropout, scale=scaling, enable_gqa=repeat > 1
-        )
+        out = F.scaled_dot_product_attention(query, keys, values, mask, dropout, scale=scaling, enable_gqa=repeat > 1)
         return out, None
     # The query heads of a group share its keys, so they fold into the query axis: [N, G, R Q, D].
     folded = query.unflatten(1, (-1, repeat)).flatten(2, 3)

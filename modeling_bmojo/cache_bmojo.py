@@ -29,6 +29,8 @@ FACTS = (
     "eidetic_decay",
     "innovation",
     "tie_fading_projections",
+    "ssm_type",
+    "ssm_time_step_rank",
     "ssm_num_groups",
     "ssm_conv_act",
     "ssm_projected",
@@ -36,8 +38,6 @@ FACTS = (
     "ssm_norm",
     "ssm_time_step_limit",
 )
-# What files written before a fact existed mean by not stating it.
-LATER_FACTS = {"ssm_projected": True}
 
 
 class RememberedToken(NamedTuple):
@@ -226,7 +226,7 @@ class BMojoCache(Cache):
             )
         cache, written = cls(config), cls(config)
         try:
-            columns, written.facts = int(metadata["columns"]), {**LATER_FACTS, **json.loads(metadata["facts"])}
+            columns, written.facts = int(metadata["columns"]), json.loads(metadata["facts"])
             written.layers = [BMojoCacheLayer(LayerSpec(**spec)) for spec in json.loads(metadata["specs"])]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(

@@ -8,7 +8,7 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
     delay_*         [B, W, G, D]           keys and values of SSM outputs that are not yet beyond the window (F > 0)
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
-    ssm             [B, H, P, N]           SSM state, fp32 (fp64 for fp64 models) whatever the model's dtype
+    ssm             [B, H, P, N]           SSM state (S6: H P channels), fp32 (fp64 for fp64 models) in any dtype
     last_hidden     [B, E]                 last layer only: the model's output for the last real token
 
 A pool token is in the window if its position is at least `seen - W`, else in the eidetic memory. Their order means
@@ -97,9 +97,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         elif spec.has_attention:
             entries = spec.slots + spec.fading + spec.window
             # Head by head in memory, as attention reads them.
-            self.keys, self.values = (
-                zeros(spec.kv_heads, entries, spec.head_dim).transpose(1, 2) for _ in range(2)
-            )
+            self.keys, self.values = (zeros(spec.kv_heads, entries, spec.head_dim).transpose(1, 2) for _ in range(2))
             self.positions = zeros(entries, dtype=torch.int64) - 1
             self.innovations = zeros(entries, dtype=wide)
         if spec.fading:
@@ -314,7 +312,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         if history.shape[1] == 0:
             return
         if lengths is None:
-            history.copy_(torch.cat([history, new[:, -history.shape[1] :].to(history.dtype)], 1)[:, -history.shape[1] :])
+            history.copy_(
+                torch.cat([history, new[:, -history.shape[1] :].to(history.dtype)], 1)[:, -history.shape[1] :]
+            )
             return
         index = lengths[:, None] + torch.arange(-history.shape[1], 0, device=history.device)
         fresh = _take(new, index.clamp(min=0)).to(history.dtype)

@@ -1,6 +1,7 @@
 """Configuration of B'MOJO: fields, derived defaults and validation; no tensors.
 
-Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, section 3.3; Mamba-2 (arXiv 2405.21060).
+Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, section 3.3; Mamba-2 (arXiv 2405.21060);
+Mamba (arXiv 2312.00752).
 """
 
 import difflib
@@ -17,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
 INNOVATIONS = ("output", "state")
 QK_NORMS = (None, "head")
-SSM_TYPES = ("mamba2",)
+SSM_TYPES = ("mamba2", "mamba")
 
 # Keys that transformers itself (or an old checkpoint) may pass besides the declared fields. Anything else is a typo or
 # comes from another model, and silently keeping it would silently ignore the user's wish.
@@ -97,16 +98,24 @@ class BMojoConfig(PreTrainedConfig):
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
-        ssm_type: the fading memory, `"mamba2"`.
-        ssm_num_heads, ssm_head_dim, ssm_num_groups: `None` follows the attention's heads, head_dim and key/value heads.
-        ssm_state_size: N, state channels per SSM head channel.
-        ssm_conv_kernel, ssm_conv_bias, ssm_conv_act: the short causal convolution over x, B and C, its activation.
+        ssm_type: the fading memory, `"mamba2"` or `"mamba"` (S6, the one of B'MOJO's paper: N decays and one time
+            step per channel; set `ssm_state_size=16` as published, its cost grows with N).
+        ssm_num_heads, ssm_head_dim: `None` follows the attention's heads and head_dim. Their product is the SSM's inner
+            width, and that is all `"mamba"` takes from them (published: twice the hidden size).
+        ssm_num_groups: groups of heads that share B and C; `None` follows the key/value heads. `"mamba"` has one B and
+            one C for all channels: 1 or `None`.
+        ssm_state_size: N, state channels per SSM channel (published: 128 for Mamba-2, 16 for Mamba).
+        ssm_time_step_rank: only for `"mamba"`, the numbers per token that all time steps are made from; `None` is
+            hidden_size / 16, rounded up.
+        ssm_conv_kernel, ssm_conv_bias, ssm_conv_act: the short causal convolution over x, B and C (`"mamba"`: over x),
+            its activation.
         ssm_projected: True: the SSM reads learned maps of the layer's input and its output goes through out_proj
             (Mamba-2). False: it reads the input itself and its output goes out as it is, which saves both products;
             needs ssm_num_heads * ssm_head_dim == hidden_size. B, C, time steps and the gate are learned either way.
         ssm_proj_bias: biases in the SSM's in_proj and out_proj.
-        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate, as in Mamba-2.
-        ssm_chunk_size: tokens per chunk of the chunked scan; changes speed, never the result.
+        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate; `None` is True for
+            `"mamba2"`, False for `"mamba"`, which has no such norm.
+        ssm_chunk_size: tokens per chunk of the chunked scan, at most; changes speed and memory, never the result.
         ssm_time_step_min, ssm_time_step_max, ssm_time_step_floor: range of the initial time step.
         ssm_scalars_in_fp32: load A_log, dt_bias and D in fp32 whatever the model's dtype; False for FSDP1, which
             refuses parameters of mixed dtypes. They are computed with in fp32 either way.
@@ -165,13 +174,14 @@ class BMojoConfig(PreTrainedConfig):
     ssm_head_dim: int | None = None
     ssm_state_size: int = 64
     ssm_num_groups: int | None = None
+    ssm_time_step_rank: int | None = None
     ssm_conv_kernel: int = 4
     ssm_conv_bias: bool = True
     ssm_conv_act: str = "silu"
     ssm_projected: bool = True
     ssm_proj_bias: bool = False
     ssm_gated: bool = True
-    ssm_norm: bool = True
+    ssm_norm: bool | None = None
     ssm_chunk_size: int = 64
     ssm_time_step_min: float = 0.001
     ssm_time_step_max: float = 0.1
@@ -232,8 +242,13 @@ class BMojoConfig(PreTrainedConfig):
             self.ssm_num_heads = heads
         if self.ssm_head_dim is None:
             self.ssm_head_dim = self.head_dim
+        is_mamba2 = self.ssm_type == "mamba2"
         if self.ssm_num_groups is None:
-            self.ssm_num_groups = self.num_key_value_heads
+            self.ssm_num_groups = self.num_key_value_heads if is_mamba2 else 1
+        if self.ssm_norm is None:
+            self.ssm_norm = is_mamba2
+        if self.ssm_time_step_rank is None and not is_mamba2:
+            self.ssm_time_step_rank = math.ceil(hidden / 16)
         self.ssm_time_step_limit = list(self.ssm_time_step_limit)
 
     @staticmethod
@@ -367,6 +382,7 @@ class BMojoConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size}, because the SSM reads and writes the layer's channels themselves",
                 "change them, or set ssm_projected=True",
             )
+        self._validate_ssm_type()
         limit = self.ssm_time_step_limit
         if len(limit) != 2 or not 0 <= limit[0] < limit[1]:
             self._reject("ssm_time_step_limit", limit, "must be two numbers 0 <= low < high", "use [0, inf] for none")
@@ -381,12 +397,32 @@ class BMojoConfig(PreTrainedConfig):
                 "give the smaller one first",
             )
 
+    def _validate_ssm_type(self) -> None:
+        """Fields that one SSM has and the other has not."""
+        if self.ssm_type == "mamba2":
+            if self.ssm_time_step_rank is not None:
+                rule = "must be None with ssm_type='mamba2', whose time steps are projected directly"
+                self._reject("ssm_time_step_rank", self.ssm_time_step_rank, rule, "leave it out")
+            return
+        self._require_int("ssm_time_step_rank", 1, "give a positive size, or None for hidden_size / 16")
+        if self.ssm_num_groups != 1:
+            rule = "must be 1 with ssm_type='mamba', whose B and C are shared by all channels"
+            self._reject("ssm_num_groups", self.ssm_num_groups, rule, "leave it out")
+        if not self.ssm_projected:
+            rule = "must be True with ssm_type='mamba', whose time steps, B and C are made from the projected x"
+            self._reject("ssm_projected", self.ssm_projected, rule, "leave it out")
+        if self.ssm_norm:
+            rule = "must be False with ssm_type='mamba', which has no norm after the gate"
+            self._reject("ssm_norm", self.ssm_norm, rule, "leave it out")
+
     def layer_spec(self, layer_idx: int) -> LayerSpec:
         """What layer `layer_idx` remembers, as sizes (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
         is_bmojo = kind == "bmojo"
         needs_taps = is_bmojo and self.eidetic_size > 0 and self.innovation == "output"
-        inner = self.ssm_num_heads * self.ssm_head_dim
+        channels = self.ssm_num_heads * self.ssm_head_dim
+        if self.ssm_type == "mamba2":
+            channels += 2 * self.ssm_num_groups * self.ssm_state_size
         return LayerSpec(
             kind=kind,
             window=self.window_size if kind in ("bmojo", "sliding_attention") else None,
@@ -399,7 +435,7 @@ class BMojoConfig(PreTrainedConfig):
             ssm_heads=self.ssm_num_heads,
             ssm_head_dim=self.ssm_head_dim,
             ssm_state=self.ssm_state_size,
-            conv_channels=inner + 2 * self.ssm_num_groups * self.ssm_state_size,
+            conv_channels=channels,
             conv_kernel=self.ssm_conv_kernel,
         )
 

@@ -65,6 +65,17 @@ class GroupedRMSNorm(nn.Module):
         return self.weight * normed.flatten(-2).to(x.dtype)
 
 
+def surprise_of_output(
+    y: torch.Tensor, taps: int, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
+) -> torch.Tensor:
+    """Innovation `[B, T]` of SSM outputs `[B, T, E]` against the `taps` before them, which the cache keeps."""
+    history = y.new_zeros(y.shape[0], taps, y.shape[2]) if cache is None else cache.outputs
+    surprise = output_innovation(y, history)
+    if cache is not None:
+        cache.shift("outputs", y, lengths)
+    return surprise
+
+
 class FadingMemory(nn.Module):
     """The SSM of one layer.
 
@@ -133,10 +144,7 @@ class FadingMemory(nn.Module):
         if self.out_proj is not None:
             y = self.out_proj(y)
         if self.innovation == "output":
-            history = y.new_zeros(y.shape[0], self.taps, y.shape[2]) if cache is None else cache.outputs
-            surprise = output_innovation(y, history)
-            if cache is not None:
-                cache.shift("outputs", y, lengths)
+            surprise = surprise_of_output(y, self.taps, lengths, cache)
         return y, surprise
 
     def _convolve(

@@ -31,10 +31,13 @@ from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .cache_bmojo import BMojoCache
 from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
+from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 
 
 logger = logging.get_logger(__name__)
+
+FADING_MEMORIES = {"mamba2": FadingMemory, "mamba": S6FadingMemory}  # by config.ssm_type
 
 
 class BMojoRotaryEmbedding(nn.Module):
@@ -92,7 +95,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         if self.spec.has_attention:
             self.self_attn = BMojoAttention(config, layer_idx)
         if self.spec.has_ssm:
-            self.fading = FadingMemory(config, layer_idx)
+            self.fading = FADING_MEMORIES[config.ssm_type](config, layer_idx)
         self.has_mlp = config.intermediate_size > 0
         if self.has_mlp:
             self.post_attention_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -179,16 +182,20 @@ class BMojoPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, SSMScalars):
+        elif isinstance(module, SSMScalars | S6Scalars):
             self._init_scalars(module)
+        elif isinstance(module, TimeStepProjection):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
 
-    def _init_scalars(self, module: SSMScalars) -> None:
-        """Mamba-2's initialisation: A = -1 ... -H, time steps log-uniform in their range, D = 1."""
-        config, heads = self.config, module.A_log.shape[0]
-        init.copy_(module.A_log, torch.arange(1, heads + 1, dtype=torch.float32).log())
+    def _init_scalars(self, module: SSMScalars | S6Scalars) -> None:
+        """As published: A = -1 ... -H over the heads (Mamba-2) or -1 ... -N in every channel (Mamba), time steps
+        log-uniform in their range, D = 1."""
+        config, rates = self.config, module.A_log.shape[-1]
+        init.copy_(module.A_log, torch.arange(1, rates + 1, dtype=torch.float32).log().expand_as(module.A_log))
         init.ones_(module.D)
         low, high = math.log(config.ssm_time_step_min), math.log(config.ssm_time_step_max)
-        step = torch.exp(torch.rand(heads) * (high - low) + low).clamp(min=config.ssm_time_step_floor)
+        step = torch.exp(torch.rand(module.dt_bias.shape) * (high - low) + low).clamp(min=config.ssm_time_step_floor)
         init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
 

@@ -1,10 +1,11 @@
 """Definitions of B'MOJO as loops over single tokens: what every fast form in the package is judged against.
 
-Written from the paper's Algorithm 1 (arXiv 2407.06324) and from Mamba-2 (arXiv 2405.21060), not from the package:
-nothing here imports `modeling_bmojo`. One row at a time, no padding, any dtype, gradients by autograd.
+Written from the paper's Algorithm 1 (arXiv 2407.06324), Mamba-2 (2405.21060) and Mamba (2312.00752), not from the
+package: nothing here imports `modeling_bmojo`. One row at a time, no padding, any dtype, gradients by autograd.
 
 Shapes: T tokens, E width of an SSM output, H query heads, G key/value heads (SSM groups for B and C), D head dim,
-P SSM head dim, N SSM state dim, W window (the query itself included), M eidetic slots, F fading tokens.
+P SSM head dim, I channels of S6, N SSM state dim, W window (the query itself included), M eidetic slots, F fading
+tokens.
 """
 
 import math
@@ -62,6 +63,31 @@ def oracle_ssd(x, dt, A, B, C, D=None, initial_state=None):
     return torch.stack(rows), torch.stack(finals)
 
 
+def oracle_s6_token(state, x, dt, A, B, C, D=None):
+    """S[i] = exp(dt[i] A[i]) S[i] + dt[i] x[i] B, y[i] = S[i] . C + D[i] x[i]; state, A [I, N], x, dt [I], B, C [N]."""
+    states, outputs = [], []
+    for i in range(x.shape[0]):
+        new = torch.exp(dt[i] * A[i]) * state[i] + dt[i] * x[i] * B
+        out = (new * C).sum()
+        states.append(new)
+        outputs.append(out if D is None else out + D[i] * x[i])
+    return torch.stack(states), torch.stack(outputs)
+
+
+def oracle_s6(x, dt, A, B, C, D=None, initial_state=None):
+    """`oracle_s6_token` over rows and tokens: x [B, T, I] -> (y [B, T, I], state [B, I, N])."""
+    rows, finals = [], []
+    for b in range(x.shape[0]):
+        state = torch.zeros_like(A) if initial_state is None else initial_state[b]
+        outputs = []
+        for t in range(x.shape[1]):
+            state, y = oracle_s6_token(state, x[b, t], dt[b, t], A, B[b, t], C[b, t], D)
+            outputs.append(y)
+        rows.append(torch.stack(outputs) if outputs else x[b])
+        finals.append(state)
+    return torch.stack(rows), torch.stack(finals)
+
+
 # Innovation ----------------------------------------------------------------------------------------------------------
 def scale_free_error(value, prediction, eps=INNOVATION_EPS):
     """sum (y - y_hat)^2 / (sum y^2 + sum y_hat^2 + eps), over everything."""
@@ -97,6 +123,11 @@ def oracle_state_innovation(x, dt, A, B, initial_state=None, eps=INNOVATION_EPS)
             state, _ = oracle_ssd_token(state, x[b, t], dt[b, t], A, B[b, t], B[b, t])
         rows.append(torch.stack(errors))
     return torch.stack(rows)
+
+
+def oracle_s6_prediction(state, dt, A, B):
+    """The same for S6: x_hat[i] = (exp(dt[i] A[i]) S[i]) . B, from the state before the write. [I]."""
+    return torch.stack([(torch.exp(dt[i] * A[i]) * state[i] * B).sum() for i in range(dt.shape[0])])
 
 
 # Eidetic memory ------------------------------------------------------------------------------------------------------
@@ -248,29 +279,14 @@ class Algorithm1:
 
     def fading_output(self, name, u, layer):
         """Steps 2 and 3: y_t in hidden space, and e_t appended to the layer's innovations."""
-        config, tensors = self.config, self.tensors
-        heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
-        groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
-        projected = self.linear(f"{name}.in_proj", u)
-        sizes = [inner if config.ssm_gated else 0, inner if config.ssm_projected else 0, 2 * groups * size, heads]
-        z, x, keys, dt = torch.split(projected, sizes)
-        layer.convolved.append(torch.cat([x if config.ssm_projected else u, keys]))
-        x, B, C = torch.split(self.convolve(name, layer.convolved), [inner, groups * size, groups * size])
-        x, B, C = x.view(heads, width), B.view(groups, size), C.view(groups, size)
-        low, high = config.ssm_time_step_limit
-        scalars = {key: tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in ("A_log", "dt_bias", "D")}
-        dt = torch.clamp(torch.log1p(torch.exp(dt + scalars["dt_bias"])), low, high)
-        A = -torch.exp(scalars["A_log"])
-        if layer.state is None:
-            layer.state = x.new_zeros(heads, width, size)
-        prediction = oracle_state_prediction(layer.state, dt, A, B)
-        layer.state, y = oracle_ssd_token(layer.state, x, dt, A, B, C, scalars["D"])
+        config = self.config
+        x, z, y, prediction = {"mamba2": self.mamba2, "mamba": self.s6}[config.ssm_type](name, u, layer)
         y = y.reshape(-1)
         if config.ssm_gated:
             y = y * z * torch.sigmoid(z)
         if config.ssm_norm:
-            grouped = rms_norm(y.view(groups, -1), 1.0, config.rms_norm_eps).reshape(-1)
-            y = grouped * tensors[f"{name}.norm.weight"]
+            grouped = rms_norm(y.view(config.ssm_num_groups, -1), 1.0, config.rms_norm_eps).reshape(-1)
+            y = grouped * self.tensors[f"{name}.norm.weight"]
         if config.ssm_projected:
             y = self.linear(f"{name}.out_proj", y)
         if config.innovation == "state":
@@ -279,6 +295,51 @@ class Algorithm1:
             error = oracle_output_innovation(layer.outputs[-config.innovation_taps :] + [y], config.innovation_taps)[-1]
         layer.innovations.append(error.detach())
         return y
+
+    def scalars(self, name):
+        """A, the bias of the time step, and D, in the model's dtype."""
+        A_log, bias, D = (self.tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in ("A_log", "dt_bias", "D"))
+        return -torch.exp(A_log), bias, D
+
+    def time_step(self, raw):
+        """softplus, clamped."""
+        return torch.clamp(torch.log1p(torch.exp(raw)), *self.config.ssm_time_step_limit)
+
+    def mamba2(self, name, u, layer):
+        """x, z, y before the gate, the state's prediction of x; z|x|B|C|dt from one projection, conv over x|B|C."""
+        config = self.config
+        heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
+        groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
+        projected = self.linear(f"{name}.in_proj", u)
+        sizes = [inner if config.ssm_gated else 0, inner if config.ssm_projected else 0, 2 * groups * size, heads]
+        z, x, keys, dt = torch.split(projected, sizes)
+        layer.convolved.append(torch.cat([x if config.ssm_projected else u, keys]))
+        x, B, C = torch.split(self.convolve(name, layer.convolved), [inner, groups * size, groups * size])
+        x, B, C = x.view(heads, width), B.view(groups, size), C.view(groups, size)
+        A, bias, D = self.scalars(name)
+        dt = self.time_step(dt + bias)
+        if layer.state is None:
+            layer.state = x.new_zeros(heads, width, size)
+        prediction = oracle_state_prediction(layer.state, dt, A, B)
+        layer.state, y = oracle_ssd_token(layer.state, x, dt, A, B, C, D)
+        return x, z, y, prediction
+
+    def s6(self, name, u, layer):
+        """The same for S6: x|z from one projection, conv over x, then dt|B|C from the convolved x."""
+        config = self.config
+        inner, size = config.ssm_num_heads * config.ssm_head_dim, config.ssm_state_size
+        projected = self.linear(f"{name}.in_proj", u)
+        raw, z = projected[:inner], projected[inner:]
+        layer.convolved.append(raw)
+        x = self.convolve(name, layer.convolved)
+        low_rank, B, C = torch.split(self.linear(f"{name}.x_proj", x), [config.ssm_time_step_rank, size, size])
+        A, bias, D = self.scalars(name)
+        dt = self.time_step(self.linear(f"{name}.dt_proj", low_rank) + bias)
+        if layer.state is None:
+            layer.state = torch.zeros_like(A)
+        prediction = oracle_s6_prediction(layer.state, dt, A, B)
+        layer.state, y = oracle_s6_token(layer.state, x, dt, A, B, C, D)
+        return x, z, y, prediction
 
     def convolve(self, name, rows):
         """The causal depthwise conv at the last of `rows`; tap K-1 multiplies the current token."""

@@ -7,7 +7,6 @@ any split is proven in test_parity.py, for any padding in test_padding.py.
 
 import copy
 import gc
-import json
 import os
 from pathlib import Path
 
@@ -29,6 +28,7 @@ STATES = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, fading_size=7),
     "mixed-layers": MIXED_LAYERS,
+    "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
 }
 LENGTHS = torch.tensor([30, 17, 4])  # real tokens of the three rows of `padded`, left-padded to 30 columns
 
@@ -234,7 +234,9 @@ def layer_bytes(config, kind, size):
     wide, integer = max(size, 4), 8
     W, M, F = config.window_size, config.eidetic_size, config.fading_size
     entry = 2 * config.num_key_value_heads * config.head_dim * size  # a key and a value
-    channels = config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size
+    channels = config.ssm_num_heads * config.ssm_head_dim
+    if config.ssm_type == "mamba2":
+        channels += 2 * config.ssm_num_groups * config.ssm_state_size
     ssm = (config.ssm_conv_kernel - 1) * channels * size
     ssm += config.ssm_num_heads * config.ssm_head_dim * config.ssm_state_size * wide
     if kind == "linear_attention":
@@ -254,6 +256,7 @@ def layer_bytes(config, kind, size):
         dict(fading_size=0, ssm_conv_kernel=1),
         dict(eidetic_size=0, window_size=8),
         dict(num_hidden_layers=3, layer_types=["linear_attention", "sliding_attention", "bmojo"], innovation_taps=2),
+        dict(ssm_type="mamba", ssm_num_heads=3, ssm_head_dim=5),
     ],
     ids=str,
 )
@@ -477,6 +480,7 @@ OTHER_MODELS = {
     "innovation": (dict(innovation="state"), r"layer 0: the cache has taps=4 but the model has 0"),
     "heads": (dict(num_key_value_heads=4), r"layer 0: the cache has kv_heads=2 but the model has 4"),
     "state": (dict(ssm_state_size=7), r"layer 0: the cache has ssm_state=6 but the model has 7"),
+    "ssm": (dict(ssm_type="mamba"), r"layer 0: the cache has conv_channels=40 but the model has 16"),
 }
 
 
@@ -493,19 +497,6 @@ def test_a_cache_of_another_model_is_refused(other, tmp_path):
     with pytest.raises(ValueError, match=message):
         model.generate(tokens(12), past_key_values=cache, max_new_tokens=2)
     assert cache.get_seq_length() == 9
-
-
-def test_a_file_from_before_unprojected_memories_is_read_as_projected(tmp_path):
-    model, path = build(), tmp_path / "cache"
-    read(model, tokens(9)).save(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    facts = json.loads(metadata["facts"])
-    assert facts.pop("ssm_projected") is True
-    save_file(load_file(path), path, metadata={**metadata, "facts": json.dumps(facts)})
-    assert BMojoCache.load(path, model.config).get_seq_length() == 9
-    with pytest.raises(ValueError, match="the cache has ssm_projected=True but the model has False"):
-        BMojoCache.load(path, build(ssm_projected=False).config)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

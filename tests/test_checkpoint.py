@@ -49,6 +49,7 @@ MODELS = {
     "bare": dict(intermediate_size=0, rope_parameters=None, ssm_gated=False, ssm_norm=False, ssm_conv_bias=False)
     | dict(tie_word_embeddings=True, innovation="state", eidetic_decay=0.5, ssm_time_step_limit=[0.01, 0.5]),
     "unprojected": dict(**UNPROJECTED, ssm_proj_bias=True),
+    "s6": dict(ssm_type="mamba", ssm_time_step_rank=3, ssm_proj_bias=True),
 }
 
 
@@ -146,9 +147,8 @@ def edit_weights(folder, change):
 def assert_sane(name, value, config):
     """What `_init_weights` promises for a tensor of this name."""
     assert torch.isfinite(value).all(), name
-    heads = value.shape[0]
     if name.endswith("A_log"):
-        assert torch.equal(value, torch.arange(1, heads + 1).log()), name
+        assert torch.equal(value, torch.arange(1, value.shape[-1] + 1).log().expand_as(value)), name
     elif name.endswith("dt_bias"):
         step = torch.nn.functional.softplus(value)
         assert (step > config.ssm_time_step_min * 0.99).all() and (step < config.ssm_time_step_max * 1.01).all(), name
@@ -156,6 +156,9 @@ def assert_sane(name, value, config):
         assert (value == 1).all(), name
     elif name.endswith("bias"):
         assert (value == 0).all(), name
+    elif name.endswith("dt_proj.weight"):
+        bound = config.ssm_time_step_rank**-0.5
+        assert 0.8 * bound < value.abs().max() <= bound and value.std() > 0.4 * bound, name
     elif name.endswith("conv.weight"):
         assert value.abs().max() <= config.ssm_conv_kernel**-0.5 and value.std() > 0.1, name
     else:
@@ -400,9 +403,10 @@ def exported_code(folder):
     return named, {file.name for file in folder.glob("*.py")}
 
 
-def test_a_registered_model_travels_with_its_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["every tensor there is", "s6"])
+def test_a_registered_model_travels_with_its_code(name, tmp_path, monkeypatch):
     register(monkeypatch, (BMojoConfig, "AutoConfig"), (BMojoForCausalLM, "AutoModelForCausalLM"))
-    model, folder = build("every tensor there is"), tmp_path / "travels"
+    model, folder = build(name), tmp_path / "travels"
     model.save_pretrained(folder)
     named, files = exported_code(folder)
     assert named == {"configuration_bmojo.py", "modeling_bmojo.py"} <= files
@@ -479,13 +483,18 @@ def test_defaults_are_derived():
     )
     assert (grouped.ssm_num_heads, grouped.ssm_head_dim, grouped.ssm_num_groups) == (6, 16, 2)
     assert grouped.attention_output_bias is True
+    assert config.ssm_norm is True and config.ssm_time_step_rank is None
+    s6 = BMojoConfig(hidden_size=72, num_attention_heads=6, num_key_value_heads=2, ssm_type="mamba")
+    assert (s6.ssm_num_groups, s6.ssm_norm, s6.ssm_time_step_rank) == (1, False, 5)
 
 
 @st.composite
 def valid_fields(draw):
     """Fields that agree with each other, far from the defaults."""
     groups, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    ssm_groups, ssm_repeat = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    ssm_type, ssm_repeat = draw(st.sampled_from(["mamba2", "mamba"])), draw(st.integers(1, 3))
+    is_mamba2 = ssm_type == "mamba2"
+    ssm_groups = draw(st.integers(1, 3)) if is_mamba2 else 1
     heads, layers = groups * repeat, draw(st.integers(1, 3))
     even = st.integers(1, 4).map(lambda n: 2 * n)
     rope = st.sampled_from(
@@ -502,7 +511,7 @@ def valid_fields(draw):
     kinds = st.sampled_from(["bmojo", "full_attention", "sliding_attention", "linear_attention"])
     head_dim = draw(st.sampled_from([None, 4, 8]))
     hidden = heads * draw(even) * 2 if head_dim is None else draw(st.integers(1, 20))
-    projected, ssm_head_dim = draw(st.booleans()), draw(st.integers(1, 5))
+    projected, ssm_head_dim = draw(st.booleans()) or not is_mamba2, draw(st.integers(1, 5))
     if not projected:
         ssm_head_dim = draw(st.sampled_from([size for size in range(1, 6) if hidden % size == 0]))
         ssm_repeat, ssm_groups = hidden // ssm_head_dim, 1
@@ -533,17 +542,19 @@ def valid_fields(draw):
         fading_size=draw(st.integers(0, 12)),
         tie_fading_projections=draw(st.booleans()),
         memory_block_size=draw(st.integers(1, 9)),
+        ssm_type=ssm_type,
         ssm_num_heads=ssm_groups * ssm_repeat,
         ssm_head_dim=ssm_head_dim,
         ssm_state_size=draw(st.integers(1, 6)),
         ssm_num_groups=ssm_groups,
+        ssm_time_step_rank=None if is_mamba2 else draw(st.integers(1, 3)),
         ssm_conv_kernel=draw(st.integers(1, 5)),
         ssm_conv_bias=draw(st.booleans()),
         ssm_conv_act=draw(st.sampled_from(["silu", "linear", "gelu"])),
         ssm_projected=projected,
         ssm_proj_bias=draw(st.booleans()),
         ssm_gated=draw(st.booleans()),
-        ssm_norm=draw(st.booleans()),
+        ssm_norm=is_mamba2 and draw(st.booleans()),
         ssm_chunk_size=draw(st.integers(1, 9)),
         ssm_time_step_limit=draw(st.sampled_from([list, tuple]))((low, high)),
     )
@@ -635,7 +646,9 @@ CONTRADICTIONS = [
     ("fading_size", -1),
     ("fading_size", None),
     ("memory_block_size", 0),
-    ("ssm_type", "mamba"),
+    ("ssm_type", "s4"),
+    ("ssm_type", None),
+    ("ssm_time_step_rank", 1),  # Mamba-2 has none
     ("ssm_num_heads", 0),
     ("ssm_head_dim", 0),
     ("ssm_state_size", 0),
@@ -682,6 +695,14 @@ def test_contradictions_between_fields():
             r"ssm_projected=False: ssm_num_heads=4 times ssm_head_dim=3 must be hidden_size=16.*ssm_projected=True",
         ),
         (dict(num_hidden_layers=3, layer_types=["bmojo"] * 2), r"has 2 entries but num_hidden_layers=3"),
+        (dict(ssm_type="mamba", ssm_norm=True), r"ssm_norm=True: must be False with ssm_type='mamba'.*; leave it out"),
+        (dict(ssm_type="mamba", ssm_num_groups=2), r"ssm_num_groups=2: must be 1 with ssm_type='mamba'.*; leave it"),
+        (
+            dict(ssm_type="mamba", ssm_projected=False),
+            r"ssm_projected=False: must be True with ssm_type='mamba'.*; leave",
+        ),
+        (dict(ssm_type="mamba", ssm_time_step_rank=0), r"ssm_time_step_rank=0: must be an integer >= 1"),
+        (dict(ssm_time_step_rank=4), r"ssm_time_step_rank=4: must be None with ssm_type='mamba2'.*; leave it out"),
     ):
         with pytest.raises(ValueError, match=message):
             BMojoConfig(**{**BASE, **fields})

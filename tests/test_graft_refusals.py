@@ -57,6 +57,8 @@ def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:
         ("ssm_gated=true", ["ssm_gated=True", "smoother"]),
         ("ssm_projected=perhaps", ["ssm_projected='perhaps'", "True"]),
         ("ssm_num_heads={}", ["ssm_num_heads={}"]),
+        ("ssm_type=mamba", ["ssm_type='mamba'", "ssm_init='smoother' needs ssm_type='mamba2'"]),
+        ("ssm_time_step_rank=4", ["ssm_time_step_rank=4", "must be None with ssm_type='mamba2'"]),
         ("smoother_tau=[8, 2]", ["smoother_tau=[8, 2]", "low <= high"]),
         ("smoother_tau=4", ["smoother_tau=4", "[low, high]"]),
         ("ssm_time_step_limit=[0.1, 1.0]", ["smoother_tau", "ssm_time_step_limit=[0.1, 1.0]"]),

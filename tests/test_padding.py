@@ -21,6 +21,7 @@ SETTINGS = {
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "mixed-layers": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
+    "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
 }
 PATTERNS = ("left", "right", "inner")
 ROWS = {"one row": [31], "many": [40, 23, 6, 1]}  # real tokens per row
@@ -94,7 +95,11 @@ def memory(cache, row):
         for section, part in sections.items() if spec.has_attention else ():
             part = part & (positions >= 0)
             order = part.nonzero()[:, 0][positions[part].argsort()]
-            names = ("positions", "keys", "values") if section == "fading" else ("positions", "keys", "values", "innovations")
+            names = (
+                ("positions", "keys", "values")
+                if section == "fading"
+                else ("positions", "keys", "values", "innovations")
+            )
             for name in names:
                 held[f"{index}.{section}.{name}"] = getattr(layer, name)[row][order]
         if layer.delay_keys is not None:
