@@ -312,9 +312,8 @@ class BMojoCacheLayer(CacheLayerMixin):
         if history.shape[1] == 0:
             return
         if lengths is None:
-            history.copy_(
-                torch.cat([history, new[:, -history.shape[1] :].to(history.dtype)], 1)[:, -history.shape[1] :]
-            )
+            kept = history.shape[1]
+            history.copy_(torch.cat([history, new[:, -kept:].to(history.dtype)], dim=1)[:, -kept:])
             return
         index = lengths[:, None] + torch.arange(-history.shape[1], 0, device=history.device)
         fresh = _take(new, index.clamp(min=0)).to(history.dtype)

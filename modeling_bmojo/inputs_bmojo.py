@@ -16,7 +16,8 @@ class Rows(NamedTuple):
     """The mixer rows of a forward call.
 
     layout: None if the input's rows are the mixer's rows as they stand.
-    lengths: per group, `[R]` real tokens, or None if all are. rotary: per group, cos and sin `[R, T', 1, D]`, or None without positions.
+    lengths: per group, `[R]` real tokens, or None if all are. rotary: per group, cos and sin `[R, T', 1, D]`, or None
+        without positions.
     columns: columns of the attention weights, None if they are not wanted.
     """
 

@@ -248,7 +248,7 @@ def test_cache_step_is_the_streaming_rule(random, window, slots, decay, fading):
 
 
 def assert_entries(layer, row, fading, kept, beyond, local):
-    """The visible fading tokens, and the pool of eidetic and window tokens, are exactly these, each with its own data."""
+    """The visible fading tokens and the pool (eidetic and window tokens) are exactly these, each with its own data."""
     for offset, part, expected in ((0.25, slice(0, fading), beyond), (0.0, slice(fading, None), kept | local)):
         positions = layer.positions[row, part]
         held = positions[positions >= 0]
