@@ -12,6 +12,8 @@ A token whose dt is 0 leaves the state as it was: that is how pads are passed ov
 import torch
 import torch.nn.functional as F
 
+from .scan_ops import scan_chunks
+
 
 CONV_BLOCK = 128  # tokens convolved at once on a CPU, so that they stay in its cache
 
@@ -38,7 +40,7 @@ def naive_ssd(
     """
     batch, tokens, heads, channels = x.shape
     repeat = heads // B.shape[2]
-    state = x.new_zeros(batch, heads, channels, B.shape[3]) if initial_state is None else initial_state
+    state = _no_state(x, B) if initial_state is None else initial_state
     outputs = []
     for t in range(tokens):
         write = B[:, t].repeat_interleave(repeat, dim=1)
@@ -63,40 +65,11 @@ def chunk_ssd(
     """The same map as `naive_ssd` by batched matrix products over chunks of `chunk_size` tokens (SSD, Listing 1).
 
     Shapes and returns as `naive_ssd`. Within a chunk the recurrence is a masked attention; between chunks only the
-    state travels, so memory is O(T L) and the loop has T / L steps.
+    state travels. The T / L chunks are taken a few at a time, and training keeps one state per chunk: O(T) memory.
     """
-    batch, tokens, heads, channels = x.shape
-    groups, width = B.shape[2:]
-    repeat = heads // groups
-    if tokens == 0:
-        empty = x.new_zeros(batch, heads, channels, width) if initial_state is None else initial_state
-        return torch.zeros_like(x), empty
-    length = min(chunk_size, tokens)
-    xc, dtc, Bc, Cc = (_into_chunks(value, length) for value in (x, dt, B, C))
-    # [B, n, G, R, L, P] and [B, n, G, R, L]: heads as (group, repeat) so that B and C broadcast instead of repeating.
-    xc = xc.unflatten(3, (groups, repeat)).permute(0, 1, 3, 4, 2, 5)
-    dtc = dtc.unflatten(3, (groups, repeat)).permute(0, 1, 3, 4, 2)
-    Bc, Cc = Bc.permute(0, 1, 3, 2, 4), Cc.permute(0, 1, 3, 2, 4)
-    log_decay = torch.cumsum(dtc * A.view(groups, repeat, 1), dim=-1)
-
-    # 1. inside the chunks: y_t += sum_{s <= t} (C_t . B_s) exp(sum of log decays in (s, t]) dt_s x_s
-    weights = (Cc @ Bc.transpose(-1, -2))[:, :, :, None] * _segment_decay(log_decay) * dtc[..., None, :]
-    y = weights @ xc
-    # 2. what each chunk adds to the state: sum_s exp(log decays in (s, end]) dt_s x_s B_s^T -> [B, n, G, R, P, N]
-    to_end = torch.exp(log_decay[..., -1:] - log_decay) * dtc
-    added = (xc * to_end[..., None]).transpose(-1, -2) @ Bc[:, :, :, None]
-    # 3. the state travels from chunk to chunk
-    chunk_decay = torch.exp(log_decay[..., -1])[..., None, None]
-    state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.unflatten(1, (groups, repeat))
-    entering = []
-    for index in range(added.shape[1]):
-        entering.append(state)
-        state = chunk_decay[:, index] * state + added[:, index]
-    # 4. what the entering state contributes: y_t += exp(log decays in (start, t]) S_start C_t
-    y = y + (Cc[:, :, :, None] @ torch.stack(entering, 1).transpose(-1, -2)) * torch.exp(log_decay)[..., None]
-
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, channels)[:, :tokens]
-    return (y if D is None else y + D[:, None] * x), state.flatten(1, 2)
+    if x.shape[1] == 0:
+        return torch.zeros_like(x), _no_state(x, B) if initial_state is None else initial_state
+    return scan_chunks(x, dt, A, B, C, D, initial_state, chunk_size)
 
 
 def step_ssd(
@@ -116,13 +89,31 @@ def step_ssd(
     """
     if x.shape[1] != 1:
         raise ValueError(f"x has {x.shape[1]} tokens: step_ssd takes exactly one; use chunk_ssd for more.")
-    repeat = x.shape[2] // B.shape[2]
-    write = B[:, 0].repeat_interleave(repeat, dim=1)
-    read = C[:, 0].repeat_interleave(repeat, dim=1)
-    added = (dt[:, 0, :, None] * x[:, 0])[..., None] * write[:, :, None, :]
-    state = added if initial_state is None else torch.exp(dt[:, 0] * A)[..., None, None] * initial_state + added
-    y = (state @ read[..., None]).squeeze(-1)[:, None]
-    return (y if D is None else y + D[:, None] * x), state
+    state = _no_state(x, B) if initial_state is None else initial_state
+    return _step(x, dt, A, B, C, D, torch.exp(dt[:, 0] * A)[..., None, None] * state)
+
+
+def step_ssd_(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`step_ssd` that overwrites `initial_state` and returns it: no new state per token. Not differentiable.
+
+    Raises:
+        ValueError: if T is not 1, or if there is no state to overwrite.
+    """
+    if x.shape[1] != 1:
+        raise ValueError(f"x has {x.shape[1]} tokens: step_ssd_ takes exactly one; use chunk_ssd for more.")
+    if initial_state is None:
+        raise ValueError("initial_state is None: step_ssd_ overwrites a state; use step_ssd to start from zeros.")
+    with torch.no_grad():
+        return _step(x, dt, A, B, C, D, initial_state.mul_(torch.exp(dt[:, 0] * A)[..., None, None]))
 
 
 def predict_input(
@@ -135,11 +126,11 @@ def predict_input(
 ) -> torch.Tensor:
     """What the state expects of x_t before it is written: x_hat_t = (exp(dt_t A) S_{t-1}) B_t, `[B, T, H, P]`.
 
-    The chunked scan with C := B, less the token's own contribution dt_t (B_t . B_t) x_t. For `innovation="state"`.
+    The chunked scan with C := B and the token's own write left out of every sum. For `innovation="state"`.
     """
-    read, _ = chunk_ssd(x, dt, A, B, B, None, initial_state, chunk_size)
-    own = (B * B).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=2) * dt
-    return read - own[..., None] * x
+    if x.shape[1] == 0:
+        return torch.zeros_like(x)
+    return scan_chunks(x, dt, A, B, B, None, initial_state, chunk_size, own=False)[0]
 
 
 def causal_conv(
@@ -187,20 +178,27 @@ def _tap_by_tap(padded: torch.Tensor, taps: torch.Tensor, start: torch.Tensor) -
     return out
 
 
-def _into_chunks(value: torch.Tensor, length: int) -> torch.Tensor:
-    """`[B, T, ...]` to `[B, T / L, L, ...]`, zero-padded at the end: dt = 0 there, so the state holds."""
-    missing = -value.shape[1] % length
-    if missing:
-        value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
-    return value.unflatten(1, (-1, length))
+def _no_state(x: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """The state before the first token, `[B, H, P, N]` zeros."""
+    return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
 
 
-def _segment_decay(log_decay: torch.Tensor) -> torch.Tensor:
-    """exp(sum of log decays in (s, t]) for s <= t, else 0: `[..., L]` cumulated log decays to `[..., L, L]`.
+def _step(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    decayed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes one token into the decayed state `[B, H, P, N]`, in place, and reads it: y `[B, 1, H, P]` and the state.
 
-    Masked before the exponential: above the diagonal the exponent is positive, and an overflow there would turn the
-    gradient into NaN even though its value is discarded.
+    Heads stand as (group, head of the group), so that B and C broadcast instead of repeating.
     """
-    length = log_decay.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu(1)
-    return torch.exp((log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf))
+    rows, _, groups, width = B.shape
+    u = dt[..., None] * x
+    state = decayed.unflatten(1, (groups, -1))
+    state.addcmul_(u.view(*state.shape[:-1], 1), B[:, 0, :, None, None])
+    y = torch.bmm(C.reshape(rows * groups, 1, width), state.reshape(rows * groups, -1, width).mT).view_as(x)
+    return (y if D is None else torch.addcmul(y, D[:, None], x)), decayed

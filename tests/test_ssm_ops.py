@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import oracle_ssd, oracle_ssd_token, oracle_state_innovation, oracle_state_prediction
 
 from modeling_bmojo.memory_ops import prediction_error
-from modeling_bmojo.ssm_ops import causal_conv, chunk_ssd, naive_ssd, predict_input, step_ssd
+from modeling_bmojo.ssm_ops import causal_conv, chunk_ssd, naive_ssd, predict_input, step_ssd, step_ssd_
 
 
 FORMS = [naive_ssd, chunk_ssd]
@@ -85,6 +85,37 @@ def test_no_tokens_leave_the_state(form):
 def test_step_takes_one_token_only():
     with pytest.raises(ValueError, match="2 tokens"):
         step_ssd(*draw(tokens=2))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_step_in_place(groups, skip, transposed):
+    assert inspect.signature(step_ssd_) == inspect.signature(step_ssd)
+    x, dt, A, B, C, D, state = [value.requires_grad_() for value in draw(tokens=1, groups=groups)]
+    D = D if skip else None
+    expected, after = step_ssd(x, dt, A, B, C, D, state)
+    state = state.detach().mT.contiguous().mT if transposed else state.detach().clone()
+    address = state.data_ptr()
+    y, final = step_ssd_(x, dt, A, B, C, D, state)
+    assert final is state and state.data_ptr() == address
+    assert not y.requires_grad and not final.requires_grad
+    torch.testing.assert_close(y, expected.detach(), **EXACT)
+    torch.testing.assert_close(state, after.detach(), **EXACT)
+
+
+def test_step_in_place_wants_one_token_and_a_state():
+    with pytest.raises(ValueError, match="2 tokens"):
+        step_ssd_(*draw(tokens=2))
+    with pytest.raises(ValueError, match="initial_state is None"):
+        step_ssd_(*draw(tokens=1)[:-1], None)
+
+
+def test_step_leaves_its_state_alone():
+    inputs = draw(tokens=1)
+    before = inputs[-1].clone()
+    _, final = step_ssd(*inputs)
+    assert torch.equal(inputs[-1], before) and not torch.equal(final, before)
 
 
 @pytest.mark.parametrize("form", [chunk_ssd, run_steps])
