@@ -14,10 +14,11 @@ M eidetic slots, F fading tokens, L block length.
 import torch
 from torch import nn
 
-from .attention_ops import KeySet, banded, block_attention, causal_attention, gathered, weights_by_position
+from .attention_ops import KeySet, banded, causal_attention, gathered, weights_by_position
 from .cache_layer_bmojo import BMojoCacheLayer, Past
 from .configuration_bmojo import BMojoConfig
-from .memory_ops import NEVER, retention_key, select
+from .dispatch_bmojo import Kernels
+from .memory_ops import NEVER, retention_key
 
 
 class BMojoRMSNorm(nn.Module):
@@ -66,6 +67,7 @@ class BMojoAttention(nn.Module):
         self.decay = config.eidetic_decay
         self.block = config.memory_block_size
         self.dropout = config.attention_dropout
+        self.kernels = Kernels(config)
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
         query_size, key_size = config.num_attention_heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -189,7 +191,7 @@ class BMojoAttention(nn.Module):
         block = min(self.block, tokens)
         valid = line.positions >= 0
         ranked = retention_key(line.innovations, line.positions, self.decay)
-        chosen = select(ranked, valid, spec.window, spec.slots, block, tokens, held, window)
+        chosen = self.kernels.run("expiry", ranked, valid, spec.window, spec.slots, block, tokens, held, window)
         coordinate = torch.arange(-held - window, tokens, device=query.device).expand(valid.shape)
         # A pad sees itself, so that no softmax is empty; nobody else does, because pads come last.
         end = torch.where(valid | (coordinate < 0), chosen.expiry, coordinate + 1)
@@ -201,7 +203,9 @@ class BMojoAttention(nn.Module):
             offers.append(gathered(tokens_seen, chosen.slots))
         if faded:
             offers.append(self._fading_offer(line, blocks, block, tokens))
-        out, weights = block_attention(query, offers, block, **self._softmax_options(columns), columns=columns)
+        out, weights = self.kernels.run(
+            "memory_attention", query, offers, block, **self._softmax_options(columns), columns=columns
+        )
         if cache is not None:
             eidetic = _still_held(line, coordinate, chosen.expiry, lengths, spec.window, spec.slots)
             cache.commit(keys, values, innovation, faded, lengths, eidetic)

@@ -18,6 +18,7 @@ LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention
 INNOVATIONS = ("output", "state")
 QK_NORMS = (None, "head")
 SSM_TYPES = ("mamba2",)
+KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
 
 # Keys that transformers itself (or an old checkpoint) may pass besides the declared fields. Anything else is a typo or
 # comes from another model, and silently keeping it would silently ignore the user's wish.
@@ -97,6 +98,10 @@ class BMojoConfig(PreTrainedConfig):
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
+        kernel_backend: which implementations run. `"auto"` takes the fastest one that each call's tensors allow;
+            `"torch"`, `"triton"`, `"cuda"` (the packages causal-conv1d and mamba-ssm) and `"hub"` (kernels fetched by
+            `from_pretrained(..., use_kernels=True)`) insist on one for the operations that it covers, and are errors
+            where it cannot run. The environment variable `BMOJO_KERNEL_BACKEND` wins. See docs/kernels.md.
         ssm_type: the fading memory, `"mamba2"`.
         ssm_num_heads, ssm_head_dim, ssm_num_groups: `None` follows the attention's heads, head_dim and key/value heads.
         ssm_state_size: N, state channels per SSM head channel.
@@ -156,6 +161,7 @@ class BMojoConfig(PreTrainedConfig):
     fading_size: int = 1
     tie_fading_projections: bool = True
     memory_block_size: int = 128
+    kernel_backend: str = "auto"
 
     ssm_type: str = "mamba2"
     ssm_num_heads: int | None = None
@@ -339,6 +345,7 @@ class BMojoConfig(PreTrainedConfig):
         self._require_int("memory_block_size", 1, "give the queries per block of the memory attention")
         self._require_int("innovation_taps", 1, "the predictor needs at least one past output")
         self._require_choice("innovation", INNOVATIONS)
+        self._require_choice("kernel_backend", KERNEL_BACKENDS)
         self._require_number("eidetic_decay", 0, False, "use 0 for no forgetting")
 
     def _validate_ssm(self) -> None:

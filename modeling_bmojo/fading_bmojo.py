@@ -15,22 +15,25 @@ from transformers.activations import ACT2FN
 
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
-from .memory_ops import output_innovation, prediction_error
-from .ssm_ops import causal_conv, chunk_ssd, predict_input, step_ssd
+from .dispatch_bmojo import Kernels
+from .memory_ops import prediction_error
+from .ssm_ops import predict_input
 
 
 class CausalConv(nn.Module):
     """Depthwise causal convolution. A module of its own, so that adapters can train it in full."""
 
-    def __init__(self, channels: int, kernel: int, bias: bool):
+    def __init__(self, channels: int, kernel: int, bias: bool, kernels: Kernels | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.kernels = Kernels() if kernels is None else kernels
 
     def forward(self, x: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
         # k-bit preparation casts 1-D weights to fp32: cast at the call.
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return causal_conv(x, self.weight.to(x.dtype), bias, history)
+        op = "conv_step" if x.shape[1] == 1 and history is not None else "conv"
+        return self.kernels.run(op, x, self.weight.to(x.dtype), bias, history)
 
 
 class SSMScalars(nn.Module):
@@ -78,13 +81,14 @@ class FadingMemory(nn.Module):
         self.gated = config.ssm_gated
         self.chunk_size = config.ssm_chunk_size
         self.time_step_limit = tuple(config.ssm_time_step_limit)
+        self.kernels = Kernels(config)
         # What the eidetic memory asks for: nothing, the error on the output, or on the input.
         self.innovation = config.innovation if spec.slots else None
         self.taps = config.innovation_taps
 
         rows = self.inner * (2 if self.gated else 1) + 2 * self.groups * self.state + self.heads
         self.in_proj = nn.Linear(config.hidden_size, rows, bias=config.ssm_proj_bias)
-        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias)
+        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars(self.heads)
         self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
@@ -122,7 +126,7 @@ class FadingMemory(nn.Module):
         y = self.out_proj(y.to(convolved.dtype))
         if self.innovation == "output":
             history = y.new_zeros(y.shape[0], self.taps, y.shape[2]) if cache is None else cache.outputs
-            surprise = output_innovation(y, history)
+            surprise = self.kernels.run("innovation", y, history)
             if cache is not None:
                 cache.shift("outputs", y, lengths)
         return y, surprise
@@ -135,10 +139,13 @@ class FadingMemory(nn.Module):
         tokens: int,
         cache: BMojoCacheLayer | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The recurrence in fp32 at least; returns y `[B, T, H P]` and the innovation of the "state" form, or None."""
+        """The recurrence, its state and time steps in fp32 at least; returns y `[B, T, H P]` and the innovation of the
+        "state" form, or None."""
         wide = torch.promote_types(convolved.dtype, torch.float32)
+        op = "scan_step" if tokens == 1 and cache is not None else "chunk_scan"
         keys = self.groups * self.state
-        x, B, C = convolved.to(wide).split([self.inner, keys, keys], dim=-1)
+        inputs = convolved.to(self.kernels.input_dtype(op, convolved, wide))
+        x, B, C = inputs.split([self.inner, keys, keys], dim=-1)
         x = x.unflatten(-1, (self.heads, self.head_dim))
         B, C = (value.unflatten(-1, (self.groups, self.state)) for value in (B, C))
         A, dt_bias, D = self.scalars(wide)
@@ -150,10 +157,9 @@ class FadingMemory(nn.Module):
         surprise = None
         if self.innovation == "state":
             with torch.no_grad():
-                expected = predict_input(x, dt, A, B, state, self.chunk_size)
+                expected = predict_input(x.to(wide), dt, A, B.to(wide), state, self.chunk_size)
                 surprise = prediction_error(x.flatten(2), expected.flatten(2))
-        ssd = step_ssd if tokens == 1 and cache is not None else chunk_ssd
-        y, after = ssd(x, dt, A, B, C, D, state, self.chunk_size)
+        y, after = self.kernels.run(op, x, dt, A, B, C, D, state, self.chunk_size)
         if cache is not None:
             cache.ssm.copy_(after.detach())
         return y.flatten(2), surprise
