@@ -45,21 +45,18 @@ COVERED = {
     "hub": frozenset(KERNELS),
     "cuda": frozenset(KERNELS),
     "triton": frozenset({"conv", "conv_step", "scan_step", "innovation", "expiry", "memory_attention"}),
-    "torch": frozenset({*KERNELS, *TORCH}),
+    "torch": frozenset(TORCH),
 }
-OPERATIONS = tuple(TORCH) + tuple(op for op in KERNELS if op not in TORCH)
-
-
-def triton_forms() -> dict[str, Callable]:
-    """The package's own kernels by operation; runs once triton has been imported. One import and one entry each."""
-    return {}
+OPERATIONS = tuple(TORCH)
 
 
 class Form(NamedTuple):
     """One implementation of one operation.
 
-    label: its name for people. call: with the torch form's signature; None for a hub kernel, which belongs to a model.
+    label: its name for people. call: with the torch form's signature; None in a `Plan` for a hub kernel, which belongs
+    to a model.
     narrow: takes x, B and C of a scan in the model's dtype. refuse: of a call's arguments, why it cannot, or None.
+    backward: gradients flow through it.
     """
 
     backend: str
@@ -67,6 +64,32 @@ class Form(NamedTuple):
     call: Callable | None
     narrow: bool = False
     refuse: Callable | None = None
+    backward: bool = True
+
+
+def triton_forms() -> dict[str, Form]:
+    """The package's own kernels by operation: per kernel one import here and one entry
+    `"expiry": triton_form(select)`. Runs once, when triton has been imported."""
+    return {}
+
+
+def triton_form(call: Callable, refuse: Callable | None = None, backward: bool = True) -> Form:
+    """The table's entry for a Triton kernel with the signature of the torch form."""
+    return Form("triton", f"triton: {call.__name__}", call, refuse=refuse, backward=backward)
+
+
+def triton_attention_form(call: Callable) -> Form:
+    """The entry for a kernel `(query, offers, block, scaling) -> out`, which forms no weights and knows no dropout."""
+
+    def block_attention(query, offers, block, scaling, dropout=0.0, implementation="sdpa", columns=None):
+        return call(query, offers, block, scaling), None
+
+    def refuse(query, offers, block, scaling, dropout=0.0, implementation="sdpa", columns=None) -> str | None:
+        if columns is not None or implementation != "sdpa":
+            return "attention weights, or attn_implementation='eager', were asked for"
+        return "it has no dropout" if dropout else None
+
+    return triton_form(block_attention, refuse)._replace(label=f"triton: {call.__name__}")
 
 
 class Refusal(NamedTuple):
@@ -107,12 +130,12 @@ class Kernels:
 
     def __init__(self, config: BMojoConfig | None = None):
         self.config = config
-        # What transformers loaded from the hub for this model: operation to form; None if nobody asked.
-        self.hub: dict[str, Callable] | None = None
+        # What transformers loaded from the hub for this model, by operation; None if nobody asked.
+        self.hub: dict[str, Form] | None = None
         self.hub_device: str | None = None
 
-    def plan(self, op: str, device: str, dtype: torch.dtype) -> Plan:
-        """What a call of `op` on tensors of this kind would try, in order; gradients as recorded now.
+    def order(self, op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """The backends that a call of `op` on tensors of this kind tries, in order; gradients as recorded now.
 
         Raises:
             ValueError: if a forced backend cannot run `op`.
@@ -121,7 +144,7 @@ class Kernels:
         hub = None
         if self.hub is not None:
             hub = tuple(self.hub) if self.hub_device == device else ()
-        return _plan(op, device, dtype, torch.is_grad_enabled(), backend, hub)
+        return _order(op, device, dtype, torch.is_grad_enabled(), backend, hub)
 
     def run(self, op: str, *args, **kwargs):
         """Runs `op`. The first argument is the tensor whose device and dtype decide; returns what the torch form does.
@@ -129,17 +152,19 @@ class Kernels:
         Raises:
             ValueError: if a forced backend cannot run this call; it names operation, backend, reason and remedy.
         """
-        plan = self.plan(op, device_type(args[0]), args[0].dtype)
-        for form in plan.forms:
+        for backend in self.order(op, device_type(args[0]), args[0].dtype):
+            form = self.hub[op] if backend == "hub" else _FORMS[backend, op]
             reason = None if form.refuse is None else form.refuse(*args, **kwargs)
             if reason is None:
-                call = self.hub[op] if form.backend == "hub" else form.call
-                return call(*(_widened(args) if op in SCANS and not form.narrow else args), **kwargs)
-        raise _unavailable(op, plan.forced, form.backend, Refusal(reason, "set it to 'auto'"))
+                return form.call(*(_widened(args) if op in SCANS and not form.narrow else args), **kwargs)
+        source, backend = _wish("auto" if self.config is None else self.config.kernel_backend)
+        raise _unavailable(op, source, backend, Refusal(reason, "set it to 'auto'"))
 
     def input_dtype(self, op: str, x: torch.Tensor, wide: torch.dtype) -> torch.dtype:
         """The dtype in which the scan `op` wants x, B and C: x's own, or `wide`."""
-        return x.dtype if self.plan(op, device_type(x), x.dtype).forms[0].narrow else wide
+        backend = self.order(op, device_type(x), x.dtype)[0]
+        form = self.hub[op] if backend == "hub" else _FORMS[backend, op]
+        return x.dtype if form.narrow else wide
 
 
 def device_type(tensor: torch.Tensor) -> str:
@@ -154,30 +179,64 @@ def _widened(args: tuple) -> tuple:
     return (x.to(wide), dt, A, B.to(wide), C.to(wide), *rest)
 
 
-# The choice ----------------------------------------------------------------------------------------------------------
-_PLANS: dict[tuple, Plan] = {}
-_TRITON: dict[str, Callable] = {}
+# What is there -------------------------------------------------------------------------------------------------------
+# Forms by backend and operation, hub kernels excepted. A backend's forms enter together, when it is first considered:
+# a compiler that is tracing a model must not see this grow from one operation to the next.
+_FORMS: dict[tuple[str, str], Form] = {
+    ("torch", op): Form("torch", f"torch: {form.__module__.rpartition('.')[2]}.{form.__name__}", form)
+    for op, form in TORCH.items()
+}
+_LOADED: set[str] = set()
+_ORDERS: dict[tuple, tuple[str, ...]] = {}
 _TOLD: set[str] = set()
 
 
 def forget() -> None:
     """Forgets what was imported and chosen: for tests, and after installing a package in a running session."""
-    for memory in (_PLANS, _TRITON, _TOLD):
+    for key in [key for key in _FORMS if key[0] != "torch"]:
+        del _FORMS[key]
+    for memory in (_LOADED, _ORDERS, _TOLD):
         memory.clear()
     load.cache_clear()
 
 
+def _load_cuda() -> None:
+    for op, kernel in KERNELS.items():
+        function, _ = load(kernel.module, kernel.name)
+        if function is not None:
+            label = f"{kernel.package}: {kernel.name}"
+            _FORMS["cuda", op] = Form(
+                "cuda", label, kernel.form(function), kernel.narrow, kernel.refuse, kernel.backward
+            )
+
+
+def _load_triton() -> None:
+    if load("triton", "jit")[0] is not None:
+        _FORMS.update({("triton", op): form for op, form in triton_forms().items()})
+
+
+def _form(backend: str, op: str) -> Form | None:
+    if backend not in _LOADED:
+        _LOADED.add(backend)
+        {"cuda": _load_cuda, "triton": _load_triton}.get(backend, tuple)()
+    return _FORMS.get((backend, op))
+
+
+# The choice ----------------------------------------------------------------------------------------------------------
 @torch.compiler.assume_constant_result
-def _plan(op: str, device: str, dtype: torch.dtype, grad: bool, backend: str, hub: tuple[str, ...] | None) -> Plan:
-    """`make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced."""
+def _order(
+    op: str, device: str, dtype: torch.dtype, grad: bool, backend: str, hub: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """The backends of `make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced."""
     exact = device == "cuda" and dtype == torch.float32 and not _tf32_allowed()
     key = (op, device, dtype, grad, backend, hub, exact, os.environ.get(ENVIRONMENT))
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = _PLANS[key] = make_plan(op, Situation(device, dtype, grad, backend, hub))
+    order = _ORDERS.get(key)
+    if order is None:
+        plan = make_plan(op, Situation(device, dtype, grad, backend, hub))
+        order = _ORDERS[key] = tuple(form.backend for form in plan.forms)
         if device == "cuda" and _wish(backend)[1] == "auto":
             _tell_what_is_missing(plan)
-    return plan
+    return order
 
 
 def make_plan(op: str, situation: Situation) -> Plan:
@@ -221,15 +280,20 @@ def _unavailable(op: str, source: str | None, backend: str, refusal: Refusal) ->
 def _candidate(backend: str, op: str, situation: Situation, forced: bool) -> Form | Refusal:
     """The form of `op` on `backend`, or why there is none in this situation."""
     if op not in COVERED[backend]:
-        return Refusal("it has no such operation", "set another one")
+        return Refusal("it has no such operation", "")
     if backend == "torch":
-        form = TORCH[op]
-        return Form("torch", f"torch: {form.__module__.rpartition('.')[2]}.{form.__name__}", form)
+        return _FORMS["torch", op]
     if backend == "triton":
-        return _triton_candidate(op, situation.device, forced)
+        return _triton_candidate(op, situation, forced)
+    kernel = KERNELS[op]
     refusal = _hub_refusal(op, situation) if backend == "hub" else _device_refusal(situation.device)
-    refusal = refusal or _kernel_refusal(KERNELS[op], situation, forced)
-    return refusal or (_hub_form if backend == "hub" else _cuda_candidate)(KERNELS[op])
+    refusal = refusal or _kernel_refusal(kernel, situation, forced)
+    if refusal is not None:
+        return refusal
+    if backend == "hub":
+        return Form("hub", f"hub: {kernel.name}", None, kernel.narrow, kernel.refuse, kernel.backward)
+    form, remedy = _form("cuda", op), f"pip install {kernel.package} (it compiles with nvcc)"
+    return form or Refusal(load(kernel.module, kernel.name)[1], remedy, kernel.package)
 
 
 def _device_refusal(device: str) -> Refusal | None:
@@ -250,41 +314,33 @@ def _kernel_refusal(kernel: Kernel, situation: Situation, forced: bool) -> Refus
     """What an upstream function cannot do, wherever it comes from."""
     if situation.dtype not in DTYPES:
         return Refusal(f"it does not compute in {situation.dtype}", "load the model in float32, bfloat16 or float16")
-    if situation.grad and not kernel.backward:
-        return Refusal(f"{kernel.name} has no backward", "call under torch.no_grad(), or set 'auto'")
     if kernel.rounds and situation.dtype == torch.float32 and not forced and not _tf32_allowed():
         return Refusal(
             "it multiplies fp32 numbers in TF32, which PyTorch's settings do not allow",
             "torch.set_float32_matmul_precision('high') allows it, and forcing the backend does",
         )
-    return None
+    return _backward_refusal(kernel.name, kernel.backward, situation)
 
 
-def _hub_form(kernel: Kernel) -> Form:
-    return Form("hub", f"hub: {kernel.name}", None, kernel.narrow, kernel.refuse)
+def _backward_refusal(name: str, backward: bool, situation: Situation) -> Refusal | None:
+    if backward or not situation.grad:
+        return None
+    return Refusal(f"{name} has no backward", "call under torch.no_grad(), or set 'auto'")
 
 
-def _cuda_candidate(kernel: Kernel) -> Form | Refusal:
-    function, reason = load(kernel.module, kernel.name)
-    if function is None:
-        return Refusal(reason, f"pip install {kernel.package} (it compiles with nvcc)", kernel.package)
-    return Form("cuda", f"{kernel.package}: {kernel.name}", kernel.form(function), kernel.narrow, kernel.refuse)
-
-
-def _triton_candidate(op: str, device: str, forced: bool) -> Form | Refusal:
+def _triton_candidate(op: str, situation: Situation, forced: bool) -> Form | Refusal:
     # Triton's interpreter runs kernels on the CPU, slowly: only for who forces them.
     interpreted = forced and os.environ.get("TRITON_INTERPRET") == "1"
-    refusal = None if interpreted else _device_refusal(device)
+    refusal = None if interpreted else _device_refusal(situation.device)
     if refusal is not None:
         return refusal
     jit, reason = load("triton", "jit")
     if jit is None:
         return Refusal(reason, "pip install triton", "triton")
-    if not _TRITON:
-        _TRITON.update(triton_forms())
-    if op not in _TRITON:
+    form = _form("triton", op)
+    if form is None:
         return Refusal("this version has no Triton kernel of it", "set 'auto'")
-    return Form("triton", f"triton: {_TRITON[op].__name__}", _TRITON[op])
+    return _backward_refusal(form.label, form.backward, situation) or form
 
 
 def _tf32_allowed() -> bool:

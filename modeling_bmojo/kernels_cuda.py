@@ -112,8 +112,12 @@ def conv_step_form(kernel: Callable) -> Callable:
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """`[B, T, C]` such that its transpose is "channel last" to the kernel: a slice of a wide projection may not be."""
-    even = all(value % VECTOR == 0 for value in (x.stride(0), x.stride(1), x.storage_offset()))
-    return x if x.stride(2) == 1 and even else x.clone(memory_format=torch.contiguous_format)
+    if torch.compiler.is_compiling():  # an offset into the storage is nothing that a compiler knows
+        aligned = x.is_contiguous()
+    else:
+        numbers = (x.stride(0), x.stride(1), x.storage_offset())
+        aligned = x.stride(2) == 1 and all(number % VECTOR == 0 for number in numbers)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 # Mamba-2 -------------------------------------------------------------------------------------------------------------
