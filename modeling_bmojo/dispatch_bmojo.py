@@ -11,6 +11,7 @@ mamba-ssm), "triton" (this package's kernels), "torch". All forms of an operatio
 tensor on the CPU never reaches a CUDA kernel. docs/kernels.md says what is chosen when.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -134,17 +135,26 @@ class Kernels:
         self.hub: dict[str, Form] | None = None
         self.hub_device: str | None = None
 
+    @property
+    def backend(self) -> str:
+        """The configuration's wish."""
+        if self.config is None:
+            return "auto"
+        if torch.compiler.is_compiling():
+            return self.config.kernel_backend
+        # Past transformers' own attribute lookup, which takes longer than the whole choice.
+        return object.__getattribute__(self.config, "kernel_backend")
+
     def order(self, op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
         """The backends that a call of `op` on tensors of this kind tries, in order; gradients as recorded now.
 
         Raises:
             ValueError: if a forced backend cannot run `op`.
         """
-        backend = "auto" if self.config is None else self.config.kernel_backend
         hub = None
         if self.hub is not None:
             hub = tuple(self.hub) if self.hub_device == device else ()
-        return _order(op, device, dtype, torch.is_grad_enabled(), backend, hub)
+        return _order(op, device, dtype, torch.is_grad_enabled(), self.backend, hub)
 
     def run(self, op: str, *args, **kwargs):
         """Runs `op`. The first argument is the tensor whose device and dtype decide; returns what the torch form does.
@@ -157,7 +167,7 @@ class Kernels:
             reason = None if form.refuse is None else form.refuse(*args, **kwargs)
             if reason is None:
                 return form.call(*(_widened(args) if op in SCANS and not form.narrow else args), **kwargs)
-        source, backend = _wish("auto" if self.config is None else self.config.kernel_backend)
+        source, backend = _wish(self.backend)
         raise _unavailable(op, source, backend, Refusal(reason, "set it to 'auto'"))
 
     def input_dtype(self, op: str, x: torch.Tensor, wide: torch.dtype) -> torch.dtype:
@@ -169,7 +179,7 @@ class Kernels:
 
 def device_type(tensor: torch.Tensor) -> str:
     """The kind of device that a tensor is on, "cuda" for AMD's GPUs too."""
-    return tensor.device.type
+    return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
 
 
 def _widened(args: tuple) -> tuple:
@@ -192,12 +202,13 @@ _TOLD: set[str] = set()
 
 
 def forget() -> None:
-    """Forgets what was imported and chosen: for tests, and after installing a package in a running session."""
+    """Forgets what was imported, chosen and read from the environment: for tests, and after installing a package."""
     for key in [key for key in _FORMS if key[0] != "torch"]:
         del _FORMS[key]
     for memory in (_LOADED, _ORDERS, _TOLD):
         memory.clear()
     load.cache_clear()
+    environment.cache_clear()
 
 
 def _load_cuda() -> None:
@@ -228,8 +239,8 @@ def _order(
     op: str, device: str, dtype: torch.dtype, grad: bool, backend: str, hub: tuple[str, ...] | None
 ) -> tuple[str, ...]:
     """The backends of `make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced."""
-    exact = device == "cuda" and dtype == torch.float32 and not _tf32_allowed()
-    key = (op, device, dtype, grad, backend, hub, exact, os.environ.get(ENVIRONMENT))
+    exact = dtype == torch.float32 and (device == "cuda" or bool(hub)) and not _tf32_allowed()
+    key = (op, device, dtype, grad, backend, hub, exact)
     order = _ORDERS.get(key)
     if order is None:
         plan = make_plan(op, Situation(device, dtype, grad, backend, hub))
@@ -263,11 +274,17 @@ def make_plan(op: str, situation: Situation) -> Plan:
     return Plan(tuple(forms), passed, None)
 
 
+@functools.cache
+def environment() -> str | None:
+    """The environment variable, as it was when the process first asked; "" counts as unset."""
+    return os.environ.get(ENVIRONMENT) or None
+
+
 def _wish(backend: str) -> tuple[str, str]:
     """The setting that decides, and its value."""
     source, value = "kernel_backend", backend
-    if os.environ.get(ENVIRONMENT):
-        source, value = ENVIRONMENT, os.environ[ENVIRONMENT]
+    if environment() is not None:
+        source, value = ENVIRONMENT, environment()
     if value not in KERNEL_BACKENDS:
         raise ValueError(f"{source}={value!r}: must be one of {list(KERNEL_BACKENDS)}; pick one of them.")
     return source, value

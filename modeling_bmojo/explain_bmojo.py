@@ -1,12 +1,11 @@
 """explain_kernels: which implementation each operation of a model uses, and why not a faster one."""
 
-import os
 from typing import NamedTuple
 
 import torch
 
 from .configuration_bmojo import BMojoConfig
-from .dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, make_plan
+from .dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, environment, make_plan
 
 
 class Explanation(NamedTuple):
@@ -118,8 +117,8 @@ def _example(op: str, config: BMojoConfig) -> tuple[torch.Tensor | None, ...]:
 
 def _table(rows: list[Explanation], situation: Situation) -> str:
     setting = f"kernel_backend={situation.backend!r}"
-    if os.environ.get(ENVIRONMENT):
-        setting = f"{ENVIRONMENT}={os.environ[ENVIRONMENT]!r}"
+    if environment() is not None:
+        setting = f"{ENVIRONMENT}={environment()!r}"
     cells, errors, reasons = [("operation", "inference", "training")], {}, {}
     for row in rows:
         name = row.operation + ("" if row.used else " (not in this model)")

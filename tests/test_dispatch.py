@@ -432,11 +432,32 @@ def test_fp32_is_not_rounded_to_tf32_unless_pytorch_may(installed, monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
+def test_the_switch_for_tf32_is_read_at_every_call(installed, on_gpu, monkeypatch):
+    inputs = cast(scan_case(3, 1, False, 0)[0], torch.float32)
+    for allowed in (True, False):
+        CALLS.clear()
+        monkeypatch.setattr(dispatch_bmojo, "_tf32_allowed", lambda: allowed)  # noqa: B023
+        Kernels().run("chunk_scan", *inputs)
+        assert ["mamba_chunk_scan_combined"] * allowed == CALLS
+
+
 def test_hub_kernels_come_first_where_they_were_asked_for(installed):
     assert chosen("conv", hub=("conv",))[:2] == ["hub", "cuda"]
     assert chosen("chunk_scan", hub=("conv",))[0] == "cuda"
     reasons = [make_plan("conv", Situation("cuda", torch.bfloat16, hub=hub)).passed["hub"].reason for hub in (None, ())]
     assert "not asked for" in reasons[0] and "loaded no hub kernel" in reasons[1]
+
+
+def test_hub_kernels_are_for_the_device_that_they_were_loaded_for():
+    """A model that was moved to the CPU afterwards does not run kernels of a GPU there."""
+    kernels, inputs = Kernels(), cast(conv_case(3, 1, False, 0)[0], torch.float32)
+    kernels.hub = {"conv": kernels_hub.hub_form("conv", LAYERS["causal_conv1d_fn"]())}
+    kernels.hub_device = "cuda"
+    kernels.run("conv", *inputs)
+    assert CALLS == []
+    kernels.hub_device = "cpu"
+    kernels.run("conv", *inputs)
+    assert CALLS == ["causal_conv1d_fn"]
 
 
 def test_triton_forms_join_by_their_table(monkeypatch):
@@ -544,21 +565,28 @@ def test_torch_can_always_be_forced(op, installed):
 
 
 def test_the_environment_wins(installed, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT, "torch")
+    def setting(value):
+        monkeypatch.setenv(ENVIRONMENT, value)
+        dispatch_bmojo.forget()
+
+    setting("torch")
     assert chosen("conv", backend="cuda") == ["torch"]
-    monkeypatch.setenv(ENVIRONMENT, "auto")
+    setting("auto")
     assert chosen("conv", backend="torch")[0] == "cuda"
-    monkeypatch.setenv(ENVIRONMENT, "cuda")
+    setting("cuda")
     with pytest.raises(ValueError, match=r"^BMOJO_KERNEL_BACKEND='cuda': cannot run operation 'conv': it needs CUDA"):
         chosen("conv", device="cpu")
-    monkeypatch.setenv(ENVIRONMENT, "")
+    setting("")
     assert chosen("conv", backend="torch") == ["torch"]
 
 
-def test_the_environment_is_read_at_every_call(monkeypatch):
+def test_the_environment_is_read_once(monkeypatch):
+    """At the first operation: looking it up takes longer than the choice itself."""
     kernels, inputs = Kernels(), cast(conv_case(3, 1, False, 0)[0], torch.float32)
     kernels.run("conv", *inputs)
     monkeypatch.setenv(ENVIRONMENT, "cuda")
+    kernels.run("conv", *inputs)
+    dispatch_bmojo.forget()
     with pytest.raises(ValueError, match="needs CUDA"):
         kernels.run("conv", *inputs)
 
@@ -567,6 +595,7 @@ def test_unknown_backends_are_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"kernel_backend='cudnn': must be one of \['auto', 'hub', 'cuda', 'triton'"):
         BMojoConfig(kernel_backend="cudnn")
     monkeypatch.setenv(ENVIRONMENT, "fast")
+    dispatch_bmojo.forget()
     with pytest.raises(ValueError, match=r"BMOJO_KERNEL_BACKEND='fast': must be one of \['auto'"):
         chosen("conv")
 
@@ -612,6 +641,12 @@ def test_a_choice_is_made_once(installed, on_gpu, monkeypatch):
         monkeypatch.setattr(importlib, "import_module", None)
         kernels.run("conv_step", *inputs)
     assert CALLS == ["causal_conv1d_update"] * 2
+
+
+def test_a_form_stays_the_same_object(installed):
+    """A compiler guards on it: another object of the same kind would compile the model again."""
+    first, second = (make_plan(op, Situation("cuda", torch.bfloat16)).forms[0] for op in ("conv", "conv"))
+    assert first.call is second.call
 
 
 def test_nothing_is_imported_for_the_cpu(tmp_path):
@@ -865,6 +900,7 @@ def test_explain_shows_what_is_forced_and_what_fails(capsys, monkeypatch):
     assert rows["conv"].inference.startswith("error: kernel_backend='cuda': cannot run operation 'conv'")
     assert rows["expiry"].inference.startswith("torch") and "error: kernel_backend='cuda'" in capsys.readouterr().out
     monkeypatch.setenv(ENVIRONMENT, "torch")
+    dispatch_bmojo.forget()
     assert all(row.inference.startswith("torch") for row in explain_kernels(BMojoConfig(kernel_backend="cuda")))
     assert "BMOJO_KERNEL_BACKEND='torch'" in capsys.readouterr().out
 
