@@ -11,6 +11,7 @@ from transformers import (
 
 from .cache_bmojo import BMojoCache, RememberedToken
 from .configuration_bmojo import BMojoConfig
+from .explain_bmojo import explain_kernels
 from .modeling_bmojo import (
     BMojoForCausalLM,
     BMojoForQuestionAnswering,
@@ -49,4 +50,5 @@ __all__ = [
     "BMojoModel",
     "BMojoPreTrainedModel",
     "RememberedToken",
+    "explain_kernels",
 ]

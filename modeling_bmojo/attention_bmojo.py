@@ -14,10 +14,11 @@ M eidetic slots, F fading tokens, L block length.
 import torch
 from torch import nn
 
-from .attention_ops import KeySet, banded, block_attention, causal_attention, gathered, weights_by_position
+from .attention_ops import KeySet, causal_attention, weights_by_position
 from .cache_layer_bmojo import BMojoCacheLayer, Past
 from .configuration_bmojo import BMojoConfig
-from .memory_ops import NEVER, retention_key, select
+from .dispatch_bmojo import Kernels
+from .memory_ops import NEVER, retention_key
 
 
 class BMojoRMSNorm(nn.Module):
@@ -71,6 +72,7 @@ class BMojoAttention(nn.Module):
         self.decay = config.eidetic_decay
         self.block = config.memory_block_size
         self.dropout = config.attention_dropout
+        self.kernels = Kernels(config)
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
         query_size, key_size = config.num_attention_heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -238,36 +240,34 @@ class BMojoAttention(nn.Module):
         block = min(self.block, tokens)
         valid = line.positions >= 0
         ranked = retention_key(line.innovations, line.positions, self.decay)
-        chosen = select(ranked, valid, spec.window, spec.slots, block, tokens, held, spec.window)
+        chosen = self.kernels.run(
+            "expiry", ranked, valid, spec.window, spec.slots, block, tokens, held, spec.window
+        )
         coordinate = torch.arange(first, tokens, device=query.device).expand(valid.shape)
         # A pad sees itself, so that no softmax is empty; nobody else does, because pads come last.
         end = torch.where(valid | (coordinate < 0), chosen.expiry, coordinate + 1)
         tokens_seen = KeySet(line.keys, line.values, coordinate, end, line.positions, first)
-        blocks = -(-tokens // block)
         local = KeySet(*(value[:, held:] for value in tokens_seen[:5]), -spec.window)
-        offers = [banded(local, 1 - spec.window, 0, blocks, block)]
+        sets = [(local, (1 - spec.window, 0))]
         if spec.slots:
-            offers.append(gathered(tokens_seen, chosen.slots))
+            sets.append((tokens_seen, chosen.slots))
         if line.fading_keys is not None:
-            offers.append(self._fading_offer(line, blocks, block, tokens))
-        out, weights = block_attention(query, offers, block, **self._softmax_options(columns), columns=columns)
+            sets.append(self._fading_set(line, tokens))
+        out, weights = self.kernels.run(
+            "memory_attention", query, sets, block, **self._softmax_options(columns), columns=columns
+        )
         return out, weights, chosen.expiry - first
 
-    def _fading_offer(self, line: Past, blocks: int, block: int, tokens: int):
-        """SSM outputs are seen from W tokens after they were made, F of them at a time."""
+    def _fading_set(self, line: Past, tokens: int) -> tuple[KeySet, tuple[int, int]]:
+        """SSM outputs and their band: seen from W tokens after they were made, F of them at a time."""
         window, fading = self.spec.window, self.spec.fading
-        count = line.fading_keys.shape[1]
-        coordinate = torch.arange(tokens - count, tokens, device=line.keys.device).expand(line.fading_positions.shape)
+        first = tokens - line.fading_keys.shape[1]
+        coordinate = torch.arange(first, tokens, device=line.keys.device).expand(line.fading_positions.shape)
         end = torch.where(line.fading_positions >= 0, coordinate + window + fading, -NEVER)
         keyset = KeySet(
-            line.fading_keys,
-            line.fading_values,
-            coordinate + window,
-            end,
-            line.fading_positions,
-            tokens - count,
+            line.fading_keys, line.fading_values, coordinate + window, end, line.fading_positions, first
         )
-        return banded(keyset, 1 - window - fading, -window, blocks, block)
+        return keyset, (1 - window - fading, -window)
 
 
 def _zero_anchor(fading: torch.Tensor, faded: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

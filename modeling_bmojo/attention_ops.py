@@ -75,6 +75,30 @@ def gathered(keyset: KeySet, index: torch.Tensor) -> BlockKeys:
     )
 
 
+def memory_attention(
+    query: torch.Tensor,
+    sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor]],
+    block: int,
+    scaling: float,
+    dropout: float = 0.0,
+    implementation: str = "sdpa",
+    columns: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One softmax per query over what it may see of all sets, which offer their keys block by block.
+
+    Args:
+        query: `[B, T, H, D]`. sets: pairs of a set and how it offers its keys, a band `(low, high)` or an index
+            `[B, n, M]` (see `banded` and `gathered`). block: L.
+        Others and returns: see `block_attention`.
+    """
+    blocks = -(-query.shape[1] // block)
+    offers = [
+        gathered(keyset, offered) if isinstance(offered, torch.Tensor) else banded(keyset, *offered, blocks, block)
+        for keyset, offered in sets
+    ]
+    return block_attention(query, offers, block, scaling, dropout, implementation, columns)
+
+
 def block_attention(
     query: torch.Tensor,
     offers: list[BlockKeys],

@@ -19,6 +19,7 @@ LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention
 INNOVATIONS = ("output", "state")
 QK_NORMS = (None, "head")
 SSM_TYPES = ("mamba2", "mamba")
+KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
 
 # Keys that transformers itself (or an old checkpoint) may pass besides the declared fields. Anything else is a typo or
 # comes from another model, and silently keeping it would silently ignore the user's wish.
@@ -98,6 +99,10 @@ class BMojoConfig(PreTrainedConfig):
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
+        kernel_backend: which implementations run. `"auto"` takes the fastest one that each call's tensors allow;
+            `"torch"`, `"triton"`, `"cuda"` (the packages causal-conv1d and mamba-ssm) and `"hub"` (kernels fetched by
+            `from_pretrained(..., use_kernels=True)`) insist on one for the operations that it covers, and are errors
+            where it cannot run. The environment variable `BMOJO_KERNEL_BACKEND` wins. See docs/kernels.md.
         ssm_type: the fading memory, `"mamba2"` or `"mamba"` (S6, the one of B'MOJO's paper: N decays and one time
             step per channel; set `ssm_state_size=16` as published, its cost grows with N).
         ssm_num_heads, ssm_head_dim: `None` follows the attention's heads and head_dim. Their product is the SSM's inner
@@ -168,6 +173,7 @@ class BMojoConfig(PreTrainedConfig):
     fading_size: int = 1
     tie_fading_projections: bool = True
     memory_block_size: int = 64
+    kernel_backend: str = "auto"
 
     ssm_type: str = "mamba2"
     ssm_num_heads: int | None = None
@@ -358,6 +364,7 @@ class BMojoConfig(PreTrainedConfig):
         self._require_int("memory_block_size", 1, "give the queries per block of the memory attention")
         self._require_int("innovation_taps", 1, "the predictor needs at least one past output")
         self._require_choice("innovation", INNOVATIONS)
+        self._require_choice("kernel_backend", KERNEL_BACKENDS)
         self._require_number("eidetic_decay", 0, False, "use 0 for no forgetting")
 
     def _validate_ssm(self) -> None:

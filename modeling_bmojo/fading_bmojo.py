@@ -16,24 +16,28 @@ from transformers.activations import ACT2FN
 
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
-from .memory_ops import output_innovation, prediction_error
-from .ssm_ops import causal_conv, chunk_ssd, predict_input, step_ssd
+from .dispatch_bmojo import Kernels
+from .memory_ops import prediction_error
+from .ssm_ops import predict_input
 
 
 class CausalConv(nn.Module):
     """Depthwise causal convolution. A module of its own, so that adapters can train it in full."""
 
-    def __init__(self, channels: int, kernel: int, bias: bool):
+    def __init__(self, channels: int, kernel: int, bias: bool, kernels: Kernels | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.kernels = Kernels() if kernels is None else kernels
 
     def forward(self, x: torch.Tensor, history: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
         """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels."""
         part = slice(first, first + x.shape[-1])
         # k-bit preparation casts 1-D weights to fp32: cast at the call.
         bias = None if self.bias is None else self.bias[part].to(x.dtype)
-        return causal_conv(x, self.weight[part].to(x.dtype), bias, None if history is None else history[..., part])
+        history = None if history is None else history[..., part]
+        op = "conv_step" if x.shape[1] == 1 and history is not None else "conv"
+        return self.kernels.run(op, x, self.weight[part].to(x.dtype), bias, history)
 
 
 class SSMScalars(nn.Module):
@@ -66,11 +70,11 @@ class GroupedRMSNorm(nn.Module):
 
 
 def surprise_of_output(
-    y: torch.Tensor, taps: int, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
+    kernels: Kernels, y: torch.Tensor, taps: int, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
 ) -> torch.Tensor:
     """Innovation `[B, T]` of SSM outputs `[B, T, E]` against the `taps` before them, which the cache keeps."""
     history = y.new_zeros(y.shape[0], taps, y.shape[2]) if cache is None else cache.outputs
-    surprise = output_innovation(y, history)
+    surprise = kernels.run("innovation", y, history)
     if cache is not None:
         cache.shift("outputs", y, lengths)
     return surprise
@@ -93,6 +97,7 @@ class FadingMemory(nn.Module):
         self.projected = config.ssm_projected
         self.chunk_size = config.ssm_chunk_size
         self.time_step_limit = tuple(config.ssm_time_step_limit)
+        self.kernels = Kernels(config)
         # What the eidetic memory asks for: nothing, the error on the output, or on the input.
         self.innovation = config.innovation if spec.slots else None
         self.taps = config.innovation_taps
@@ -101,7 +106,7 @@ class FadingMemory(nn.Module):
         mixed = (self.inner if self.projected else 0) + 2 * self.groups * self.state
         self.rows = [self.inner if self.gated else 0, mixed, self.heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
-        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias)
+        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars(self.heads)
         self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
@@ -144,7 +149,7 @@ class FadingMemory(nn.Module):
         if self.out_proj is not None:
             y = self.out_proj(y)
         if self.innovation == "output":
-            surprise = surprise_of_output(y, self.taps, lengths, cache)
+            surprise = surprise_of_output(self.kernels, y, self.taps, lengths, cache)
         return y, surprise
 
     def _convolve(
@@ -173,8 +178,10 @@ class FadingMemory(nn.Module):
         Returns y `[B, T, H P]` and the innovation of the "state" form, or None.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide).unflatten(-1, (self.heads, self.head_dim))
-        B, C = keys.to(wide).unflatten(-1, (2, self.groups, self.state)).unbind(-3)
+        op = "scan_step" if tokens == 1 and cache is not None else "chunk_scan"
+        taken = self.kernels.input_dtype(op, x, wide)
+        x = x.to(taken).unflatten(-1, (self.heads, self.head_dim))
+        B, C = keys.to(taken).unflatten(-1, (2, self.groups, self.state)).unbind(-3)
         A, dt_bias, D = self.scalars(wide)
         dt = F.softplus(dt.to(wide) + dt_bias).clamp(*self.time_step_limit)
         if lengths is not None:
@@ -184,10 +191,9 @@ class FadingMemory(nn.Module):
         surprise = None
         if self.innovation == "state":
             with torch.no_grad():
-                expected = predict_input(x, dt, A, B, state, self.chunk_size)
+                expected = predict_input(x.to(wide), dt, A, B.to(wide), state, self.chunk_size)
                 surprise = prediction_error(x.flatten(2), expected.flatten(2))
-        ssd = step_ssd if tokens == 1 and cache is not None else chunk_ssd
-        y, after = ssd(x, dt, A, B, C, D, state, self.chunk_size)
+        y, after = self.kernels.run(op, x, dt, A, B, C, D, state, self.chunk_size)
         if cache is not None:
             cache.ssm.copy_(after.detach())
         return y.flatten(2), surprise

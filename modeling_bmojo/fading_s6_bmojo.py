@@ -17,9 +17,10 @@ from transformers.activations import ACT2FN
 
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
+from .dispatch_bmojo import Kernels
 from .fading_bmojo import CausalConv, surprise_of_output
 from .memory_ops import prediction_error
-from .s6_ops import chunk_s6, predict_s6_input, step_s6
+from .s6_ops import predict_s6_input
 
 
 class S6Scalars(nn.Module):
@@ -57,12 +58,13 @@ class S6FadingMemory(nn.Module):
         self.gated = config.ssm_gated
         self.chunk_size = config.ssm_chunk_size
         self.time_step_limit = tuple(config.ssm_time_step_limit)
+        self.kernels = Kernels(config)
         # What the eidetic memory asks for: nothing, the error on the output, or on the input.
         self.innovation = config.innovation if spec.slots else None
         self.taps = config.innovation_taps
 
         self.in_proj = nn.Linear(config.hidden_size, self.inner * (2 if self.gated else 1), bias=config.ssm_proj_bias)
-        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias)
+        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state, bias=False)
         self.dt_proj = TimeStepProjection(self.rank, self.inner, bias=False)
@@ -98,7 +100,7 @@ class S6FadingMemory(nn.Module):
                 y = y * F.silu(gate.to(y.dtype))
         y = self.out_proj(y.to(x.dtype))
         if self.innovation == "output":
-            surprise = surprise_of_output(y, self.taps, lengths, cache)
+            surprise = surprise_of_output(self.kernels, y, self.taps, lengths, cache)
         return y, surprise
 
     def _scan(
@@ -112,9 +114,11 @@ class S6FadingMemory(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The recurrence in fp32 at least; returns y `[B, T, I]` and the innovation of the "state" form, or None."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        x, dt, B, C = (value.to(wide) for value in (x, dt, B, C))
+        op = "s6_step" if x.shape[1] == 1 and cache is not None else "s6_scan"
+        taken = self.kernels.input_dtype(op, x, wide)
+        x, B, C = (value.to(taken) for value in (x, B, C))
         A, dt_bias, D = self.scalars(wide)
-        dt = F.softplus(dt + dt_bias).clamp(*self.time_step_limit)
+        dt = F.softplus(dt.to(wide) + dt_bias).clamp(*self.time_step_limit)
         if lengths is not None:
             dt = dt * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
         # A copy: the state is overwritten below, and a backward pass may still need what it was. The cache holds the
@@ -123,9 +127,9 @@ class S6FadingMemory(nn.Module):
         surprise = None
         if self.innovation == "state":
             with torch.no_grad():
-                surprise = prediction_error(x, predict_s6_input(x, dt, A, B, state, self.chunk_size))
-        s6 = step_s6 if x.shape[1] == 1 and cache is not None else chunk_s6
-        y, after = s6(x, dt, A, B, C, D, state, self.chunk_size)
+                expected = predict_s6_input(x.to(wide), dt, A, B.to(wide), state, self.chunk_size)
+                surprise = prediction_error(x, expected)
+        y, after = self.kernels.run(op, x, dt, A, B, C, D, state, self.chunk_size)
         if cache is not None:
             cache.ssm.copy_(after.detach().reshape(cache.ssm.shape))
         return y, surprise

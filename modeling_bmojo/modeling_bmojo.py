@@ -33,6 +33,7 @@ from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
+from .kernels_hub import offer_slots, take_kernels
 
 
 logger = logging.get_logger(__name__)
@@ -174,6 +175,14 @@ class BMojoPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if not config.ssm_scalars_in_fp32:
             self._keep_in_fp32_modules_strict = None
+
+    def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
+        """transformers' method, which `from_pretrained(..., use_kernels=True)` and `train()` call: hub kernels that it
+        finds for the SSM become the first choice of this model's operations (docs/kernels.md)."""
+        if use_kernels:
+            offer_slots(self)
+        super().set_use_kernels(use_kernels, *args, **kwargs)
+        take_kernels(self, bool(use_kernels))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
