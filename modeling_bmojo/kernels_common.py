@@ -24,7 +24,7 @@ except (ImportError, OSError) as error:
     INTERPRETED = False
     triton = None
     # Stands in for the names that the kernels' definitions mention.
-    tl = SimpleNamespace(constexpr=lambda value: value)
+    tl = SimpleNamespace(constexpr=lambda value: value, float32=None, float64=None)
 
     def jit(function):
         return function
