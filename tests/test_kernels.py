@@ -203,6 +203,14 @@ def test_smallest_tiles():
     compare_with_oracle(*problem(3, 1, 8, 8, 20, 16))
 
 
+@pytest.mark.parametrize("begin, end", [(15, 17), (16, 33), (31, 32), (0, 16)])
+def test_spans_at_the_edges_of_a_tile(begin, end):
+    """A tile of keys meets only the rows that its spans can reach; here the spans end beside tile edges."""
+    leaves, rest = problem(1, 1, 40, 40, 10, 16)
+    spans = [torch.full_like(rest[0], edge) for edge in (begin, end)]
+    compare_with_oracle(leaves, (*spans, *rest[2:]))
+
+
 @pytest.mark.parametrize("case", ["no column", "no key", "empty span", "later span"])
 def test_queries_that_see_nothing(case, deterministic):
     (query, keys, values), (begin, end, index, block, scaling) = problem(2, 1, 5, 4, 6, 16, batch=2)
