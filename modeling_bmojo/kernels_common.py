@@ -6,10 +6,15 @@ Without Triton this module and the kernel modules still import; `TRITON_MISSING`
 """
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
+
+# Sizes that follow the length of the text. Triton compiles a kernel anew where a size is 1 and where it is a multiple
+# of 16, unless it is told that this is no use.
+VARYING = ("tokens", "stored", "offered", "blocks", "queries", "held", "first", "i_b")
 
 try:
     import triton
@@ -18,7 +23,7 @@ try:
     TRITON_MISSING: str | None = None
     # Triton's own functions were decorated when it was imported, by the environment of that moment: ours follow them.
     INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
-    jit = type(tl.sum)
+    jit = partial(type(tl.sum), do_not_specialize=VARYING)
 except (ImportError, OSError) as error:
     TRITON_MISSING = f"triton cannot be imported ({error}): pip install 'triton>=3.1' (Linux)"
     INTERPRETED = False

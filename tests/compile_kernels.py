@@ -9,7 +9,6 @@ either compiles or interprets, by what the environment says when it is imported.
 
 import importlib
 import json
-import re
 import sys
 import types
 from pathlib import Path
@@ -40,12 +39,13 @@ def compile_launch(kernel, programs, *arguments, **options):
     signature, constants, hints = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        pointer = isinstance(value, torch.Tensor)
+        specialised = not (pointer or parameter.do_not_specialize)
+        if parameter.is_constexpr or (specialised and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        pointer = isinstance(value, torch.Tensor)
         signature[parameter.name] = "*" + NAMES[value.dtype] if pointer else "i32"
-        if pointer or value % 16 == 0:
+        if pointer or (specialised and value % 16 == 0):
             hints[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=choices)
@@ -53,7 +53,6 @@ def compile_launch(kernel, programs, *arguments, **options):
         "kernel": kernel.__name__,
         "shared": binary.metadata.shared,
         "tensor_cores": "wgmma.mma_async" in binary.asm["ptx"],
-        "red": sorted(set(re.findall(r"(?:red|atom)\.global[\w.]*", binary.asm["ptx"]))),
         "cubin": len(binary.asm["cubin"]),
     }
     print(json.dumps(report), flush=True)
