@@ -193,8 +193,6 @@ def _arguments(query, keys, values, begin, end, index, block: int, scaling: floa
     """What all three kernels take first, and their constants."""
     strides = [stride for value in (query, keys, values, index) for stride in value.stride()[:-1]]
     sizes = (query.shape[1], *keys.shape[1:3], *index.shape[1:], block)
-    # TF32 only where torch's own products may use it; 16-bit inputs are not touched by it.
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     constants = {
         "SCALING": scaling,
         "LOG2_SCALING": scaling / math.log(2),
@@ -202,9 +200,15 @@ def _arguments(query, keys, values, begin, end, index, block: int, scaling: floa
         "DIM": query.shape[3],
         "BLOCK_D": power_of_two(query.shape[3], 16),
         "ACC": wide(query.dtype),
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if query.dtype == torch.float32 and _tf32_allowed() else "ieee",
     }
     return (query, keys, values, begin, end, index, *strides, *sizes), constants
+
+
+def _tf32_allowed() -> bool:
+    """Whether torch's own fp32 products may use TF32. Reading the older flag fails once the newer one was set."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch >= 2.9
+    return torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by the padded head dim of 16-bit inputs, and by dtype for wider ones. Judged

@@ -281,6 +281,31 @@ def test_low_precision_is_as_near_float64_as_torch_is(dtype):
         assert root_mean_square(actual - truth) < 1.5 * noise
 
 
+def test_tf32_follows_torch():
+    """In a process of its own: torch refuses to read the older of its two flags once the newer one was set."""
+    code = """if True:
+        import sys, types, torch
+        package = types.ModuleType("bmojo")
+        package.__path__ = [sys.argv[1]]
+        sys.modules["bmojo"] = package
+        from bmojo.kernels_attention import _tf32_allowed
+        flags = torch.backends.cuda.matmul
+        print(_tf32_allowed())
+        flags.allow_tf32 = True
+        print(_tf32_allowed())
+        flags.allow_tf32 = False
+        print(_tf32_allowed())
+        if hasattr(flags, "fp32_precision"):
+            flags.fp32_precision = "tf32"
+            print(_tf32_allowed())
+    """
+    command = [sys.executable, "-c", code, str(ROOT / "modeling_bmojo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = done.stdout.split()
+    assert answers[:3] == ["False", "True", "False"] and answers[3:] in ([], ["True"])
+
+
 @pytest.mark.parametrize("continued", [False, True])
 def test_three_memories_as_the_layer_offers_them(continued, few_programs):
     """[local | eidetic | fading] with real expiries, from key sets to gradients, against `block_attention`."""
