@@ -22,6 +22,11 @@ import pytest
 import torch
 
 
+# Triton compiles or interprets, by what this says when it is first imported, whoever imports it: without a GPU the
+# kernels are tested by interpretation.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 
 

@@ -201,6 +201,27 @@ def attend(query, keys, values):
     return torch.stack(outputs)
 
 
+def oracle_gathered_attention(query, keys, values, begin, end, index, block, scaling):
+    """One softmax per query over the columns of its block whose key it may see; zeros where it sees none.
+
+    query [B, T, H, D], keys and values [B, S, G, D], begin and end [B, S], index [B, n, K] with -1 for none.
+    """
+    repeat = query.shape[2] // keys.shape[2]
+    rows = []
+    for b in range(query.shape[0]):
+        outputs = []
+        for t in range(query.shape[1]):
+            columns = [i for i in index[b, t // block].tolist() if i >= 0 and begin[b, i] <= t < end[b, i]]
+            if not columns:
+                outputs.append(torch.zeros_like(query[b, t]))
+                continue
+            k, v = (side[b, columns].repeat_interleave(repeat, dim=1) for side in (keys, values))
+            weights = torch.softmax(torch.einsum("hd,khd->hk", query[b, t], k) * scaling, dim=-1)
+            outputs.append(torch.einsum("hk,khd->hd", weights, v))
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)
+
+
 def bmojo_f_dense(query, keys, values, fading_keys, fading_values, window):
     """B'MOJO-F as HMF defines it: one explicit [T, 2T] mask, query i sees inputs [i-W+1, i], SSM outputs [i-2W+1, i-W].
 
