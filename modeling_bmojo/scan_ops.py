@@ -207,11 +207,10 @@ def _backward_inside(
     dscores = take("dscores", *decay.shape)
     torch.bmm(flat_q, flat_u.mT, out=dscores.view(-1, length, length))
     dscores.mul_(decay)
-    weights = decay.mul_(shared)
-    torch.bmm(weights.view(-1, length, length).mT, flat_q, out=flat_u)
-    # What runs through l_t - l_s, which is exactly 0 on the diagonal. Summed wide: l_t gains what l_s loses, and a
-    # decay's gradient is a difference of such sums.
-    through = torch.mul(dscores, shared, out=take("through", *decay.shape, dtype=wide(q))).tril_(-1)
+    torch.bmm(decay.mul_(shared).view(-1, length, length).mT, flat_q, out=flat_u)
+    # What runs through l_t - l_s. Summed wide: l_t gains what l_s loses, and a decay's gradient is a difference of
+    # such sums, in which the largest terms cancel.
+    through = torch.mul(dscores, shared, out=take("through", *decay.shape, dtype=wide(q)))
     return u, dscores.sum(3).view(-1, length, length), through.sum(-1) - through.sum(-2)
 
 

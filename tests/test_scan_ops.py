@@ -117,7 +117,7 @@ def test_the_first_token_is_not_expected_from_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_very_fast_decay_and_no_decay(dtype):
-    """dt A = -10,000 forgets everything at once, dt = 0 nothing; both in one chunk, and no NaN from 0 times infinity."""
+    """dt A = -10,000 forgets everything at once, dt = 0 nothing; both in one chunk, and never 0 times infinity."""
     x, dt, A, B, C, D, state = draw(tokens=13, dtype=dtype)
     dt, A = torch.ones_like(dt), torch.full_like(A, -1e4)
     dt[:, [0, 2, 3, 8, 12]] = 0
