@@ -5,7 +5,6 @@ functions refuse. `device_type` is then replaced, so that tensors on the CPU cou
 """
 
 import copy
-import functools
 import importlib
 import inspect
 import itertools
@@ -29,7 +28,6 @@ from modeling_bmojo.dispatch_bmojo import (
     ENVIRONMENT,
     OPERATIONS,
     TORCH,
-    Form,
     Kernels,
     Situation,
     make_plan,
@@ -38,7 +36,7 @@ from modeling_bmojo.dispatch_bmojo import (
     triton_forms,
 )
 from modeling_bmojo.kernels_cuda import KERNELS
-from modeling_bmojo.memory_ops import select
+from modeling_bmojo.memory_ops import NEVER
 
 
 # Without a GPU the package's Triton kernels run in Triton's interpreter; it has to be switched on before they load.
@@ -199,14 +197,9 @@ def tensors(result) -> list[torch.Tensor]:
     return [value for value in (result if isinstance(result, tuple) else (result,)) if value is not None]
 
 
-def expected_of(op, oracle, inputs):
-    return tensors(oracle(*inputs))
-
-
 def compare_expiry(result, expected):
     expiry, kept = expected
-    never = dispatch_bmojo.select.__globals__["NEVER"]
-    torch.testing.assert_close(result.expiry.double().masked_fill(result.expiry == never, torch.inf), expiry)
+    torch.testing.assert_close(result.expiry.double().masked_fill(result.expiry == NEVER, torch.inf), expiry)
     found = [[sorted(slot for slot in block if slot >= 0) for block in row] for row in result.slots.tolist()]
     assert found == kept
 
@@ -293,25 +286,22 @@ def test_stubs_are_declared_as_upstream_declares_the_functions():
     assert {name: kernel_stubs.declared(function) for name, function in FUNCTIONS.items()} == DECLARED
 
 
-@functools.cache
-def transformers_function(name):
-    """transformers' own function of that name, whose parameters a hub kernel has to have."""
-    places = [
-        ("mamba2", "causal_conv1d_fn", "causal_conv1d_fn"),
-        ("mamba2", "causal_conv1d_update", "causal_conv1d_update"),
-        ("mamba2", "mamba2_chunk_scan", "mamba_chunk_scan_combined"),
-        ("mamba2", "mamba2_selective_state_update", "selective_state_update"),
-        ("mamba", "mamba_selective_scan", "selective_scan_fn"),
-    ]
-    ((family, function, _),) = [place for place in places if place[2] == name]
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    return inspect.signature(getattr(module, function))
+# Where transformers defines the functions of these names, whose parameters a hub kernel has to have.
+TRANSFORMERS = {
+    "causal_conv1d_fn": ("mamba2", "causal_conv1d_fn"),
+    "causal_conv1d_update": ("mamba2", "causal_conv1d_update"),
+    "mamba_chunk_scan_combined": ("mamba2", "mamba2_chunk_scan"),
+    "selective_state_update": ("mamba2", "mamba2_selective_state_update"),
+    "selective_scan_fn": ("mamba", "mamba_selective_scan"),
+}
 
 
 @pytest.mark.parametrize("name", sorted(kernels_hub.SLOTS))
 def test_slots_have_the_parameters_of_transformers_functions(name):
     slot = inspect.signature(kernels_hub._empty_slot(name))
-    own, layer = transformers_function(name), inspect.signature(LAYERS[name].forward)
+    family, function = TRANSFORMERS[name]
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    own, layer = inspect.signature(getattr(module, function)), inspect.signature(LAYERS[name].forward)
     assert list(slot.parameters) == list(own.parameters) == list(layer.parameters)[1:]
     assert [p.kind for p in slot.parameters.values()] == [p.kind for p in own.parameters.values()]
 
@@ -835,30 +825,35 @@ def test_copies_keep_their_own_setting():
     assert restored.model.layers[0].self_attn.kernels.config.kernel_backend == "auto"
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_compiles_without_graph_breaks(gpu, monkeypatch):
-    """The choice is a constant to the compiler, also where the form is a wrapper around a package's function."""
-    if gpu:
+@pytest.mark.parametrize("place", ["torch", "cuda", "hub"])
+def test_compiles_without_graph_breaks(place, monkeypatch):
+    """The choice is a constant to the compiler, also where the form is a wrapper around a function from elsewhere."""
+    if place == "cuda":
         install(monkeypatch, *PACKAGES)
         monkeypatch.setattr(sys.modules["causal_conv1d"], "causal_conv1d_fn", traceable_conv)
         monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    mixer = tiny_model(kernel_backend="auto").model.layers[0].fading
+    mixer = tiny_model().model.layers[0].fading
+    if place == "hub":
+        monkeypatch.setattr(kernel_stubs, "causal_conv1d_fn", traceable_conv)
+        mixer.kernels.hub = {"conv": kernels_hub.hub_form("conv", LAYERS["causal_conv1d_fn"]())}
+        mixer.kernels.hub_device = "cpu"
     compiled = torch.compile(lambda x, h: mixer.conv(mixer.conv(x, h), None), fullgraph=True, backend="eager")
     x, history = torch.randn(2, 9, 40), torch.randn(2, 3, 40)
     for _ in range(3):
         torch.testing.assert_close(compiled(x, history), mixer.conv(mixer.conv(x, history), None), rtol=0, atol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    if not gpu:
+    if place == "torch":
         step = torch.compile(mixer._scan, fullgraph=True, backend="eager")
         arguments = (torch.randn(2, 9, 40), torch.randn(2, 9, 4), torch.tensor([9, 5]), 9, None)
         torch.testing.assert_close(step(*arguments), mixer._scan(*arguments))
     torch._dynamo.reset()
 
 
-def traceable_conv(x, weight, bias=None, seq_idx=None, initial_states=None, **kwargs):
+def traceable_conv(x, weight, bias=None, initial_states=None, activation=None):
+    """`causal_conv1d_fn` without the stub's checks, which a compiler cannot trace."""
     start = torch.zeros_like(x[:, :, : weight.shape[1] - 1]) if initial_states is None else initial_states
     return torch.nn.functional.conv1d(torch.cat([start, x], 2), weight[:, None], bias, groups=weight.shape[0])
 
@@ -1019,7 +1014,3 @@ def test_use_kernels_reaches_the_operations(tmp_path):
     (tmp_path / "kernels-0.dist-info" / "METADATA").write_text(metadata)
     code = f"import sys; sys.argv = ['hub', {str(tmp_path / 'model')!r}]\n{HUB}"
     assert python(code, tmp_path).stdout.strip().endswith("as it should")
-
-
-def test_select_is_what_the_model_dispatches():
-    assert TORCH["expiry"] is select and isinstance(make_plan("expiry", Situation("cpu", torch.float32)).forms[0], Form)
