@@ -240,9 +240,7 @@ class BMojoAttention(nn.Module):
         block = min(self.block, tokens)
         valid = line.positions >= 0
         ranked = retention_key(line.innovations, line.positions, self.decay)
-        chosen = self.kernels.run(
-            "expiry", ranked, valid, spec.window, spec.slots, block, tokens, held, spec.window
-        )
+        chosen = self.kernels.run("expiry", ranked, valid, spec.window, spec.slots, block, tokens, held, spec.window)
         coordinate = torch.arange(first, tokens, device=query.device).expand(valid.shape)
         # A pad sees itself, so that no softmax is empty; nobody else does, because pads come last.
         end = torch.where(valid | (coordinate < 0), chosen.expiry, coordinate + 1)
@@ -264,9 +262,7 @@ class BMojoAttention(nn.Module):
         first = tokens - line.fading_keys.shape[1]
         coordinate = torch.arange(first, tokens, device=line.keys.device).expand(line.fading_positions.shape)
         end = torch.where(line.fading_positions >= 0, coordinate + window + fading, -NEVER)
-        keyset = KeySet(
-            line.fading_keys, line.fading_values, coordinate + window, end, line.fading_positions, first
-        )
+        keyset = KeySet(line.fading_keys, line.fading_values, coordinate + window, end, line.fading_positions, first)
         return keyset, (1 - window - fading, -window)
 
 

@@ -21,7 +21,12 @@ from transformers.utils import logging
 
 from .attention_ops import memory_attention
 from .configuration_bmojo import KERNEL_BACKENDS, BMojoConfig
+from .kernels_attention import triton_block_attention
 from .kernels_cuda import DTYPES, KERNELS, Kernel, load
+from .kernels_memory import output_innovation as triton_innovation
+from .kernels_memory import select as triton_select
+from .kernels_ssm import causal_conv as triton_conv
+from .kernels_ssm import step_ssd as triton_step
 from .memory_ops import output_innovation, select
 from .s6_ops import chunk_s6, step_s6
 from .ssm_ops import causal_conv, chunk_ssd, step_ssd
@@ -72,9 +77,15 @@ class Form(NamedTuple):
 
 
 def triton_forms() -> dict[str, Form]:
-    """The package's own kernels by operation: per kernel one import here and one entry
-    `"expiry": triton_form(select)`. Runs once, when triton has been imported."""
-    return {}
+    """The package's own kernels by operation. Runs once, when triton has been imported."""
+    return {
+        "conv": triton_form(triton_conv),
+        "conv_step": triton_form(triton_conv),
+        "scan_step": triton_form(triton_step),
+        "innovation": triton_form(triton_innovation),
+        "expiry": triton_form(triton_select),
+        "memory_attention": triton_attention_form(triton_block_attention),
+    }
 
 
 def triton_form(call: Callable, refuse: Callable | None = None, backward: bool = True) -> Form:

@@ -10,7 +10,6 @@ A token whose dt is 0 leaves the state as it was: that is how pads are passed ov
 """
 
 import torch
-import torch.nn.functional as F
 
 from .scan_ops import scan_chunks
 

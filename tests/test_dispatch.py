@@ -5,10 +5,8 @@ functions refuse. `device_type` is then replaced, so that tensors on the CPU cou
 """
 
 import copy
-import functools
 import importlib
 import inspect
-import itertools
 import os
 import pickle
 import subprocess
@@ -20,7 +18,7 @@ import pytest
 import torch
 from kernel_stubs import CALLS, DECLARED, FUNCTIONS, LAYERS, install, oracle_s6
 from oracles import oracle_eidetic, oracle_output_innovation, oracle_ssd, randomize_
-from test_attention_ops import SCALING, generator, three_sets
+from test_attention_ops import SCALING, generator, one_by_one, three_sets
 from tiny import MIXED_LAYERS, SIZES, VOCAB, WINDOW
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, dispatch_bmojo, explain_kernels, kernels_cuda, kernels_hub
@@ -29,7 +27,6 @@ from modeling_bmojo.dispatch_bmojo import (
     ENVIRONMENT,
     OPERATIONS,
     TORCH,
-    Form,
     Kernels,
     Situation,
     make_plan,
@@ -38,7 +35,7 @@ from modeling_bmojo.dispatch_bmojo import (
     triton_forms,
 )
 from modeling_bmojo.kernels_cuda import KERNELS
-from modeling_bmojo.memory_ops import select
+from modeling_bmojo.memory_ops import NEVER
 
 
 # Without a GPU the package's Triton kernels run in Triton's interpreter; it has to be switched on before they load.
@@ -149,28 +146,26 @@ def expiry_case(tokens, batch, started, seed):
     return inputs, oracle
 
 
+def attention_sets(tokens, batch, past, seed, window=5, fading=2, block=4) -> list:
+    """[eidetic | fading | local] and how each offers its keys, as the operation takes them."""
+    _, members = three_sets(generator(seed), tokens, window, 3, fading, past, block, batch)
+    (eidetic, index), (faded, _), (local, _) = members
+    return [
+        [eidetic, index.expand(batch, -1, -1)],
+        [faded, (1 - window - fading, -window)],
+        [local, (1 - window, 0)],
+    ]
+
+
 def attention_case(tokens, batch, started, seed):
-    block, past = 4, 6 if started else 0
-    rng = generator(seed)
-    offers, _ = three_sets(rng, tokens, window=5, slots=3, fading=2, past=past, block=block, batch=batch)
-    query = torch.randn(batch, tokens, 4, 6, generator=rng, dtype=torch.float64)
-    return [query, offers, block, SCALING], oracle_offers
+    sets = attention_sets(tokens, batch, 6 if started else 0, seed)
+    query = torch.randn(batch, tokens, 4, 6, generator=generator(seed + 1), dtype=torch.float64)
 
+    def oracle(query, sets, block, scaling):
+        indices = [offered[0] if isinstance(offered, torch.Tensor) else None for _, offered in sets]
+        return one_by_one(query, [(keyset, index) for (keyset, _), index in zip(sets, indices)], block)
 
-def oracle_offers(query, offers, block, scaling):
-    """Per row, query and head one softmax over the keys that its block is offered and whose span contains it."""
-    batch, tokens, heads, _ = query.shape
-    rows = []
-    for b, t, h in itertools.product(range(batch), range(tokens), range(heads)):
-        keys, values = [], []
-        for offer in offers:
-            seen = (offer.begin[b, t // block] <= t) & (t < offer.end[b, t // block])
-            group = h // (heads // offer.keys.shape[2])
-            keys.append(offer.keys[b, t // block, group][seen])
-            values.append(offer.values[b, t // block, group][seen])
-        weights = (torch.cat(keys) @ query[b, t, h] * scaling).softmax(0)
-        rows.append(weights @ torch.cat(values))
-    return torch.stack(rows).unflatten(0, (batch, tokens, heads))
+    return [query, sets, 4, SCALING], oracle
 
 
 CASES = {
@@ -199,14 +194,9 @@ def tensors(result) -> list[torch.Tensor]:
     return [value for value in (result if isinstance(result, tuple) else (result,)) if value is not None]
 
 
-def expected_of(op, oracle, inputs):
-    return tensors(oracle(*inputs))
-
-
 def compare_expiry(result, expected):
     expiry, kept = expected
-    never = dispatch_bmojo.select.__globals__["NEVER"]
-    torch.testing.assert_close(result.expiry.double().masked_fill(result.expiry == never, torch.inf), expiry)
+    torch.testing.assert_close(result.expiry.double().masked_fill(result.expiry == NEVER, torch.inf), expiry)
     found = [[sorted(slot for slot in block if slot >= 0) for block in row] for row in result.slots.tolist()]
     assert found == kept
 
@@ -293,25 +283,22 @@ def test_stubs_are_declared_as_upstream_declares_the_functions():
     assert {name: kernel_stubs.declared(function) for name, function in FUNCTIONS.items()} == DECLARED
 
 
-@functools.cache
-def transformers_function(name):
-    """transformers' own function of that name, whose parameters a hub kernel has to have."""
-    places = [
-        ("mamba2", "causal_conv1d_fn", "causal_conv1d_fn"),
-        ("mamba2", "causal_conv1d_update", "causal_conv1d_update"),
-        ("mamba2", "mamba2_chunk_scan", "mamba_chunk_scan_combined"),
-        ("mamba2", "mamba2_selective_state_update", "selective_state_update"),
-        ("mamba", "mamba_selective_scan", "selective_scan_fn"),
-    ]
-    ((family, function, _),) = [place for place in places if place[2] == name]
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    return inspect.signature(getattr(module, function))
+# Where transformers defines the functions of these names, whose parameters a hub kernel has to have.
+TRANSFORMERS = {
+    "causal_conv1d_fn": ("mamba2", "causal_conv1d_fn"),
+    "causal_conv1d_update": ("mamba2", "causal_conv1d_update"),
+    "mamba_chunk_scan_combined": ("mamba2", "mamba2_chunk_scan"),
+    "selective_state_update": ("mamba2", "mamba2_selective_state_update"),
+    "selective_scan_fn": ("mamba", "mamba_selective_scan"),
+}
 
 
 @pytest.mark.parametrize("name", sorted(kernels_hub.SLOTS))
 def test_slots_have_the_parameters_of_transformers_functions(name):
     slot = inspect.signature(kernels_hub._empty_slot(name))
-    own, layer = transformers_function(name), inspect.signature(LAYERS[name].forward)
+    family, function = TRANSFORMERS[name]
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    own, layer = inspect.signature(getattr(module, function)), inspect.signature(LAYERS[name].forward)
     assert list(slot.parameters) == list(own.parameters) == list(layer.parameters)[1:]
     assert [p.kind for p in slot.parameters.values()] == [p.kind for p in own.parameters.values()]
 
@@ -486,10 +473,10 @@ def test_triton_forms_join_by_their_table(monkeypatch):
     kernels, query = Kernels(), torch.zeros(1, 1, 2, 2)
     assert kernels.run("expiry", query, None, 1, 1, 1, 1) == "expiry by triton"
     assert kernels.run("memory_attention", query, [], 1, 1.0) == ("attention by triton", None)
-    offers, _ = three_sets(generator(0), 4, window=2, slots=1, fading=1, past=0, block=2)
+    sets = attention_sets(4, 2, 0, seed=0)
     query = torch.randn(2, 4, 4, 6, dtype=torch.float64)
     for options in (dict(columns=4, implementation="eager"), dict(dropout=0.5), dict(implementation="eager")):
-        out, _ = kernels.run("memory_attention", query, offers, 2, SCALING, **options)
+        out, _ = kernels.run("memory_attention", query, sets, 4, SCALING, **options)
         assert isinstance(out, torch.Tensor)
 
 
@@ -835,30 +822,35 @@ def test_copies_keep_their_own_setting():
     assert restored.model.layers[0].self_attn.kernels.config.kernel_backend == "auto"
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_compiles_without_graph_breaks(gpu, monkeypatch):
-    """The choice is a constant to the compiler, also where the form is a wrapper around a package's function."""
-    if gpu:
+@pytest.mark.parametrize("place", ["torch", "cuda", "hub"])
+def test_compiles_without_graph_breaks(place, monkeypatch):
+    """The choice is a constant to the compiler, also where the form is a wrapper around a function from elsewhere."""
+    if place == "cuda":
         install(monkeypatch, *PACKAGES)
         monkeypatch.setattr(sys.modules["causal_conv1d"], "causal_conv1d_fn", traceable_conv)
         monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    mixer = tiny_model(kernel_backend="auto").model.layers[0].fading
+    mixer = tiny_model().model.layers[0].fading
+    if place == "hub":
+        monkeypatch.setattr(kernel_stubs, "causal_conv1d_fn", traceable_conv)
+        mixer.kernels.hub = {"conv": kernels_hub.hub_form("conv", LAYERS["causal_conv1d_fn"]())}
+        mixer.kernels.hub_device = "cpu"
     compiled = torch.compile(lambda x, h: mixer.conv(mixer.conv(x, h), None), fullgraph=True, backend="eager")
     x, history = torch.randn(2, 9, 40), torch.randn(2, 3, 40)
     for _ in range(3):
         torch.testing.assert_close(compiled(x, history), mixer.conv(mixer.conv(x, history), None), rtol=0, atol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    if not gpu:
+    if place == "torch":
         step = torch.compile(mixer._scan, fullgraph=True, backend="eager")
         arguments = (torch.randn(2, 9, 40), torch.randn(2, 9, 4), torch.tensor([9, 5]), 9, None)
         torch.testing.assert_close(step(*arguments), mixer._scan(*arguments))
     torch._dynamo.reset()
 
 
-def traceable_conv(x, weight, bias=None, seq_idx=None, initial_states=None, **kwargs):
+def traceable_conv(x, weight, bias=None, initial_states=None, activation=None):
+    """`causal_conv1d_fn` without the stub's checks, which a compiler cannot trace."""
     start = torch.zeros_like(x[:, :, : weight.shape[1] - 1]) if initial_states is None else initial_states
     return torch.nn.functional.conv1d(torch.cat([start, x], 2), weight[:, None], bias, groups=weight.shape[0])
 
@@ -1019,7 +1011,3 @@ def test_use_kernels_reaches_the_operations(tmp_path):
     (tmp_path / "kernels-0.dist-info" / "METADATA").write_text(metadata)
     code = f"import sys; sys.argv = ['hub', {str(tmp_path / 'model')!r}]\n{HUB}"
     assert python(code, tmp_path).stdout.strip().endswith("as it should")
-
-
-def test_select_is_what_the_model_dispatches():
-    assert TORCH["expiry"] is select and isinstance(make_plan("expiry", Situation("cpu", torch.float32)).forms[0], Form)

@@ -7,15 +7,17 @@ an SSM head and state, E width of an SSM output, W window, M eidetic slots, F fa
 import torch
 
 from modeling_bmojo import BMojoConfig, attention_ops, memory_ops, ssm_ops
+from modeling_bmojo.dispatch_bmojo import Kernels
 
 
+KERNELS = Kernels()  # every operation in the form that the model would choose here
 DEFAULTS = BMojoConfig()  # the chunk, the block and the predictor that a user gets
 CHUNK, BLOCK, TAPS = DEFAULTS.ssm_chunk_size, DEFAULTS.memory_block_size, DEFAULTS.innovation_taps
 
 
 def scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunked SSM scan: y `[B, T, H, P]` and the last state. Shapes as `ssm_ops.naive_ssd`."""
-    return ssm_ops.chunk_ssd(x, dt, A, B, C, D, None, CHUNK)
+    return KERNELS.run("chunk_scan", x, dt, A, B, C, D, None, CHUNK)
 
 
 def naive_scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,13 +27,13 @@ def naive_scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
 
 def convolve(x, weight, bias) -> torch.Tensor:
     """The causal depthwise convolution of `[B, T, C]` with `[C, K]` taps."""
-    return ssm_ops.causal_conv(x, weight, bias)
+    return KERNELS.run("conv", x, weight, bias)
 
 
 def innovation_and_expiry(y: torch.Tensor, window: int, slots: int) -> tuple[torch.Tensor, memory_ops.Selection]:
     """From SSM outputs `[B, T, E]` to innovations `[B, T]`, expiries and what every block of queries finds kept."""
     tokens = y.shape[1]
-    innovation = memory_ops.output_innovation(y, y.new_zeros(y.shape[0], TAPS, y.shape[2]))
+    innovation = KERNELS.run("innovation", y, y.new_zeros(y.shape[0], TAPS, y.shape[2]))
     position = torch.arange(tokens, device=y.device).expand(innovation.shape)
     keys = memory_ops.retention_key(innovation, position, 0.0)
     return innovation, choose(keys, window, slots)
@@ -40,19 +42,19 @@ def innovation_and_expiry(y: torch.Tensor, window: int, slots: int) -> tuple[tor
 def choose(keys: torch.Tensor, window: int, slots: int) -> memory_ops.Selection:
     """The selection by given retention keys `[B, T]`."""
     tokens = keys.shape[1]
-    return memory_ops.select(keys, torch.ones_like(keys, dtype=torch.bool), window, slots, BLOCK, queries=tokens)
+    valid = torch.ones_like(keys, dtype=torch.bool)
+    return KERNELS.run("expiry", keys, valid, window, slots, BLOCK, tokens)
 
 
 def memory_attention(query, keys, values, fading_keys, fading_values, selection, window: int, fading: int):
     """Attention over [eidetic | fading | local]: query `[B, T, H, D]`, the others `[B, T, G, D]` -> `[B, T, H, D]`."""
     tokens = query.shape[1]
-    blocks = -(-tokens // BLOCK)
     place = torch.arange(tokens, device=query.device).expand(selection.expiry.shape)
     inputs = attention_ops.KeySet(keys, values, place, selection.expiry, place)
     outputs = attention_ops.KeySet(fading_keys, fading_values, place + window, place + window + fading, place)
-    offers = [
-        attention_ops.banded(inputs, 1 - window, 0, blocks, BLOCK),
-        attention_ops.gathered(inputs, selection.slots),
-        attention_ops.banded(outputs, 1 - window - fading, -window, blocks, BLOCK),
+    sets = [
+        (inputs, (1 - window, 0)),
+        (inputs, selection.slots),
+        (outputs, (1 - window - fading, -window)),
     ]
-    return attention_ops.block_attention(query, offers, BLOCK, query.shape[-1] ** -0.5)[0]
+    return KERNELS.run("memory_attention", query, sets, BLOCK, query.shape[-1] ** -0.5)[0]
