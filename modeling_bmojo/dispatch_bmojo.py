@@ -22,6 +22,7 @@ from transformers.utils import logging
 from .attention_ops import memory_attention
 from .configuration_bmojo import KERNEL_BACKENDS, BMojoConfig
 from .kernels_attention import triton_block_attention
+from .kernels_common import INTERPRETED, unavailable
 from .kernels_cuda import DTYPES, KERNELS, Kernel, load
 from .kernels_memory import output_innovation as triton_innovation
 from .kernels_memory import select as triton_select
@@ -48,6 +49,7 @@ TORCH = {
     "expiry": select,
     "memory_attention": memory_attention,
 }
+MAX_HEAD_DIM = 256  # of the Triton attention
 SCANS = ("chunk_scan", "scan_step", "s6_scan", "s6_step")
 # Which operations a backend is for. Forcing it is about these; others are chosen as if nothing had been forced.
 COVERED = {
@@ -102,6 +104,8 @@ def triton_attention_form(call: Callable) -> Form:
     def refuse(query, sets, block, scaling, dropout=0.0, implementation="sdpa", columns=None) -> str | None:
         if columns is not None or implementation != "sdpa":
             return "attention weights, or attn_implementation='eager', were asked for"
+        if query.shape[-1] > MAX_HEAD_DIM:
+            return f"it holds heads of at most {MAX_HEAD_DIM} channels, the model's have {query.shape[-1]}"
         return "it has no dropout" if dropout else None
 
     return triton_form(attention, refuse)._replace(label=f"triton: {call.__name__}")
@@ -361,13 +365,15 @@ def _backward_refusal(name: str, backward: bool, situation: Situation) -> Refusa
 
 def _triton_candidate(op: str, situation: Situation, forced: bool) -> Form | Refusal:
     # Triton's interpreter runs kernels on the CPU, slowly: only for who forces them.
-    interpreted = forced and os.environ.get("TRITON_INTERPRET") == "1"
-    refusal = None if interpreted else _device_refusal(situation.device)
+    refusal = None if forced and INTERPRETED else _device_refusal(situation.device)
     if refusal is not None:
         return refusal
     jit, reason = load("triton", "jit")
     if jit is None:
         return Refusal(reason, "pip install triton", "triton")
+    too_old = unavailable("cuda") if situation.device == "cuda" and torch.cuda.is_available() else None
+    if too_old is not None:
+        return Refusal(too_old, "set 'auto'")
     form = _form("triton", op)
     if form is None:
         return Refusal("this version has no Triton kernel of it", "set 'auto'")

@@ -94,7 +94,7 @@ def _choice(op: str, config: BMojoConfig, situation: Situation) -> tuple[str, di
     plan = make_plan(op, situation)
     passed = {name: (refusal.reason, refusal.remedy) for name, refusal in plan.passed.items()}
     for form in plan.forms:
-        reason = None if form.refuse is None else form.refuse(*_example(op, config))
+        reason = None if form.refuse is None else form.refuse(*_example(op, config, situation.grad))
         if reason is None:
             better = PREFERENCE[: PREFERENCE.index(form.backend)]
             return form.label, {name: passed[name] for name in better if name in passed}
@@ -104,15 +104,21 @@ def _choice(op: str, config: BMojoConfig, situation: Situation) -> tuple[str, di
     raise ValueError(f"operation {op!r}: no implementation takes the model's sizes.")
 
 
-def _example(op: str, config: BMojoConfig) -> tuple[torch.Tensor | None, ...]:
-    """Arguments of the model's sizes, without data, as far as forms look at them."""
-    spec = next(spec for spec in map(config.layer_spec, range(config.num_hidden_layers)))
+def _example(op: str, config: BMojoConfig, training: bool) -> tuple:
+    """A call's arguments of the model's sizes, without data, as far as forms look at them before they run."""
+    spec = config.layer_spec(0)
+    inner = spec.ssm_heads * spec.ssm_head_dim
     with torch.device("meta"):
         if op in ("conv", "conv_step"):
             return torch.empty(1, 1, spec.conv_channels), torch.empty(spec.conv_channels, spec.conv_kernel), None
-        inner, state = spec.ssm_heads * spec.ssm_head_dim, spec.ssm_state
-        keys = torch.empty(1, 1, state)
-        return torch.empty(1, 1, inner), torch.empty(1, 1, inner), torch.empty(inner, state), keys, keys
+        if op in ("s6_scan", "s6_step"):
+            keys = torch.empty(1, 1, spec.ssm_state)
+            return torch.empty(1, 1, inner), torch.empty(1, 1, inner), torch.empty(inner, spec.ssm_state), keys, keys
+        if op == "memory_attention":
+            query = torch.empty(1, 1, config.num_attention_heads, spec.head_dim)
+            dropout = config.attention_dropout if training else 0.0
+            return query, [], 1, 1.0, dropout, config._attn_implementation or "sdpa"
+    raise KeyError(op)
 
 
 def _table(rows: list[Explanation], situation: Situation) -> str:

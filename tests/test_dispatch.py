@@ -507,7 +507,7 @@ FORCED = [
 
 @pytest.mark.parametrize("op, backend, situation, reason", FORCED)
 def test_a_forced_backend_that_is_missing_is_an_error(op, backend, situation, reason, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch_bmojo, "INTERPRETED", False)
     with pytest.raises(ValueError) as error:
         chosen(op, backend=backend, **situation)
     assert str(error.value).startswith(f"kernel_backend={backend!r}: cannot run operation {op!r}: {reason}")
@@ -529,7 +529,8 @@ def test_a_forced_backend_that_cannot_is_an_error(op, situation, reason, install
 def test_a_call_of_other_sizes_goes_on_to_the_next_form(taps, channels, reason, installed, on_gpu):
     """Sizes are seen at the call: the next form takes it, and a forced one is an error."""
     x, weight, bias = torch.randn(2, 5, channels), torch.randn(channels, taps), torch.randn(channels)
-    torch.testing.assert_close(Kernels().run("conv", x, weight, bias), TORCH["conv"](x, weight, bias), rtol=0, atol=0)
+    following = triton_forms()["conv"].call
+    torch.testing.assert_close(Kernels().run("conv", x, weight, bias), following(x, weight, bias), rtol=0, atol=0)
     assert CALLS == []
     forced = Kernels(BMojoConfig(kernel_backend="cuda"))
     with pytest.raises(
@@ -752,14 +753,32 @@ def test_torch_equals_auto_on_the_cpu_exactly(innovation, installed):
 
 
 @pytest.mark.parametrize("innovation", ["output", "state"])
-def test_a_model_on_the_packages_equals_a_model_on_torch(innovation, installed, on_gpu):
+@pytest.mark.parametrize("ssm_type", ["mamba2", "mamba"])
+def test_a_model_on_the_packages_equals_a_model_on_torch(innovation, ssm_type, installed, on_gpu):
     """Prefill, a prefill that continues, decoding and pads: the whole path of states through the wrappers."""
-    batch = padded_batch()
-    wanted = read_and_decode(tiny_model(innovation=innovation, kernel_backend="torch"), *batch)
+    batch, fields = padded_batch(), dict(innovation=innovation, ssm_type=ssm_type)
+    wanted = read_and_decode(tiny_model(kernel_backend="torch", **fields), *batch)
     assert CALLS == []
-    got = read_and_decode(tiny_model(innovation=innovation), *batch)
-    assert set(CALLS) == set(DECLARED) - {"selective_scan_fn"}
+    got = read_and_decode(tiny_model(**fields), *batch)
+    other = "selective_scan_fn" if ssm_type == "mamba2" else "mamba_chunk_scan_combined"
+    assert set(CALLS) == set(DECLARED) - {other}
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ssm_type", ["mamba2", "mamba"])
+def test_a_model_on_triton_equals_a_model_on_torch(ssm_type):
+    """In Triton's interpreter, on the CPU; the scan, which has no Triton kernel, stays what it was."""
+    batch = padded_batch()
+    wanted = read_and_decode(tiny_model(ssm_type=ssm_type), *batch)
+    got = read_and_decode(tiny_model(ssm_type=ssm_type, kernel_backend="triton"), *batch)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_is_passed_over_on_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch_bmojo, "unavailable", lambda device: f"{device} is too old")
+    assert chosen("expiry") == ["torch"]
+    assert make_plan("expiry", Situation("cuda", torch.float32)).passed["triton"].reason == "cuda is too old"
 
 
 def test_training_on_the_packages_equals_training_on_torch(installed, on_gpu):
@@ -844,7 +863,8 @@ def test_compiles_without_graph_breaks(place, monkeypatch):
     assert not torch._dynamo.utils.counters["graph_break"]
     if place == "torch":
         step = torch.compile(mixer._scan, fullgraph=True, backend="eager")
-        arguments = (torch.randn(2, 9, 40), torch.randn(2, 9, 4), torch.tensor([9, 5]), 9, None)
+        mixed, keys, dt = torch.randn(2, 9, 16), torch.randn(2, 9, 24), torch.randn(2, 9, 4)
+        arguments = (mixed, keys, dt, torch.tensor([9, 5]), 9, None)
         torch.testing.assert_close(step(*arguments), mixer._scan(*arguments))
     torch._dynamo.reset()
 
@@ -861,9 +881,13 @@ def test_explain_on_the_cpu(capsys, installed):
     printed = capsys.readouterr().out
     assert [row.operation for row in rows] == list(OPERATIONS)
     assert all(row.inference.startswith("torch: ") and row.training == row.inference for row in rows)
-    assert all(row.used for row in rows) and "not in this model" not in printed
+    assert [row.operation for row in rows if not row.used] == ["s6_scan", "s6_step"]
+    assert "s6_scan (not in this model)" in printed and "conv (not in this model)" not in printed
     assert "B'MOJO kernels for torch.float32 on cpu, kernel_backend='auto'" in printed
-    assert "cuda for conv, conv_step, chunk_scan, scan_step" in printed and "these are on 'cpu'" in printed
+    assert (
+        "cuda for conv, conv_step, chunk_scan, scan_step, s6_scan, s6_step" in printed
+        and "these are on 'cpu'" in printed
+    )
 
 
 def test_explain_says_what_each_operation_uses_on_a_gpu(capsys, monkeypatch):
@@ -871,20 +895,31 @@ def test_explain_says_what_each_operation_uses_on_a_gpu(capsys, monkeypatch):
     rows = {row.operation: row for row in explain_kernels(tiny_model(), device="cuda", dtype=torch.bfloat16)}
     printed = capsys.readouterr().out
     assert rows["conv"].inference == rows["conv"].training == "causal-conv1d: causal_conv1d_fn"
-    assert rows["conv_step"][1:3] == ("causal-conv1d: causal_conv1d_update", "torch: ssm_ops.causal_conv")
+    assert rows["conv_step"][1:3] == ("causal-conv1d: causal_conv1d_update", "triton: causal_conv")
     assert rows["conv_step"].passed["cuda"][0] == "in training, causal_conv1d_update has no backward"
     assert rows["chunk_scan"].inference == "torch: ssm_ops.chunk_ssd"
     assert rows["chunk_scan"].passed["cuda"] == (
         "mamba_ssm is not installed",
         "pip install mamba-ssm (it compiles with nvcc)",
     )
-    assert "cuda for chunk_scan, scan_step: mamba_ssm is not installed (pip install mamba-ssm" in printed
+    assert rows["memory_attention"].inference == rows["memory_attention"].training == "triton: triton_block_attention"
+    assert (
+        "cuda for chunk_scan, scan_step, s6_scan, s6_step: mamba_ssm is not installed (pip install mamba-ssm" in printed
+    )
     assert "conv_step" in printed and "causal-conv1d: causal_conv1d_update" in printed
 
 
 def test_explain_looks_at_the_models_sizes(installed, capsys):
-    rows = {row.operation: row for row in explain_kernels(BMojoConfig(ssm_conv_kernel=5), "cuda", torch.bfloat16)}
-    assert rows["conv"].inference.startswith("torch") and "2 to 4 taps" in rows["conv"].passed["cuda"][0]
+    config = BMojoConfig(ssm_conv_kernel=5, head_dim=512, attention_dropout=0.1, ssm_type="mamba")
+    rows = {row.operation: row for row in explain_kernels(config, "cuda", torch.bfloat16)}
+    assert rows["conv"].inference.startswith("triton") and "2 to 4 taps" in rows["conv"].passed["cuda"][0]
+    assert rows["memory_attention"].inference.startswith("torch")
+    assert "at most 256 channels, the model's have 512" in rows["memory_attention"].passed["triton"][0]
+    assert rows["s6_scan"].inference == "mamba-ssm: selective_scan_fn"
+    config = BMojoConfig(attention_dropout=0.1)
+    row = {row.operation: row for row in explain_kernels(config, "cuda", torch.bfloat16)}["memory_attention"]
+    assert row.inference.startswith("triton") and row.training.startswith("torch")
+    assert row.passed["triton"][0] == "in training, it has no dropout"
 
 
 def test_explain_shows_what_is_forced_and_what_fails(capsys, monkeypatch):
