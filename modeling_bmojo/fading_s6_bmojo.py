@@ -122,8 +122,10 @@ class S6FadingMemory(nn.Module):
         if lengths is not None:
             dt = dt * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
         # A copy: the state is overwritten below, and a backward pass may still need what it was. The cache holds the
-        # channels as [heads, channels per head].
-        state = None if cache is None else cache.ssm.to(wide, copy=torch.is_grad_enabled()).flatten(1, 2)
+        # channels as [heads, channels per head]. A fresh cache's zeros are not handed over: mamba-ssm takes no state.
+        state = None
+        if cache is not None and cache.started:
+            state = cache.ssm.to(wide, copy=torch.is_grad_enabled()).flatten(1, 2)
         surprise = None
         if self.innovation == "state":
             with torch.no_grad():

@@ -14,7 +14,7 @@ from oracles import algorithm1_forward, randomize_
 from test_family import assert_equals_algorithm1, assert_near, decode, fp64_norms_, remembered, small_model, tokens
 from transformers import MambaConfig, MambaForCausalLM
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM, fading_s6_bmojo
+from modeling_bmojo import BMojoConfig, BMojoForCausalLM, dispatch_bmojo
 from modeling_bmojo.fading_s6_bmojo import S6FadingMemory
 from modeling_bmojo.s6_ops import chunk_s6, step_s6
 
@@ -193,7 +193,7 @@ def test_one_token_trains_on_a_cache_as_many_do(name, monkeypatch):
         cache = model(input_ids=ids[:, :12], use_cache=True).past_key_values
     found = []
     for form in (step_s6, chunk_s6):
-        monkeypatch.setattr(fading_s6_bmojo, "step_s6", form)
+        monkeypatch.setitem(dispatch_bmojo._FORMS, ("torch", "s6_step"), dispatch_bmojo.Form("torch", "", form))
         model.zero_grad()
         logits = model(input_ids=ids[:, 12:], past_key_values=copy.deepcopy(cache)).logits
         logits.square().sum().backward()
