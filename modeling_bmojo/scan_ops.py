@@ -269,12 +269,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward_of_scan(ctx, dy, dfinal, _):
-    x, B = ctx.saved_tensors[0], ctx.saved_tensors[3]
+    saved = ctx.saved_tensors  # once: gradient checkpointing hands them out one time only
+    x, B = saved[0], saved[3]
     if dy is None:
         dy = x.new_zeros(x.shape)
     if dfinal is None:
         dfinal = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
-    *grads, dD, dinitial = _scan_backward(dy, dfinal, *ctx.saved_tensors, ctx.chunk_size, ctx.own)
+    *grads, dD, dinitial = _scan_backward(dy, dfinal, *saved, ctx.chunk_size, ctx.own)
     return *grads, dD if ctx.skip else None, dinitial if ctx.started else None, None, None, None
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_ssm_ops import EXACT, draw
 
 from modeling_bmojo import scan_blocks, scan_ops
@@ -162,6 +163,16 @@ def test_saves_inputs_and_one_state_per_chunk():
             kept = chunk_ssd(*leaves, chunk_size=8)
         assert sum(saved.values()) == (tokens // 8 + 1) * leaves[-1].nbytes
         assert kept[0].requires_grad and kept[1].requires_grad
+
+
+@pytest.mark.parametrize("through", [("y",), ("final",), ("y", "final")])
+def test_gradient_checkpointing(through):
+    def checkpointed(**arguments):
+        return torch.utils.checkpoint.checkpoint(chunk_ssd, **arguments, use_reentrant=False)
+
+    inputs = draw(tokens=10)
+    expected = outputs_and_gradients(chunk_ssd, inputs, through=through)
+    assert_equal(outputs_and_gradients(checkpointed, inputs, through=through), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
