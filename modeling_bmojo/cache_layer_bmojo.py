@@ -117,9 +117,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         if self.seen.device != hidden.device:
             self.to(hidden.device)
             self.device = hidden.device
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        if self.seen.is_inference() and not torch.is_inference_mode_enabled():
+        if any(value.is_inference() for value in self.states().values()):
             # Read under inference_mode, continued outside (generate() uses no_grad): such tensors refuse writes.
             self._map(torch.clone)
 
