@@ -32,12 +32,14 @@ class CausalConv(nn.Module):
 
     def forward(self, x: torch.Tensor, history: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
         """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels."""
-        part = slice(first, first + x.shape[-1])
-        # k-bit preparation casts 1-D weights to fp32: cast at the call.
-        bias = None if self.bias is None else self.bias[part].to(x.dtype)
-        history = None if history is None else history[..., part]
+        weight, bias = self.weight, self.bias
+        if x.shape[-1] < weight.shape[0]:
+            part = slice(first, first + x.shape[-1])
+            weight, bias = weight[part], None if bias is None else bias[part]
+            history = None if history is None else history[..., part]
         op = "conv_step" if x.shape[1] == 1 and history is not None else "conv"
-        return self.kernels.run(op, x, self.weight[part].to(x.dtype), bias, history)
+        # k-bit preparation casts 1-D weights to fp32: cast at the call.
+        return self.kernels.run(op, x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), history)
 
 
 class SSMScalars(nn.Module):
