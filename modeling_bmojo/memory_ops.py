@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 
 INNOVATION_EPS = 1e-12
+APPLY = 128  # tokens that apply for the memory at once
 NEVER = torch.iinfo(torch.int64).max // 4  # an expiry beyond any position, with room for sums
 
 
@@ -134,18 +135,35 @@ def select(
         expiry[:, :tokens] = torch.arange(tokens, device=keys.device) + first + window
     memory = torch.arange(slots, device=keys.device).expand(batch, slots)
     memory = torch.where((memory < held) & F.pad(valid, (0, slots))[:, :slots], memory, -1)
+
+    def admit(upto: int, starts: range) -> torch.Tensor:
+        """Lets the tokens apply that have left by query `upto`; the memory at the queries `starts`, `[B, k, M]`."""
+        nonlocal done
+        leaving = min(upto - window - first + 1, tokens)
+        if slots == 0 or leaving <= done:
+            return memory[:, None].expand(-1, len(starts), -1)
+        index, out_at = _apply(keys, valid, expiry, memory, range(done, leaving), window, first)
+        done = leaving
+        return _held_at(
+            index,
+            out_at,
+            torch.arange(starts.start, starts.stop, starts.step, device=keys.device),
+            window + first,
+            slots,
+        )
+
     at_block, done = [], held
-    for query in [*range(0, queries, block), queries - 1]:
-        at_block.append(memory)
-        leaving = min(query - window - first + 1, tokens)
-        if slots > 0 and leaving > done:
-            memory = _admit(keys, valid, expiry, memory, range(done, leaving), window, first)
-            done = leaving
-            at_block[-1] = memory
-    return Selection(torch.where(valid, expiry[:, :tokens], -NEVER), torch.stack(at_block[:-1], dim=1))
+    # Several blocks apply at once: what costs is the number of operations, not their size.
+    stride = max(block, APPLY // block * block)
+    for query in range(0, queries, stride):
+        starts = range(query, min(query + stride, queries), block)
+        at_block.append(admit(starts[-1], starts))
+        memory = at_block[-1][:, -1]
+    admit(queries - 1, range(queries - 1, queries))
+    return Selection(torch.where(valid, expiry[:, :tokens], -NEVER), torch.cat(at_block, dim=1))
 
 
-def _admit(
+def _apply(
     keys: torch.Tensor,
     valid: torch.Tensor,
     expiry: torch.Tensor,
@@ -153,11 +171,14 @@ def _admit(
     leaving: range,
     window: int,
     first: int,
-) -> torch.Tensor:
-    """The tokens `leaving` the window apply for the memory, in their order; writes `expiry`, returns the new memory.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens `leaving` the window apply for the memory, in their order; writes `expiry`.
 
     Candidates c are the kept tokens and the leaving ones, from old to new. Candidate s is out once M candidates that
-    have left the window beat it, so one cumulated count of a comparison matrix `[B, c, c]` settles the whole block.
+    have left the window beat it, so one cumulated count of a comparison matrix `[B, c, c]` settles them all.
+
+    Returns:
+        the candidates `[B, c]` as indices, and the expiry of each, `-NEVER` if it is no token.
     """
     batch, slots = memory.shape
     count = len(leaving)
@@ -174,12 +195,22 @@ def _admit(
     survived = (beaten < slots).sum(-1)  # leaving tokens that came and went before this candidate was out
 
     out_at = torch.maximum(index, leaving.start + survived) + first + window
-    stays = known & (survived == count)
-    spare = expiry.shape[1] - 1
-    expiry.scatter_(1, torch.where(known, index, spare), torch.where(stays, NEVER, out_at))
-    order = torch.where(stays, torch.arange(slots + count, device=keys.device), slots + count)
-    kept = order.sort(dim=1).values[:, :slots]
-    return F.pad(index, (0, 1), value=-1).gather(1, kept)
+    out_at = torch.where(survived == count, NEVER, out_at)
+    expiry.scatter_(1, torch.where(known, index, expiry.shape[1] - 1), out_at)
+    return index, torch.where(known, out_at, -NEVER)
+
+
+def _held_at(index: torch.Tensor, out_at: torch.Tensor, starts: torch.Tensor, lag: int, slots: int) -> torch.Tensor:
+    """The memory at each query of `starts` `[k]`, oldest token first: `[B, k, M]` indices, -1 = empty.
+
+    Args:
+        index, out_at: `[B, c]` candidates from old to new, and their expiries. lag: token i leaves at query i + lag.
+    """
+    query = starts[:, None]
+    held = (index[:, None] + lag <= query) & (out_at[:, None] > query)
+    count = index.shape[1]
+    place = torch.where(held, torch.arange(count, device=index.device), count).sort(dim=-1).values[..., :slots]
+    return F.pad(index, (0, 1), value=-1)[:, None].expand(-1, len(starts), -1).gather(2, place)
 
 
 def _at_least_fp32(value: torch.Tensor) -> torch.Tensor:
