@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 
 INNOVATION_EPS = 1e-12
+INNOVATION_BLOCK = 512  # tokens predicted at once on a CPU, so that they stay in its cache
 APPLY = 128  # tokens that apply for the memory at once
 NEVER = torch.iinfo(torch.int64).max // 4  # an expiry beyond any position, with room for sums
 
@@ -47,11 +48,23 @@ def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         history, y = _at_least_fp32(history), _at_least_fp32(y)
         if tokens == 1:
             return prediction_error(y, history.mean(dim=1, keepdim=True))
-        padded = torch.cat([history, y], dim=1)
-        prediction = padded[:, :tokens] / taps
-        for tap in range(1, taps):
-            prediction.add_(padded[:, tap : tap + tokens], alpha=1 / taps)
-        return prediction_error(y, prediction)
+        if y.device.type != "cpu" or torch.compiler.is_compiling():
+            return _error_of_mean(torch.cat([history, y], dim=1), taps)
+        size = max(INNOVATION_BLOCK, taps)
+        errors = []
+        for first in range(0, tokens, size):
+            before = y[:, first - taps : first] if first else history
+            errors.append(_error_of_mean(torch.cat([before, y[:, first : first + size]], dim=1), taps))
+        return torch.cat(errors, dim=1) if errors else y.new_zeros(y.shape[:2])
+
+
+def _error_of_mean(line: torch.Tensor, taps: int) -> torch.Tensor:
+    """Error of predicting each token but the first k by the mean of the k before it: `[B, k + T, E]` to `[B, T]`."""
+    tokens = line.shape[1] - taps
+    prediction = line[:, :tokens] / taps
+    for tap in range(1, taps):
+        prediction.add_(line[:, tap : tap + tokens], alpha=1 / taps)
+    return prediction_error(line[:, taps:], prediction)
 
 
 def retention_key(innovation: torch.Tensor, position: torch.Tensor, decay: float) -> torch.Tensor:

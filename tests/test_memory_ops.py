@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import INNOVATION_EPS as ORACLE_EPS
 from oracles import EideticMemory, oracle_eidetic, oracle_output_innovation, scale_free_error
 
-from modeling_bmojo import BMojoConfig
+from modeling_bmojo import BMojoConfig, memory_ops
 from modeling_bmojo.cache_layer_bmojo import BMojoCacheLayer
 from modeling_bmojo.memory_ops import (
     INNOVATION_EPS,
@@ -84,6 +84,17 @@ def test_output_innovation_token_by_token(taps, tokens):
     actual = output_innovation(y, torch.zeros(2, taps, 6, dtype=torch.float64))
     expected = torch.stack([oracle_output_innovation(row, taps) for row in y])
     torch.testing.assert_close(actual, expected, **EXACT)
+
+
+@pytest.mark.parametrize("block", [1, 4, 5])
+@pytest.mark.parametrize("taps", [1, 4, 6])
+@pytest.mark.parametrize("tokens", [2, 4, 5, 11, 12, 13])
+def test_output_innovation_in_blocks(monkeypatch, block, taps, tokens):
+    """Blocks smaller than the text, at their edges; a block is never smaller than what a prediction needs."""
+    monkeypatch.setattr(memory_ops, "INNOVATION_BLOCK", block)
+    y = torch.randn(2, tokens, 6, dtype=torch.float64)
+    actual = output_innovation(y, torch.zeros(2, taps, 6, dtype=torch.float64))
+    torch.testing.assert_close(actual, torch.stack([oracle_output_innovation(row, taps) for row in y]))
 
 
 @pytest.mark.parametrize("split", [1, 2, 5, 11])
