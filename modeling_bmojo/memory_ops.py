@@ -135,7 +135,7 @@ def select(
     Args:
         keys: `[B, S]` retention keys. valid: `[B, S]`, False for pads and empty slots: never kept, never seen.
         window: W. slots: M. block: L. queries: T, which may be more than the new tokens.
-        past: 0 or W.
+        past: W, or 0 if nothing was read before (then `held` is 0 too).
 
     Returns:
         a `Selection` with ceil(T / L) blocks.
@@ -217,12 +217,14 @@ def _held_at(index: torch.Tensor, out_at: torch.Tensor, starts: torch.Tensor, la
     """The memory at each query of `starts` `[k]`, oldest token first: `[B, k, M]` indices, -1 = empty.
 
     Args:
-        index, out_at: `[B, c]` candidates from old to new, and their expiries. lag: token i leaves at query i + lag.
+        index, out_at: `[B, c]` the M kept tokens and the leaving ones, and their expiries.
+        lag: token i leaves the window at query i + lag.
     """
-    query = starts[:, None]
-    held = (index[:, None] + lag <= query) & (out_at[:, None] > query)
-    count = index.shape[1]
-    place = torch.where(held, torch.arange(count, device=index.device), count).sort(dim=-1).values[..., :slots]
+    query, count = starts[:, None], index.shape[1]
+    order = torch.arange(count, device=index.device)
+    left = (order < slots) | (index[:, None] + lag <= query)
+    held = left & (out_at[:, None] > query)
+    place = torch.where(held, order, count).sort(dim=-1).values[..., :slots]
     return F.pad(index, (0, 1), value=-1)[:, None].expand(-1, len(starts), -1).gather(2, place)
 
 
