@@ -16,11 +16,12 @@ from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 from .card import model_card
 from .export import generation_settings, meta_model, save_model, save_tokenizer
-from .families import backbone_fields, bmojo_config_for, chosen_layers, family_of, source_layer_types, source_window
+from .families import backbone_fields, bmojo_config_for, family_of, source_layer_types, source_window
+from .layer_choice import MEASURED, measure_layers, write_ranking
 from .report import code_fingerprint, dtype_name, plan_copy, read_report, target_account, versions, write_report
 from .settings import GraftSettings
 from .sources import Source, open_source, source_files
-from .ssm_init import SSM_INITS, check_smoother
+from .ssm_init import SSM_INITS
 from .staging import check_output, check_space, staged_folder
 
 
@@ -40,6 +41,7 @@ class Plan:
     copies: dict[str, dict[str, Any]]
     initialised: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    ranking: dict[str, Any] | None = None  # where the layers were chosen by measuring
 
 
 def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False) -> Path:
@@ -57,6 +59,8 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
         return output
     check_output(output, overwrite or reuse)
     plan = prepare(settings, overwrite or reuse)
+    if settings.layers == MEASURED:
+        plan = with_measured_layers(plan)
     tensors = build_tensors(plan)
     with staged_folder(output) as folder:
         write_checkpoint(folder, plan, tensors)
@@ -80,11 +84,24 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     source = open_source(settings.source)
     if Path(settings.source).exists():
         check_output(output, overwrite, sources=(Path(settings.source),))
+    plan = plan_graft(settings, source)
+    element = torch.empty(0, dtype=plan.dtype).element_size()
+    sizes = {name: torch.Size(shape).numel() for name, shape in plan.shapes.items()}
+    check_space(output, sum(n * (4 if ".scalars." in name else element) for name, n in sizes.items()) + SIDE_FILES_BYTES)
+    return plan
+
+
+def plan_graft(settings: GraftSettings, source: Source, layers: str | list[int] | None = None) -> Plan:
+    """What becomes of the source by these settings; nothing is written, and no tensor is read.
+
+    Args:
+        layers: used instead of the settings' own. Layers that are still to be measured are planned as all of them.
+    """
+    layers = layers or ("all" if settings.layers == MEASURED else settings.layers)
     init = SSM_INITS[settings.ssm_init]
     memory = init.complete(backbone_fields(source.config), {**init.fields, **settings.memory})
-    config = bmojo_config_for(source.config, memory, settings.layers)
-    if settings.ssm_init == "smoother":
-        check_smoother(config, tuple(settings.smoother_tau))
+    config = bmojo_config_for(source.config, memory, layers)
+    init.check(config, tuple(settings.smoother_tau))
     dtype = getattr(torch, settings.dtype or source.dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype of the source is {source.dtype}; set dtype to float32, bfloat16 or float16.")
@@ -94,10 +111,22 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     initialised = initialised_tensors(config, shapes, init.describe)
     copies = plan_copy(source.config, source.shapes, shapes, set(initialised))
-    element = torch.empty(0, dtype=dtype).element_size()
-    size = sum(torch.Size(shape).numel() * (4 if ".scalars." in name else element) for name, shape in shapes.items())
-    check_space(output, size + SIDE_FILES_BYTES)
     return Plan(settings, source, config, dtype, copies, initialised, shapes)
+
+
+def with_measured_layers(plan: Plan) -> Plan:
+    """The plan with the layers that measuring finds least harmful; `plan` has every layer (conversion/layer_choice.py).
+
+    Raises:
+        ValueError: the text is too short, the source has no tokenizer, or the choice contradicts the settings.
+    """
+    settings, source = plan.settings, plan.source
+    count = source.config.num_hidden_layers
+    plan_graft(settings, source, list(range(min(settings.measured_layers, count))))  # refuses before the work
+    ranking = measure_layers(plan.config, source, settings, lambda: build_tensors(plan))
+    chosen = plan_graft(settings, source, ranking["chosen"])
+    chosen.ranking = ranking
+    return chosen
 
 
 def initialised_tensors(config: BMojoConfig, shapes: dict[str, tuple[int, ...]], rule: str) -> dict[str, str]:
@@ -135,7 +164,8 @@ def build_tensors(plan: Plan) -> dict[str, torch.Tensor]:
                     f"tensor {name} of the source leaves the range of dtype={dtype_name(plan.dtype)}; "
                     "choose float32 or bfloat16."
                 )
-    for index in tqdm(chosen_layers(plan.settings.layers, plan.config.num_hidden_layers), desc="Initialising memories"):
+    grafted = [index for index, kind in enumerate(plan.config.layer_types) if kind == "bmojo"]
+    for index in tqdm(grafted, desc="Initialising memories"):
         tensors |= layer_init(plan, tensors, index)
     return {name: tensors[name] for name in plan.shapes}
 
@@ -160,6 +190,8 @@ def write_checkpoint(folder: Path, plan: Plan, tensors: dict[str, torch.Tensor])
     """Fills `folder`: weights, code, tokenizer, settings, card and, last, the report."""
     generation = generation_settings(plan.source.generation_settings(), plan.config)
     report = build_report(plan, tensors)
+    if plan.ranking is not None:
+        write_ranking(folder, plan.ranking)
     save_model(folder, plan.config, tensors, generation, plan.settings.max_shard_size)
     tensors.clear()
     tokenizer = plan.source.tokenizer()
@@ -187,6 +219,8 @@ def build_report(plan: Plan, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
         "settings": plan.settings.as_dict(),
         "dtype": dtype_name(plan.dtype),
         "ssm_init": plan.settings.ssm_init,
+        "layers": [index for index, kind in enumerate(plan.config.layer_types) if kind == "bmojo"],
+        "layer_ranking": plan.ranking,
         "identical_up_to": min(windows),
         "counts": {
             "copied": len(plan.copies) - dropped,
