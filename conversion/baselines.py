@@ -30,8 +30,12 @@ from .sources import source_files
 
 
 ROWS = ("source", "window", "sinks", "equal_memory", "fresh")
-# The smallest SSM there is: a layer with sinks has none, but its cache allocates one.
-NO_SSM = {
+# No memory of ours, and the smallest SSM there is: a layer with sinks has none, but its cache allocates one.
+NO_MEMORIES = {
+    "eidetic_size": 0,
+    "eidetic_decay": 0.0,
+    "innovation": "state",  # keeps no outputs of an SSM
+    "fading_size": 0,
     "ssm_type": "mamba2",
     "ssm_time_step_rank": None,
     "ssm_num_heads": 1,
@@ -80,9 +84,19 @@ class Models:
         """The fresh graft's tensors; the other rows take from it what they have."""
         return {name: value.to(self.device) for name, value in build_tensors(self.plan).items()}
 
-    def row(self, name: str, kind: str, config: BMojoConfig, sinks: bool = False) -> Row:
-        facts = {"kind": kind, "config": config.to_dict(), "source": self.files, "settings": self.plan.settings.as_dict()}
+    def _row(self, name: str, kind: str, config: BMojoConfig, sinks: bool = False) -> Row:
+        facts = {"kind": kind, "config": config.to_dict(), "source": self.files, "name": self.plan.settings.source}
+        if kind == "fresh":
+            facts["settings"] = self.plan.settings.as_dict()
         return Row(name, kind, config.window_size, config.eidetic_size, facts, lambda: self._assemble(config, sinks))
+
+    def _plain(self, **changes: Any) -> BMojoConfig:
+        """The graft's config without its memories."""
+        config = copy.deepcopy(self.plan.config)
+        for key, value in {**NO_MEMORIES, **changes}.items():
+            setattr(config, key, value)
+        config.validate()
+        return config
 
     def _assemble(self, config: BMojoConfig, sinks: bool) -> nn.Module:
         return assembled(config, self.tensors, {"fading": FirstTokensStay} if sinks else {})
@@ -102,22 +116,14 @@ class Models:
         return model.requires_grad_(False)
 
     def window(self, size: int, name: str, kind: str = "window") -> Row:
-        config = copy.deepcopy(self.plan.config)
-        config.layer_types = ["sliding_attention" if kind == "bmojo" else kind for kind in config.layer_types]
-        config.window_size, config.eidetic_size = size, 0
-        config.validate()
-        return self.row(name, kind, config)
+        kinds = ["sliding_attention" if kind == "bmojo" else kind for kind in self.plan.config.layer_types]
+        return self._row(name, kind, self._plain(window_size=size, layer_types=kinds))
 
     def sinks(self, count: int) -> Row:
-        config = copy.deepcopy(self.plan.config)
-        for key, value in {**NO_SSM, "eidetic_size": count, "eidetic_decay": 0.0, "fading_size": 0}.items():
-            setattr(config, key, value)
-        config.innovation = "state"  # keeps no outputs of an SSM
-        config.validate()
-        return self.row(f"window + {count} sinks", "sinks", config, sinks=True)
+        return self._row(f"window + {count} sinks", "sinks", self._plain(eidetic_size=count), sinks=True)
 
     def fresh(self) -> Row:
-        return self.row("fresh graft", "fresh", self.plan.config)
+        return self._row("fresh graft", "fresh", self.plan.config)
 
     def graft(self, folder: Path, name: str, config: BMojoConfig, overrides: Mapping[str, Any]) -> Row:
         facts = {"kind": "graft", "config": config.to_dict(), "files": source_files(str(folder))}

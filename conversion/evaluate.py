@@ -33,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one setting")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="start anew where the output holds an evaluation")
-    existing.add_argument("--reuse", action="store_true", help="keep measurements that are still valid, make the others")
+    existing.add_argument("--reuse", action="store_true", help="keep what is still valid, measure the rest")
     return parser.parse_args(argv)
 
 

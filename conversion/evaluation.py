@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_bmojo import BMojoConfig
 
 from .baselines import Models, Row, equal_memory_window
-from .evaluation_store import Store
 from .evaluation_settings import EvaluationSettings, graft_entries
+from .evaluation_store import Store
 from .pipeline import Plan, plan_graft
 from .plotting import require_matplotlib
 from .report import code_fingerprint
@@ -81,7 +81,7 @@ def prepare(settings: EvaluationSettings) -> Job:
     _check_lengths(settings, plan.config.max_position_embeddings)
     tokenizer = source.tokenizer()
     if tokenizer is None:
-        raise ValueError(f"source={settings.source!r}: has no tokenizer, so it can read no text; add one to its folder.")
+        raise ValueError(f"source={settings.source!r}: has no tokenizer, so it reads no text; add one to its folder.")
     models = Models(plan, device, getattr(torch, settings.dtype))
     rows = _rows(settings, models, _grafts(settings, plan, tokenizer))
     texts = read_texts(settings.builtin, settings.files, settings.topics)
@@ -108,8 +108,8 @@ def _check_lengths(settings: EvaluationSettings, positions: int) -> None:
     behind = max(settings.greedy_tokens if settings.agreement else 0, settings.decode_tokens if settings.cost else 0)
     if (settings.nll or settings.agreement or settings.cost) and settings.tokens + behind > positions:
         raise ValueError(
-            f"tokens={settings.tokens}: with {behind} tokens written behind them they leave the {positions:,} positions "
-            "of the source; give fewer, or switch agreement and cost off."
+            f"tokens={settings.tokens}: with {behind} tokens written behind them they leave the {positions:,} "
+            "positions of the source; give fewer, or switch agreement and cost off."
         )
     longest = max(settings.passkey_lengths) + 2 * settings.passkey_digits
     if settings.passkey and longest > positions:
@@ -132,8 +132,8 @@ def _grafts(
         config = BMojoConfig.from_pretrained(folder, **overrides)
         if config.vocab_size != plan.config.vocab_size:
             raise ValueError(
-                f"grafts: {str(folder)!r} has a vocabulary of {config.vocab_size} tokens, source {settings.source!r} one "
-                f"of {plan.config.vocab_size}; compare models of one vocabulary."
+                f"grafts: {str(folder)!r} has a vocabulary of {config.vocab_size} tokens, source {settings.source!r} "
+                f"one of {plan.config.vocab_size}; compare models of one vocabulary."
             )
         if (folder / "tokenizer.json").is_file():
             theirs = AutoTokenizer.from_pretrained(folder)

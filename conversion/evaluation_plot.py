@@ -40,9 +40,9 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": f"C{index}", "marker": MARKERS[index % len(MARKERS)], "markersize": 3.5, "linewidth": 1.2}
 
 
-def _along_the_text(axes: Any, figures: Sequence[Mapping[str, Any]], measurements: Mapping[str, Any], window: int) -> None:
+def _along_the_text(axes: Any, figures: Sequence[Mapping[str, Any]], measured: Mapping[str, Any], window: int) -> None:
     for index, row in enumerate(figures):
-        curves = measurements[row["model"]]["reading"]["curve"]
+        curves = measured[row["model"]]["reading"]["curve"]
         places = [point[0] for point in curves[0]]
         means = [sum(curve[i][1] for curve in curves) / len(curves) for i in range(len(places))]
         axes.plot(places, means, label=row["model"], **_style(index))

@@ -18,7 +18,9 @@ Figures = dict[str, Any]
 BUCKETS = ("inside W", "W to 4W", "4W to 16W", "beyond 16W", "beyond W")
 
 
-def summarise(rows: Sequence[Row], measurements: Mapping[str, Mapping[str, Any]], window: int, sections: Any) -> list[Figures]:
+def summarise(
+    rows: Sequence[Row], measurements: Mapping[str, Mapping[str, Any]], window: int, sections: Mapping[str, bool]
+) -> list[Figures]:
     """The figures of every row, in the order of the rows, as plain data.
 
     Args:
@@ -120,15 +122,16 @@ def markdown(figures: Sequence[Figures], settings: Mapping[str, Any], window: in
     count = len(settings["topics"]) if settings["topics"] else settings["texts"]
     text = ", ".join(settings["topics"] or settings["files"] or [f"{settings['builtin']}, held out"])
     note = (
-        f"{settings['source']}, {settings['dtype']}; {count} texts of {settings['tokens']:,} tokens ({text}). NLL in nats "
-        f"per token by the length of what was read before it, W = {window}; \u00b1 is the standard error over texts. Above "
-        "the source: beyond W, text by text. Gap closed: of the way from window + sinks to the source, beyond W."
+        f"{settings['source']}, {settings['dtype']}; {count} texts of {settings['tokens']:,} tokens ({text}). NLL in "
+        f"nats per token by the length of what was read before it, W = {window}; \u00b1 is the standard error over "
+        "texts. Above the source: beyond W, text by text. Gap closed: of the way from window + sinks to the source, "
+        "beyond W. Passkeys and agreement likewise by what was read before."
     )
     if any("passkey" in row for row in figures):
         lengths = ", ".join(f"{length:,}" for length in settings["passkey_lengths"])
         note += f" Passkeys of {settings['passkey_digits']} digits in {lengths} tokens, by distance."
     origin = (
-        f"`{header['command']}`; commit {machine['commit'] or 'unknown'}; {machine['device']}, {machine['cores']} cores, "
-        f"{machine['threads']} threads; {versions}"
+        f"`{header['command']}`; commit {machine['commit'] or 'unknown'}; {machine['device']}, "
+        f"{machine['cores']} cores, {machine['threads']} threads; {versions}"
     )
     return "\n\n".join(["\n".join(lines), note, origin]) + "\n"

@@ -1,7 +1,7 @@
 """The folder of an evaluation: every measurement is stored as soon as it is made, whole or not at all.
 
-    evaluation.json   settings, machine, and all measurements with the fingerprints under which they count
-    table.md          the table;   evaluation.png   the diagrams (both made from the JSON, at the end)
+evaluation.json   settings, machine, and all measurements with the fingerprints under which they count
+table.md          the table;   evaluation.png   the diagrams (both made from the JSON, at the end)
 """
 
 import json
@@ -34,7 +34,7 @@ def check_folder(folder: Path, overwrite: bool, reuse: bool) -> None:
         return
     if not (folder / RESULT_FILE).is_file():
         raise ValueError(
-            f"output={str(folder)!r}: exists, is not empty and is no evaluation (it has no {RESULT_FILE}); give another."
+            f"output={str(folder)!r}: exists, is not empty and is no evaluation (no {RESULT_FILE} in it); give another."
         )
     if not (overwrite or reuse):
         raise ValueError(
@@ -55,7 +55,8 @@ class Store:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], command: str, reuse: bool = False):
         self.folder = folder
-        self.header = {"settings": dict(settings), "command": command, "machine": machine(settings.get("device", "cpu"))}
+        where = machine(settings.get("device", "cpu"))
+        self.header = {"settings": dict(settings), "command": command, "machine": where}
         self.measurements: dict[str, dict[str, Any]] = {}
         if reuse and (folder / RESULT_FILE).is_file():
             try:

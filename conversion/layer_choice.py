@@ -2,8 +2,8 @@
 
     harm_i = NLL beyond the window with layer i alone as a B'MOJO layer  -  NLL of the source beyond the window
 
-on text of its own (the training part of `texts.py`, or files), mean over sequences. The k layers of the smallest harm are
-converted; of equals, the earlier ones. The harms of several layers need not add up: this is a ranking of single swaps.
+on text of its own (the training part of `texts.py`, or files), mean over sequences. The k layers of the smallest harm
+are converted; of equals, the earlier ones. The harms of several layers need not add up: this ranks single swaps.
 
 The model is loaded once, every layer built in both forms at once, since both read the same projections; a swap changes
 the layer's type in place (`running.layer_as`). The ranking is saved as JSON and as a diagram.
@@ -73,11 +73,11 @@ def _measured_texts(config: BMojoConfig, source: Source, settings: GraftSettings
     count, tokens = config.num_hidden_layers, settings.measured_tokens
     require_matplotlib("layers: measured")
     if settings.measured_layers > count:
-        raise ValueError(f"measured_layers={settings.measured_layers}: the source has {count} layers; give at most that.")
+        raise ValueError(f"measured_layers={settings.measured_layers}: the source has only {count} layers.")
     if not config.window_size + 1 < tokens <= config.max_position_embeddings:
         raise ValueError(
-            f"measured_tokens={tokens}: must reach beyond window_size={config.window_size} and stay within the source's "
-            f"{config.max_position_embeddings} positions."
+            f"measured_tokens={tokens}: must reach beyond window_size={config.window_size} and stay within the "
+            f"source's {config.max_position_embeddings} positions."
         )
     tokenizer = source.tokenizer()
     if tokenizer is None:
@@ -96,7 +96,8 @@ def rank_layers(model: torch.nn.Module, kinds: Sequence[str], texts: Sequence[to
     for index, kind in enumerate(kinds):
         set_layer_kind(model, index, kind)
     found: dict[Any, list[float]] = {}
-    with tqdm(total=(len(kinds) + 1) * sum(ids.shape[1] for ids in texts), desc="Measuring layers", unit="token") as bar:
+    total = (len(kinds) + 1) * sum(ids.shape[1] for ids in texts)
+    with tqdm(total=total, desc="Measuring layers", unit="token") as bar:
         found["source"] = mean_beyond(model, texts, model.config.window_size, CHUNK, bar)
         for index in range(len(kinds)):
             with layer_as(model, index, "bmojo"):

@@ -86,8 +86,8 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
         check_output(output, overwrite, sources=(Path(settings.source),))
     plan = plan_graft(settings, source)
     element = torch.empty(0, dtype=plan.dtype).element_size()
-    sizes = {name: torch.Size(shape).numel() for name, shape in plan.shapes.items()}
-    check_space(output, sum(n * (4 if ".scalars." in name else element) for name, n in sizes.items()) + SIDE_FILES_BYTES)
+    size = sum(torch.Size(s).numel() * (4 if ".scalars." in name else element) for name, s in plan.shapes.items())
+    check_space(output, size + SIDE_FILES_BYTES)
     return plan
 
 

@@ -10,7 +10,7 @@ def require_matplotlib(wanted_by: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{wanted_by}: draws with matplotlib, which is not installed; pip install matplotlib.") from error
+        raise ValueError(f"{wanted_by}: draws with matplotlib, which is missing; pip install matplotlib.") from error
 
 
 def new_figure(width: float, height: float) -> Any:

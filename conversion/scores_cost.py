@@ -12,7 +12,9 @@ import torch
 
 
 @torch.inference_mode()
-def measure_cost(model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, rounds: int, bar: Any = None) -> dict:
+def measure_cost(
+    model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, rounds: int, bar: Any = None
+) -> dict:
     """Medians over `rounds` of reading `ids` `[1, T]` and of writing `steps` tokens behind it.
 
     Returns:

@@ -10,6 +10,7 @@ Shapes: ids [1, T]; nll, predicted [T-1]; V the vocabulary.
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -104,5 +105,5 @@ def curve(values: torch.Tensor, points: int = 24) -> list[tuple[float, float]]:
     edges = torch.logspace(0, math.log2(len(values) + 1), points + 1, base=2.0).round().long().unique().tolist()
     return [
         (math.sqrt(first * last), values[first - 1 : last - 1].double().mean().item())
-        for first, last in zip(edges, edges[1:])
+        for first, last in pairwise(edges)
     ]

@@ -5,7 +5,7 @@
 A prompt has `length` tokens up to the question's end; `depth` in [0, 1] is where in the text the needle stands, and
 `distance` the tokens between the needle and the first digit that is asked for. The digits are given to the model one
 after the other: it retrieves the key if every digit is its first choice, which is exactly what greedy decoding needs.
-Numbers and stretches of text follow from the seed. An answer inside the window proves nothing, so results are by distance.
+Numbers and stretches of text follow from the seed. An answer inside the window proves nothing: results are by distance.
 """
 
 import math
@@ -32,7 +32,13 @@ class Prompt(NamedTuple):
 
 
 def make_prompts(
-    tokenizer: Any, text: torch.Tensor, lengths: Sequence[int], depths: Sequence[float], trials: int, digits: int, seed: int
+    tokenizer: Any,
+    text: torch.Tensor,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    digits: int,
+    seed: int,
 ) -> list[Prompt]:
     """`trials` prompts for every length and depth.
 
@@ -82,13 +88,15 @@ def _answer(tokenizer: Any, question: list[int], key: str) -> tuple[list[int], l
     answer = whole[len(question) :]
     spelled = [index for index, token in enumerate(answer) if any(c.isdigit() for c in tokenizer.decode([token]))]
     if "".join(tokenizer.decode([answer[index]]) for index in spelled).strip().replace(" ", "") != key:
-        raise ValueError(f"passkey: this tokenizer does not spell {key!r} (it reads back different); switch passkey off.")
+        raise ValueError(f"passkey: this tokenizer does not spell {key!r} (it reads back other); switch passkey off.")
     return answer, spelled
 
 
 @torch.inference_mode()
-def score_prompts(model: torch.nn.Module, prompts: Sequence[Prompt], chunk: int, bar: Any = None) -> list[dict[str, Any]]:
-    """Per prompt: its length, depth and distance, `found` (every digit is the first choice) and the digits' mean `nll`."""
+def score_prompts(
+    model: torch.nn.Module, prompts: Sequence[Prompt], chunk: int, bar: Any = None
+) -> list[dict[str, Any]]:
+    """Per prompt: its length, depth and distance, `found` (all digits first choice) and the digits' mean `nll`."""
     results = []
     for prompt in prompts:
         logits, first = _last_logits(model, prompt, chunk), prompt.digits[0] - 1
@@ -97,7 +105,8 @@ def score_prompts(model: torch.nn.Module, prompts: Sequence[Prompt], chunk: int,
         found = bool((asked.argmax(-1) == told).all())
         nll = cross_entropy(asked, told).item()
         if not math.isfinite(nll):
-            raise ValueError(f"the model's NLL of a passkey is not finite (length {prompt.length}, depth {prompt.depth}).")
+            where = f"length {prompt.length}, depth {prompt.depth}"
+            raise ValueError(f"the model's NLL of a passkey is not finite ({where}).")
         results.append(
             {"length": prompt.length, "depth": prompt.depth, "distance": prompt.distance, "found": found, "nll": nll}
         )

@@ -118,7 +118,7 @@ def attention(
 
 
 def _in_proj(config: BMojoConfig, layer: Mapping[str, torch.Tensor], part: str) -> torch.Tensor:
-    """Rows z, x, B, C, dt of in_proj: of its weight `[rows, hidden]`, or of its bias `[rows]`, zero where a map has none."""
+    """Rows z, x, B, C, dt of in_proj: of its weight `[rows, hidden]` or bias `[rows]`; zero where a map has none."""
     heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
     shape = (hidden,) if part == "weight" else ()
 

@@ -1,9 +1,9 @@
 """Real text for measurements: token sequences from CPython's own reference or from text files.
 
-`pydoc` is `pydoc_data.topics`, English prose that every CPython ships (about 465,000 characters). Three long topics are
-held out from all training (`HELD_OUT`); the others may be trained on. Topics quote each other at length (`compound` holds
-`for`, `if` and `while` word for word), so a split by topic alone would leak: a paragraph belongs to the held-out part if
-a held-out topic has it, and every paragraph is used once.
+`pydoc` is `pydoc_data.topics`, English prose that every CPython ships (about 465,000 characters). Three long topics
+are held out from all training (`HELD_OUT`); the others may be trained on. Topics quote each other at length (`compound`
+holds `for`, `if` and `while` word for word), so a split by topic alone would leak: a paragraph belongs to the held-out
+part if a held-out topic has it, and every paragraph is used once.
 
 Not done here: reading data sets for training, chat templates, shuffling.
 """
@@ -76,7 +76,9 @@ def read_texts(
         return {f"pydoc, {split.replace('_', ' ')}": pydoc_text(split)}
     unknown = [name for name in names if name not in topics]
     if unknown or not names:
-        raise ValueError(f"topics={list(names)}: must name topics of pydoc_data.topics, at least one; unknown: {unknown}.")
+        raise ValueError(
+            f"topics={list(names)}: must be topics of pydoc_data.topics, at least one; unknown: {unknown}."
+        )
     return {name: topics[name] for name in names}
 
 
@@ -85,7 +87,8 @@ def _read_files(patterns: Sequence[str]) -> dict[str, str]:
     if isinstance(patterns, str) or not patterns:
         raise ValueError(f"files={patterns!r}: must be a list of paths or patterns, e.g. ['books/*.txt'].")
     for pattern in patterns:
-        found = sorted(path for path in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(path).is_file())
+        paths = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        found = sorted(path for path in paths if Path(path).is_file())
         if not found:
             raise ValueError(f"files: {pattern!r} matches no file; give paths or patterns such as books/*.txt.")
         for path in found:
