@@ -10,7 +10,7 @@ from evaluation_sources import READER, character_tokenizer, save_reader
 from graft_sources import graft
 
 from conversion import baselines, evaluation
-from conversion.baselines import ROWS
+from conversion.baselines import ROWS, Row
 from conversion.evaluate import main
 from conversion.evaluation_report import summarise
 from conversion.evaluation_settings import KNOWN_KEYS, load_evaluation
@@ -248,15 +248,23 @@ def test_a_single_text_has_no_standard_error(tmp_path, source, capsys):
     assert "\u00b1" not in capsys.readouterr().out.split("NLL in nats")[0]
 
 
-def test_gap_closed_is_a_share_of_the_way_from_sinks_to_source(tmp_path, source):
-    assert evaluate(tmp_path, source, passkey=False, cost=False, agreement=False) == 0
-    result = stored(tmp_path)
-    figures = {row["kind"]: row for row in result["summary"]}
-    nll = {kind: row["nll"]["beyond W"][0] for kind, row in figures.items()}
-    expected = (nll["sinks"] - nll["window"]) / (nll["sinks"] - nll["source"])
-    found = figures["window"]["gap_closed"]
-    assert found is None if nll["sinks"] <= nll["source"] else found == pytest.approx(expected)
-    assert summarise([], {}, 8, {}) == []
+def summary_of(nll: dict[str, list[float]]) -> dict[str, dict]:
+    """Figures by kind from the NLL beyond W of each text."""
+    rows = [Row(f"row {kind}", kind, 8, 0, {}, None) for kind in nll]
+    measured = {f"row {kind}": {"reading": {"nll": [{"beyond W": x} for x in values]}} for kind, values in nll.items()}
+    sections = {"nll": True, "agreement": False, "passkey": False, "cost": False}
+    return {row["kind"]: row for row in summarise(rows, measured, 8, sections)}
+
+
+def test_gap_closed_is_a_share_of_the_way_from_sinks_to_source():
+    figures = summary_of({"source": [2.0, 3.0], "window": [2.8, 3.8], "sinks": [2.4, 3.4], "fresh": [2.1, 3.1]})
+    shares = {kind: row["gap_closed"] for kind, row in figures.items()}
+    assert shares == pytest.approx({"source": 1.0, "window": -1.0, "sinks": 0.0, "fresh": 0.75})
+    assert figures["fresh"]["above_source"] == pytest.approx((0.1, 0.0))
+    assert figures["fresh"]["nll"]["beyond W"] == pytest.approx((2.6, 0.5))
+    assert summary_of({"source": [2.0], "sinks": [2.0], "fresh": [1.0]})["fresh"]["gap_closed"] is None
+    assert "gap_closed" not in summary_of({"source": [2.0], "fresh": [1.0]})["fresh"]
+    assert "above_source" not in summary_of({"sinks": [2.0], "fresh": [1.0]})["fresh"]
 
 
 def test_settings_are_known_and_documented(source, tmp_path):
