@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
+from .linear_bmojo import BMojoLinear
 from .memory_ops import prediction_error
 from .ssm_ops import predict_input
 
@@ -107,14 +108,14 @@ class FadingMemory(nn.Module):
         # Rows of in_proj: z, then x (if projected), B and C, then dt.
         mixed = (self.inner if self.projected else 0) + 2 * self.groups * self.state
         self.rows = [self.inner if self.gated else 0, mixed, self.heads]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
+        self.in_proj = BMojoLinear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
         self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars(self.heads)
         self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
         self.out_proj = None
         if self.projected:
-            self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+            self.out_proj = BMojoLinear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(
         self,
