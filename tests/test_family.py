@@ -566,7 +566,9 @@ def test_equals_algorithm1(name):
     assert_equals_algorithm1(model, ids)
 
 
-@pytest.mark.parametrize("name", ["plain", "state-decay", "window-1", "stride", "stride-state", "stride-window", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["plain", "state-decay", "window-1", "stride", "stride-state", "stride-window", "mixed"]
+)
 @torch.no_grad()
 def test_decoding_equals_algorithm1_token_by_token(name):
     """After every single token: its logits, and the set of positions that each layer remembers."""
