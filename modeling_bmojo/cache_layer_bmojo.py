@@ -13,7 +13,7 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
 
 A pool token is in the window if its position is at least `seen - W`, else in the eidetic memory. Their order means
 nothing (positions are in the keys), so a token that moves from window to memory stays where it is, and a new one takes
-the place of the one that is forgotten. Fading token i is made at position (i + 1) s - 1, so n tokens make n // s of them;
+the place of the one that is forgotten. Fading token i is made at position (i + 1) s - 1, so n tokens make n // s;
 delay line and visible fading tokens are rings: number i sits in slot i mod size. A full-attention layer keeps every
 token: `keys`, `values` `[B, capacity, G, D]`, position = slot.
 """
@@ -253,7 +253,8 @@ class BMojoCacheLayer(CacheLayerMixin):
         leaving = seen - spec.window
         if fading is not None:
             self._fade(rows, seen, fading, active)
-        slot = self._forgotten(leaving if known else leaving[:, None], decay)
+        full = known and seen >= spec.slots + spec.window
+        slot = self._forgotten(leaving if known else leaving[:, None], decay, full)
         _write(self.keys, rows, slot, keys[:, 0], active)
         _write(self.values, rows, slot, values[:, 0], active)
         _write(self.positions, rows, slot, seen, active)
@@ -294,20 +295,23 @@ class BMojoCacheLayer(CacheLayerMixin):
             _write(delay, rows, delayed, new[:, 0], active)
         _write(self.positions, rows, visible, leaving, active)
 
-    def _forgotten(self, leaving: torch.Tensor | int, decay: float) -> torch.Tensor:
+    def _forgotten(self, leaving: torch.Tensor | int, decay: float, full: bool) -> torch.Tensor:
         """The slot `[B]` whose token the next one replaces (Algorithm 1, line 4).
 
         Up for it are an empty slot, the kept tokens, and the one that leaves the window, at position `leaving`, a
-        number or `[B, 1]`. The weakest goes: the smallest retention key, among equals the youngest.
+        number or `[B, 1]`. The weakest goes: the smallest retention key, among equals the youngest. full: no slot is
+        empty.
         """
         fading = self.spec.fading
         positions = self.positions[:, fading:]
         ranked = retention_key(self.innovations[:, fading:], positions, decay)
-        ranked = ranked.masked_fill(positions > leaving, torch.inf).masked_fill(positions < 0, -torch.inf)
+        ranked = ranked.masked_fill(positions > leaving, torch.inf)
+        if not full:
+            # An empty slot, position -1, counts as the weakest and the youngest: the sign bit goes.
+            ranked = ranked.masked_fill(positions < 0, -torch.inf)
+            positions = positions & torch.iinfo(positions.dtype).max
         weakest = ranked == ranked.amin(dim=1, keepdim=True)
-        # An empty slot, position -1, counts as the youngest: the sign bit goes.
-        age = torch.where(weakest, positions & torch.iinfo(positions.dtype).max, -1)
-        return age.argmax(dim=1) + fading
+        return torch.where(weakest, positions, -1).argmax(dim=1) + fading
 
     # --- full attention ---------------------------------------------------------------------------------------------
 

@@ -103,8 +103,8 @@ class BMojoConfig(PreTrainedConfig):
             `"state"`: predict the SSM's input by reading the state with the token's own write key.
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
         fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
-        fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that F
-            of them reach F s tokens beyond the window; must divide `window_size`. 1 is the paper's form.
+        fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
+            F of them reach F s tokens beyond the window; must divide `window_size`. 1 is the paper's form.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
