@@ -36,6 +36,7 @@ NO_MEMORIES = {
     "eidetic_decay": 0.0,
     "innovation": "state",  # keeps no outputs of an SSM
     "fading_size": 0,
+    "fading_stride": 1,
     "ssm_type": "mamba2",
     "ssm_time_step_rank": None,
     "ssm_num_heads": 1,

@@ -109,10 +109,10 @@ def test_the_fresh_row_is_the_graft(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", ["all", [0, 2]])
-@pytest.mark.parametrize("fading", [0, 2])
-def test_the_equal_window_has_the_bytes_of_a_cache_that_read(dtype, layers, fading):
+@pytest.mark.parametrize(("fading", "stride"), [(0, 1), (2, 1), (2, 4)])
+def test_the_equal_window_has_the_bytes_of_a_cache_that_read(dtype, layers, fading, stride):
     """Counted on a real cache, far beyond the window: the largest window whose keys and values are not more bytes."""
-    memory = {"window_size": 8, "eidetic_size": 3, "fading_size": fading}
+    memory = {"window_size": 8, "eidetic_size": 3, "fading_size": fading, "fading_stride": stride}
     config = bmojo_config_for(READER, memory, layers)
     model = BMojoForCausalLM(config).to(dtype).eval()
     cache = read(model, ids_of(), 16).cache
