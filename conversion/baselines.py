@@ -3,7 +3,7 @@
     source         the source by transformers' own class, full attention (or what its layers do)
     window         the layers that a graft converts see the last W tokens and nothing else
     sinks          the same and the first S tokens of the text (attention sinks)
-    equal_memory   the same as `window`, with a window as large as the bytes of our memory allow
+    equal_memory   `window` and `sinks` with a window as large as the bytes of our memory allow: two rows
     fresh          a graft that was not trained
     graft          a checkpoint folder: aligned, fine-tuned, or grafted otherwise
 
@@ -120,8 +120,8 @@ class Models:
         kinds = ["sliding_attention" if kind == "bmojo" else kind for kind in self.plan.config.layer_types]
         return self._row(name, kind, self._plain(window_size=size, layer_types=kinds))
 
-    def sinks(self, count: int) -> Row:
-        return self._row(f"window + {count} sinks", "sinks", self._plain(eidetic_size=count), sinks=True)
+    def sinks(self, count: int, size: int, name: str, kind: str = "sinks") -> Row:
+        return self._row(name, kind, self._plain(window_size=size, eidetic_size=count), sinks=True)
 
     def fresh(self) -> Row:
         return self._row("fresh graft", "fresh", self.plan.config)

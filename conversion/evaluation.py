@@ -152,21 +152,36 @@ def _rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Ro
     if "window" in wanted:
         rows.append(models.window(config.window_size, f"sliding window of {config.window_size}"))
     if "sinks" in wanted:
-        rows.append(models.sinks(settings.sinks))
+        rows.append(models.sinks(settings.sinks, config.window_size, f"window + {settings.sinks} sinks"))
     if "equal_memory" in wanted:
-        ours = ([("fresh graft", config)] if "fresh" in wanted or not grafts else []) + [(g[1], g[2]) for g in grafts]
-        sizes: dict[int, list[str]] = {}
-        for name, its in ours:
-            sizes.setdefault(equal_memory_window(its, models.dtype), []).append(name)
-        for size, names in sizes.items():
-            label = f"window of {size} (bytes of {', '.join(names)})"
-            rows.append(models.window(size, label, "equal_memory"))
+        rows += _equal_rows(settings, models, grafts)
     if "fresh" in wanted:
         rows.append(models.fresh())
     rows += [models.graft(folder, name, its, overrides) for folder, name, its, overrides in grafts]
     names = [row.name for row in rows]
     if len(set(names)) != len(names):
         raise ValueError(f"grafts: the rows {names} must have distinct names; rename the graft.")
+    return rows
+
+
+def _equal_rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Row]:
+    """Windows of the bytes of each of our memories, without and with sinks, which then count among the bytes."""
+    ours = [(name, config) for _, name, config, _ in grafts]
+    if "fresh" in settings.rows or not grafts:
+        ours.insert(0, ("fresh graft", models.plan.config))
+    sizes: dict[int, list[str]] = {}
+    for name, config in ours:
+        sizes.setdefault(equal_memory_window(config, models.dtype), []).append(name)
+    rows, count = [], settings.sinks
+    for size, names in sizes.items():
+        if size <= count:
+            raise ValueError(
+                f"sinks={count}: the bytes of {names} hold {size} tokens, so no window is left; give fewer."
+            )
+        bytes_of = f"(bytes of {', '.join(names)})"
+        rows.append(models.window(size, f"window of {size} {bytes_of}", "equal_memory"))
+        label = f"window of {size - count} + {count} sinks {bytes_of}"
+        rows.append(models.sinks(count, size - count, label, "equal_memory_sinks"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The diagrams of an evaluation: NLL along the text, NLL against bytes, and passkeys by distance."""
+"""The diagrams of an evaluation: NLL along the text (above the source's), NLL against bytes, passkeys by distance."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,16 +41,19 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _along_the_text(axes: Any, figures: Sequence[Mapping[str, Any]], measured: Mapping[str, Any], window: int) -> None:
+    """Above the source where it was measured: texts get easier as they go on, which says nothing about the models."""
+    curves = {row["model"]: measured[row["model"]]["reading"]["curve"] for row in figures}
+    base = next((curves[row["model"]] for row in figures if row["kind"] == "source"), None)
+    first = window / 4 if base else 0  # inside the window there is nothing to see beside the source
     for index, row in enumerate(figures):
-        curves = measured[row["model"]]["reading"]["curve"]
-        places = [point[0] for point in curves[0]]
-        means = [sum(curve[i][1] for curve in curves) / len(curves) for i in range(len(places))]
-        axes.plot(places, means, label=row["model"], **_style(index))
+        texts = curves[row["model"]]
+        heights = [[y - (base[i][j][1] if base else 0) for j, (_, y) in enumerate(c)] for i, c in enumerate(texts)]
+        points = [(x, sum(h[j] for h in heights) / len(heights)) for j, (x, _) in enumerate(texts[0]) if x >= first]
+        axes.plot(*zip(*points), label=row["model"], **_style(index))
     axes.set_xscale("log", base=2)
     axes.axvline(window, color="gray", linestyle=":", linewidth=1)
-    axes.text(window, axes.get_ylim()[1], " W", va="top", fontsize=8, color="gray")
-    axes.set_xlabel("tokens read before", fontsize=8)
-    axes.set_title("NLL along the text, nats (mean over texts)", fontsize=9)
+    axes.set_xlabel(f"tokens read before (dotted: W = {window:,})", fontsize=8)
+    axes.set_title("NLL along the text, nats" + (" above the source" if base else ""), fontsize=9)
 
 
 def _against_bytes(axes: Any, figures: Sequence[Mapping[str, Any]]) -> None:
@@ -61,14 +64,12 @@ def _against_bytes(axes: Any, figures: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("NLL beyond W against memory (lower left is better)", fontsize=9)
 
 
-def _passkeys(axes: Any, figures: Sequence[Mapping[str, Any]], measurements: Mapping[str, Any], window: int) -> None:
+def _passkeys(axes: Any, figures: Sequence[Mapping[str, Any]], measured: Mapping[str, Any], window: int) -> None:
     for index, row in enumerate(figures):
-        by_place: dict[int, list[float]] = {}
-        for prompt in measurements[row["model"]]["passkey"]["prompts"]:
-            by_place.setdefault(prompt["distance"], []).append(prompt["nll"])
-        places = sorted(by_place)
-        axes.plot(places, [sum(by_place[p]) / len(by_place[p]) for p in places], label=row["model"], **_style(index))
+        prompts = measured[row["model"]]["passkey"]["prompts"]
+        points = [(prompt["distance"], prompt["nll"]) for prompt in prompts]
+        axes.plot(*zip(*points), label=row["model"], **{**_style(index), "linestyle": "", "alpha": 0.7})
     axes.axvline(window, color="gray", linestyle=":", linewidth=1)
     axes.set_xscale("symlog", base=2, linthresh=16)
-    axes.set_xlabel("tokens between the needle and the question's end", fontsize=8)
-    axes.set_title("NLL of the key's digits, nats", fontsize=9)
+    axes.set_xlabel(f"tokens between needle and question's end (dotted: W = {window:,})", fontsize=8)
+    axes.set_title("NLL of each key's digits, nats", fontsize=9)

@@ -103,7 +103,10 @@ def _percent(share: float | None) -> str:
 
 
 def _passkey(found: Mapping[str, float] | None) -> str:
-    return "" if found is None else f"{_percent(found['accuracy'])}, {found['nll']:.2f}"
+    if found is None:
+        return ""
+    hits = round(found["accuracy"] * found["prompts"])
+    return f"{hits} of {found['prompts']}, {found['nll']:.2f}"
 
 
 def _equal(shares: Mapping[str, Any] | None) -> str:

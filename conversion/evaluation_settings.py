@@ -55,7 +55,7 @@ class EvaluationSettings:
     cost: bool = True
     greedy_tokens: int = 32
     passkey_lengths: list[int] = field(default_factory=lambda: [1024, 2048])
-    passkey_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    passkey_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     passkey_trials: int = 1
     passkey_digits: int = 5
     decode_tokens: int = 32

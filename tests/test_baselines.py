@@ -59,7 +59,7 @@ def test_windows_and_sinks_are_those_of_a_dense_mask(window, sinks, layers, tmp_
     models = models_of(tmp_path, memory={"window_size": window, "eidetic_decay": 0.1}, layers=layers)
     indices = range(3) if layers == "all" else layers
     ids = ids_of()
-    for row, kept in ((models.window(window, "window"), 0), (models.sinks(sinks), sinks)):
+    for row, kept in ((models.window(window, "window"), 0), (models.sinks(sinks, window, "sinks"), sinks)):
         expected = masked_logits(source, ids, indices, window, kept)
         model = row.build().double()
         for chunk in (TOKENS, 13, 1):
@@ -75,7 +75,7 @@ def test_the_mask_of_the_oracle_hides_something(tmp_path):
 @pytest.mark.parametrize("name", ["llama_biases_tied", "qwen2", "qwen3", "smollm3", "llama3_rope"])
 def test_every_family_has_its_windows(name, tmp_path):
     source = save_source(tmp_path, name)
-    row = models_of(tmp_path, memory={"window_size": 6}).sinks(3)
+    row = models_of(tmp_path, memory={"window_size": 6}).sinks(3, 6, "sinks")
     expected = masked_logits(source, ids_of(), range(source.config.num_hidden_layers), 6, 3)
     torch.testing.assert_close(logits_in_pieces(row.build().double(), ids_of(), 11), expected, **CLOSE)
 
@@ -91,7 +91,7 @@ def test_the_source_reads_in_pieces_what_it_reads_at_once(tmp_path):
 def test_all_rows_share_one_copy_of_the_weights(tmp_path):
     save_reader(tmp_path)
     models = models_of(tmp_path, memory={"window_size": 5})
-    rows = [models.window(5, "window"), models.window(9, "wide"), models.sinks(2), models.fresh()]
+    rows = [models.window(5, "window"), models.window(9, "wide"), models.sinks(2, 5, "sinks"), models.fresh()]
     pointers = {row.build().model.layers[1].self_attn.q_proj.weight.data_ptr() for row in rows}
     assert len(pointers) == 1
     assert len({str(row.facts) for row in rows}) == len(rows), "each row has a fingerprint of its own"

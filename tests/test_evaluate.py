@@ -64,9 +64,12 @@ def test_the_whole_table(tmp_path, source, capsys):
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     names = [row["model"] for row in result["summary"]]
     assert names[:3] == ["source", "sliding window of 8", "window + 4 sinks"] and names[-2:] == ["fresh graft", "mine"]
-    assert len(names) == 7 and "bytes of fresh graft" in names[3] and "bytes of mine" in names[4]
+    assert len(names) == 9 and all("bytes of fresh graft" in name for name in names[3:5])
+    assert all("bytes of mine" in name for name in names[5:7])
+    window, slots = ([row[key] for row in result["summary"][3:7]] for key in ("window", "slots"))
+    assert slots == [0, 4, 0, 4] and window[0] == window[1] + 4 and window[2] == window[3] + 4
     table = [line.split(" | ") for line in shown.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 7 and len({len(line) for line in table if "---" not in line[0]}) == 1
+    assert len(table) == 2 + 9 and len({len(line) for line in table if "---" not in line[0]}) == 1
     headings = (
         "NLL inside W",
         "NLL W to 4W",
@@ -80,7 +83,7 @@ def test_the_whole_table(tmp_path, source, capsys):
     by_name = {row["model"]: row for row in result["summary"]}
     # Inside the window all compute the same, and a window wider than the text is the source.
     inside = [row["nll"]["inside W"][0] for row in result["summary"]]
-    assert inside == pytest.approx([inside[0]] * 7, abs=1e-5)
+    assert inside == pytest.approx([inside[0]] * 9, abs=1e-5)
     assert by_name["mine"]["window"] == 16 and by_name["fresh graft"]["slots"] == 4
     assert by_name["source"]["equal"] is None and by_name["fresh graft"]["equal"]["inside W"][0] == 1.0
     assert by_name["fresh graft"]["passkey"]["beyond 4W"]["prompts"] == 2
@@ -176,6 +179,7 @@ def test_a_graft_may_be_evaluated_with_other_memories(tmp_path, source):
         ({"topics": ["pass"], "tokens": 400}, ["pass has only"]),
         ({"rows": ["source", "magic"]}, ["'magic'", *ROWS]),
         ({"rows": []}, ["nothing to compare"]),
+        ({"sinks": 500}, ["sinks=500", "no window is left"]),
         ({"rows": ["fresh"]}, ["agreement is with the source"]),
         ({"nll": False, "agreement": False, "passkey": False, "cost": False}, ["nothing to measure"]),
         ({"nll": "yes"}, ["nll='yes'", "bool"]),
