@@ -21,6 +21,7 @@ SETTINGS = {
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "mixed-layers": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
+    "post-norm": dict(norm_position="post", qk_norm="full", residual_multiplier=0.5),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
 }
 PATTERNS = ("left", "right", "inner")

@@ -35,6 +35,9 @@ SETTINGS = {
     "unprojected-bare": dict(ssm_projected=False, ssm_gated=False, ssm_norm=False, ssm_conv_act="linear")
     | dict(innovation="state", eidetic_decay=0.05),
     "qk-norm-no-positions": dict(qk_norm="head", rope_parameters=None),
+    "post-norm": dict(norm_position="post", qk_norm="full", num_key_value_heads=1),
+    "multipliers": dict(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3)
+    | dict(logits_scaling=5.0, innovation="state"),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, innovation="state", eidetic_decay=0.05),
 }
 
