@@ -32,6 +32,7 @@ class GraftSettings:
     ssm_init: how new SSM tensors start. smoother_tau: its shortest and longest time constant, in tokens.
     seed: of the random part of the initialisation. max_shard_size: largest weights file, as `save_pretrained` takes it.
     check: reload the result and compare its logits with the source's before it replaces anything.
+    allow_pickle: read pickled weights (`pytorch_model.bin`) of a source that has no safetensors.
     memory: fields of `BMojoConfig` that are set; what is not set keeps its default.
     """
 
@@ -42,8 +43,9 @@ class GraftSettings:
     ssm_init: str = "smoother"
     smoother_tau: list[float] = field(default_factory=lambda: [2.0, 16.0])
     seed: int = 0
-    max_shard_size: str = "5GB"
+    max_shard_size: str = "2GB"
     check: bool = True
+    allow_pickle: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,10 +131,15 @@ def _check(settings: GraftSettings) -> None:
     numbers = isinstance(tau, list | tuple) and all(type(value) in (int, float) for value in tau)
     if not numbers or len(tau) != 2:
         raise ValueError(f"smoother_tau={tau!r}: must be two numbers of tokens, [low, high].")
-    for name, kind in (("seed", int), ("check", bool), ("max_shard_size", str)):
+    for name, kind in (("seed", int), ("check", bool), ("allow_pickle", bool), ("max_shard_size", str)):
         value = getattr(settings, name)
         if type(value) is not kind:
             raise ValueError(f"{name}={value!r}: must be of type {kind.__name__}.")
-    if not re.fullmatch(r"\d+ *[KMGT]B", settings.max_shard_size):
-        raise ValueError(f"max_shard_size={settings.max_shard_size!r}: must be a size such as '5GB' or '500MB'.")
+    check_shard_size(settings.max_shard_size)
     check_fields(settings.ssm_init, SSM_INITS[settings.ssm_init].fields, settings.memory)
+
+
+def check_shard_size(size: str) -> None:
+    """Refuses a size of weight files that is none (ValueError)."""
+    if not re.fullmatch(r"\d+ *[KMGT]B", size):
+        raise ValueError(f"max_shard_size={size!r}: must be a size such as '2GB' or '500MB'.")

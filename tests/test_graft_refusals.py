@@ -62,7 +62,7 @@ def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:
         ("smoother_tau=[8, 2]", ["smoother_tau=[8, 2]", "low <= high"]),
         ("smoother_tau=4", ["smoother_tau=4", "[low, high]"]),
         ("ssm_time_step_limit=[0.1, 1.0]", ["smoother_tau", "ssm_time_step_limit=[0.1, 1.0]"]),
-        ("max_shard_size=big", ["max_shard_size='big'", "5GB"]),
+        ("max_shard_size=big", ["max_shard_size='big'", "2GB"]),
         ("seed=x", ["seed='x'", "int"]),
         ("window_size", ["--set 'window_size'", "key=value"]),
         ("window_size=[1", ["YAML"]),
