@@ -3,6 +3,7 @@
 W is the graft's window.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -55,8 +56,8 @@ LONG_ROPE = {
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 3.0, 4.0, 5.0],
-    "original_max_position_embeddings": W,
 }
+BIASES = {"attention_bias": True, "mlp_bias": True}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.4,
@@ -79,11 +80,11 @@ SOURCES = {
     "phi3": Phi3Config(**SIZES),
     "phi3_partial_tied": Phi3Config(**SIZES, tie_word_embeddings=True, rope_parameters=HALF_ROPE),
     "phi3_sliding": Phi3Config(**SIZES, sliding_window=W),
-    "phi3_longrope": Phi3Config(**SIZES, rope_parameters=LONG_ROPE),
+    "phi3_longrope": Phi3Config(**SIZES, rope_parameters=LONG_ROPE, original_max_position_embeddings=W),
     "phi3_wide_heads": Phi3Config(**SIZES, head_dim=16),
     "granite": GraniteConfig(**SIZES, **MULTIPLIERS),
     "granite_tied_biases": GraniteConfig(
-        **SIZES, **MULTIPLIERS, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE
+        **SIZES, **MULTIPLIERS, **BIASES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
     ),
     "olmo2": Olmo2Config(**SIZES),
     "olmo2_tied_biases": Olmo2Config(**SIZES, tie_word_embeddings=True, attention_bias=True, head_dim=12),
@@ -98,7 +99,7 @@ CHAT_TEMPLATE = (
 def randomised(config) -> torch.nn.Module:
     """A model of the config, every parameter random: transformers starts biases at 0 and norms at 1."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # saving a model writes into its config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)

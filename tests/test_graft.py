@@ -50,6 +50,19 @@ def test_graft_has_the_logits_of_its_source(name, tmp_path):
         assert (beyond - logits(source, 3 * W)).abs().max() > 1e-3
 
 
+def test_longrope_turns_a_token_alike_however_long_the_text_is(tmp_path):
+    """Read in one go or in pieces, on both sides of the length where the source would turn every token anew."""
+    save_source(tmp_path / "source", "phi3_longrope")
+    assert graft(tmp_path) == 0
+    model = BMojoForCausalLM.from_pretrained(tmp_path / "graft").eval()
+    assert model.config.rope_parameters["original_max_position_embeddings"] == W
+    ids = torch.randint(3, VOCAB, (1, 3 * W), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        whole, first = model(input_ids=ids).logits, model(input_ids=ids[:, : W - 1], use_cache=True)
+        rest = model(input_ids=ids[:, W - 1 :], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_report_accounts_for_every_tensor(name, tmp_path):
     save_source(tmp_path / "source", name)
