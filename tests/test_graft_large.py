@@ -357,6 +357,14 @@ def test_a_run_at_work_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["graft"]
 
 
+def test_every_program_that_stages_clears_up(tmp_path):
+    (tmp_path / "graft.partial-0123.lock").touch()
+    (tmp_path / "graft.partial-0123").mkdir()
+    (tmp_path / "graft.partial-0123" / "model.safetensors").touch()
+    with staged_folder(tmp_path / "graft") as partial:
+        assert sorted(tmp_path.iterdir()) == [partial, partial.with_name(f"{partial.name}.lock")]
+
+
 def test_names_like_patterns_are_only_names(tmp_path):
     """A leftover of `graft` is none of `g*t`."""
     (tmp_path / "graft.partial-1.lock").touch()
