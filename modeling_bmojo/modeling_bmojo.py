@@ -39,6 +39,7 @@ from .linear_bmojo import BMojoLinear
 
 logger = logging.get_logger(__name__)
 
+MLP_BLOCK = 1024  # tokens of a prompt that pass an MLP at once on a CPU: its wide activations stay small
 FADING_MEMORIES = {"mamba2": FadingMemory, "mamba": S6FadingMemory}  # by config.ssm_type
 
 
@@ -83,6 +84,12 @@ class BMojoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._map(x)
+        parts = [self._map(part) for part in x.split(MLP_BLOCK, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _map(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
