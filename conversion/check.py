@@ -68,7 +68,7 @@ def check_complete(config: BMojoConfig, written: Weights) -> None:
 def small_memory(config: BMojoConfig, tokens: int) -> BMojoConfig:
     """The config with memories just large enough to read `tokens` tokens, all of them inside the window."""
     small = copy.deepcopy(config)
-    stride = getattr(config, "fading_stride", 1)  # which must divide the window
+    stride = config.fading_stride  # which must divide the window
     small.window_size = min(config.window_size, -(-tokens // stride) * stride)
     small.eidetic_size = min(config.eidetic_size, tokens)
     return small

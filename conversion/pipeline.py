@@ -180,6 +180,12 @@ class TensorBuilder:
         return self._built.pop(name)
 
 
+def build_tensors(plan: Plan) -> dict[str, torch.Tensor]:
+    """All target tensors of a plan at once, for whoever runs the graft without writing it; see `TensorBuilder`."""
+    build = TensorBuilder(plan)
+    return {name: build(name) for name in plan.shapes}
+
+
 def copied_tensor(plan: Plan, name: str) -> torch.Tensor:
     """A target tensor that comes from the source, in the dtype of the target; see `TensorBuilder`."""
     piece, out = plan.pieces[name], torch.empty(plan.shapes[name], dtype=plan.dtypes[name])

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from conversion import pipeline
 from conversion.check import small_memory
-from conversion.pipeline import TensorBuilder, is_finite
+from conversion.pipeline import TensorBuilder, build_tensors, is_finite, prepare
 from conversion.report import read_report
+from conversion.settings import load_settings
 from conversion.staging import clear_leftovers, staged_folder
 from conversion.weights import BLOCK_BYTES, digest, open_weights, row_blocks
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
@@ -76,6 +77,16 @@ def test_no_more_than_a_shard_of_tensors_is_alive_at_a_time(tmp_path, monkeypatc
     assert max(peak) <= 36_000 < total / 3 and not alive
 
 
+def test_all_tensors_together_are_those_that_are_written(tmp_path):
+    save_source(tmp_path / "source", "phi3")
+    assert graft(tmp_path, max_shard_size="20KB") == 0
+    settings = load_settings(tmp_path / "settings.yaml", {"output": str(tmp_path / "other")})
+    tensors = build_tensors(prepare(settings))
+    written = open_weights(tmp_path / "graft", "x")
+    assert tensors.keys() == written.shapes.keys()
+    assert all(torch.equal(written.rows(name), tensor) for name, tensor in tensors.items())
+
+
 def test_a_tensor_larger_than_a_block_is_copied_and_checked_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("conversion.weights.BLOCK_BYTES", 256)  # two rows of 32 numbers
     source = save_source(tmp_path / "source", "phi3")
@@ -112,8 +123,9 @@ def test_the_check_needs_memories_for_its_tokens_only():
     small = small_memory(config, 64)
     assert (small.window_size, small.eidetic_size) == (64, 64)
     assert (config.window_size, config.eidetic_size) == (4096, 1024)
-    config.fading_stride = 48  # must divide the window
-    assert small_memory(config, 64).window_size == 96
+    strided = BMojoConfig(window_size=4096, fading_stride=128)  # which must divide the window
+    assert small_memory(strided, 64).window_size == 128
+    assert small_memory(strided, 129).window_size == 256
     few = small_memory(BMojoConfig(window_size=16, eidetic_size=4), 16)
     assert (few.window_size, few.eidetic_size) == (16, 4)
 

@@ -5,6 +5,7 @@ admission, eviction or expiry anywhere shows up as different logits.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ SETTINGS = {
     "window-1": dict(window_size=1, fading_size=1),
     "fading-beyond-two-windows": dict(window_size=3, fading_size=11, innovation="state"),
     "no-fading": dict(fading_size=0),
+    "stride": dict(window_size=6, fading_size=2, fading_stride=3),
+    "stride-window": dict(fading_size=3, fading_stride=WINDOW, tie_fading_projections=False),
     "no-slots": dict(eidetic_size=0),
     "time-step-limit": dict(ssm_time_step_limit=[0.2, 0.8]),
     "bare-ssm": dict(ssm_gated=False, ssm_norm=False, ssm_conv_kernel=1, ssm_conv_act="linear"),
@@ -309,3 +312,17 @@ def test_autocast_keeps_the_recurrent_state_in_fp32(name):
     assert convolved == {torch.bfloat16}, "in every part, or prefill and decoding round differently"
     assert all(layer.ssm.dtype == torch.float32 for layer in cache.layers if layer.spec.has_ssm)
     assert (logits - expected).square().mean().sqrt() < 0.25 * expected.square().mean().sqrt()
+
+
+@torch.no_grad()
+def test_a_prompt_in_blocks_of_the_mlp_equals_the_whole(monkeypatch):
+    """On a CPU long prompts pass the MLP in parts; at every split of 44 tokens the logits are the same."""
+    model, ids = build(), tokens()
+    wanted = model(ids).logits
+    calls = []
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))
+    for block in (1, 43, 44, 45):
+        monkeypatch.setattr(sys.modules[type(model).__module__], "MLP_BLOCK", block)
+        calls.clear()
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-12, atol=1e-12)
+        assert calls == [block] * (TOKENS // block) + [TOKENS % block] * (TOKENS % block > 0)
