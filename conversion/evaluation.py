@@ -76,7 +76,7 @@ def prepare(settings: EvaluationSettings) -> Job:
     if settings.plot:
         require_matplotlib("plot: true")
     device = device_of(settings)
-    source = open_source(settings.source)
+    source = open_source(settings.source, settings.allow_pickle)
     plan = plan_graft(settings.graft_settings(), source)
     _check_lengths(settings, plan.config.max_position_embeddings)
     tokenizer = source.tokenizer()

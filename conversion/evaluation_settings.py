@@ -35,7 +35,8 @@ class EvaluationSettings:
     passkey_lengths, passkey_depths, passkey_trials, passkey_digits: prompts in tokens, places in [0, 1], prompts per
         pair of them, digits of the key. decode_tokens, cost_rounds: tokens written and repetitions for the costs.
     layers, ssm_init, smoother_tau, memory: of the fresh graft; layers are also those that the windows replace.
-    dtype, device: what is computed in and where. seed: of passkeys and initialisation. plot: draw the PNG.
+    allow_pickle: read a source of pickled weights. dtype, device: what is computed in and where.
+    seed: of passkeys and initialisation. plot: draw the PNG.
     """
 
     source: str
@@ -63,6 +64,7 @@ class EvaluationSettings:
     layers: str | list[int] = "all"
     ssm_init: str = "smoother"
     smoother_tau: list[float] = field(default_factory=lambda: [2.0, 16.0])
+    allow_pickle: bool = False
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
@@ -71,7 +73,7 @@ class EvaluationSettings:
 
     def graft_settings(self) -> GraftSettings:
         """The settings of the fresh graft, checked as `conversion.graft` checks its own; nothing is written."""
-        names = ("source", "output", "layers", "ssm_init", "smoother_tau", "dtype", "seed")
+        names = ("source", "output", "layers", "ssm_init", "smoother_tau", "dtype", "seed", "allow_pickle")
         return build_settings({**{name: getattr(self, name) for name in names}, **self.memory})
 
     def as_dict(self) -> dict[str, Any]:

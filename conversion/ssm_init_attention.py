@@ -3,9 +3,11 @@ r"""Initial values of a grafted fading memory: the layer's own attention without
 The SSM starts from the weights that it sits beside, C <- Q, B <- K, x <- V, out <- O, as in MambaInLlama (arXiv
 2408.15237) and hybrid-model-factory. Head h of H reads key/value head g(h) = h // (H / G), u_t is the layer's input:
 
-    x_h = V_g(h) u,  B_h = K_g(h) u,  C_h = D^-1/2 Q_h u         one SSM head and one group of B, C per query head
+    x_h = V_g(h) u,  B_h = K_g(h) u,  C_h = c Q_h u              one SSM head and one group of B, C per query head
     S_h,t = exp(-1 / tau_h) S_h,t-1 + (1 / tau_h) x_h B_h^T      constant time steps, as conversion/ssm_scalars.py
-    y_t   = O [S_h,t C_h]_h = O [ sum_s exp(-(t - s) / tau_h) / tau_h  (q_h,t . k_h,s) D^-1/2  v_h,s ]_h
+    y_t   = O [S_h,t C_h]_h = O [ sum_s exp(-(t - s) / tau_h) / tau_h  (q_h,t . k_h,s) c  v_h,s ]_h
+
+c is the scale of the attention's scores, D^-1/2 unless `attention_multiplier` says otherwise.
 
 So y is what linear attention over the last tau_h tokens would add to the residual stream. It leaves out what an SSM
 cannot hold: the softmax, and RoPE (queries and keys are taken before it). Key and value rows are repeated for the query
@@ -130,7 +132,8 @@ def _in_proj(config: BMojoConfig, layer: Mapping[str, torch.Tensor], part: str) 
         return groups.repeat_interleave(heads // config.num_key_value_heads, dim=0).flatten(0, 1)
 
     values, keys = repeated("v_proj"), repeated("k_proj")
-    rows = [values, keys, of("q_proj", heads) * head_dim**-0.5, torch.zeros(heads, *shape, dtype=torch.float64)]
+    scale = head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+    rows = [values, keys, of("q_proj", heads) * scale, torch.zeros(heads, *shape, dtype=torch.float64)]
     if config.ssm_gated:
         back = layer["o_proj.weight"].double().T if part == "weight" else torch.zeros_like(values)
         rows.insert(0, 0.5 * (back + values))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conversion.evaluate import main as evaluate
 from conversion.graft import main
 from conversion.report import read_report
+from conversion.restore import main as main_restore
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
@@ -109,6 +110,18 @@ def test_report_of_the_real_graft(folder):
     }
     assert report["check"]["max_logit_difference"] < 1e-3
     assert "apache-2.0" in (folder / "README.md").read_text()
+
+
+def test_the_source_comes_back_as_a_checkpoint(source, folder, tmp_path):
+    """A GGUF file comes back as the float32 model that it was read as."""
+    assert main_restore([str(folder), "--output", str(tmp_path / "copy")]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    assert type(again) is type(source) and again.dtype == torch.float32
+    state, wanted = again.state_dict(), source.state_dict()
+    assert state.keys() == wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in wanted)
+    ids = torch.arange(100, 116)[None]
+    with torch.inference_mode():
+        assert torch.equal(again(input_ids=ids).logits, source(input_ids=ids).logits)
 
 
 def test_beyond_the_window_no_worse_than_a_sliding_window_with_sinks(folder, english_text, tmp_path):

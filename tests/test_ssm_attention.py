@@ -47,13 +47,14 @@ def linear_attention(config, layer, u: torch.Tensor) -> torch.Tensor:
     q, k, v = (u @ maps[f"{n}_proj.weight"].T + maps.get(f"{n}_proj.bias", 0.0) for n in "qkv")
     q, k, v = q.unflatten(1, (heads, size)), k.unflatten(1, (shared, size)), v.unflatten(1, (shared, size))
     tau = smoother_time_constants(heads, *TAU)
+    scale = config.attention_multiplier or 1 / math.sqrt(size)
     rows = []
     for t in range(len(u)):
         parts = []
         for h in range(heads):
             g, out = h // (heads // shared), torch.zeros(size, dtype=torch.float64)
             for s in range(t + 1):
-                weight = math.exp(-(t - s) / tau[h]) / tau[h] * (q[t, h] @ k[s, g]) / math.sqrt(size)
+                weight = math.exp(-(t - s) / tau[h]) / tau[h] * (q[t, h] @ k[s, g]) * scale
                 out = out + weight * v[s, g]
             parts.append(out)
         y = torch.cat(parts)
@@ -81,6 +82,17 @@ def test_the_ssm_is_the_layer_s_linear_attention(gated, norm, biases, head_dim):
     fading.load_state_dict(attention(config, layer, TAU))
     u = torch.randn(1, 40, 32, dtype=torch.float64)
     y, _ = fading.double()(u, torch.tensor([40]))
+    torch.testing.assert_close(y[0], linear_attention(config, layer, u[0]), atol=2e-6, rtol=2e-6)
+
+
+def test_the_scale_of_the_scores_is_the_source_s():
+    config = attention_config()
+    config.attention_multiplier = 0.7
+    layer = layer_tensors(config, False)
+    fading = BMojoForCausalLM(config).model.layers[0].fading
+    fading.load_state_dict(attention(config, layer, TAU))
+    u = torch.randn(1, 20, 32, dtype=torch.float64)
+    y, _ = fading.double()(u, torch.tensor([20]))
     torch.testing.assert_close(y[0], linear_attention(config, layer, u[0]), atol=2e-6, rtol=2e-6)
 
 
