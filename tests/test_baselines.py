@@ -72,7 +72,9 @@ def test_the_mask_of_the_oracle_hides_something(tmp_path):
     assert all((a - b).abs().max() > 1e-3 for a, b in ((found[0], found[1]), (found[1], found[2])))
 
 
-@pytest.mark.parametrize("name", ["llama_biases_tied", "qwen2", "qwen3", "smollm3", "llama3_rope"])
+@pytest.mark.parametrize(
+    "name", ["llama_biases_tied", "qwen2", "qwen3", "smollm3", "llama3_rope", "phi3", "granite", "olmo2"]
+)
 def test_every_family_has_its_windows(name, tmp_path):
     source = save_source(tmp_path, name)
     row = models_of(tmp_path, memory={"window_size": 6}).sinks(3, 6, "sinks")

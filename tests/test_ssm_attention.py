@@ -96,7 +96,9 @@ def test_the_scale_of_the_scores_is_the_source_s():
     torch.testing.assert_close(y[0], linear_attention(config, layer, u[0]), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_biases_tied", "llama_narrow_heads", "mistral", "qwen2", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_biases_tied", "llama_narrow_heads", "mistral", "qwen2", "smollm3", "phi3", "granite"]
+)
 def test_graft_from_attention_accounts_for_every_tensor_and_keeps_the_source(name, tmp_path):
     source = save_source(tmp_path / "source", name)
     assert graft(tmp_path, ssm_init="attention") == 0
