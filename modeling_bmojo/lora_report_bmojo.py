@@ -50,6 +50,7 @@ def lora_coverage(model: nn.Module) -> list[LayerCoverage]:
     kinds = _layer_types(model)
     rows = {index: _empty(index, kind) for index, kind in enumerate(kinds)}
     rows[OUTSIDE] = _empty(OUTSIDE, "")
+    counted = set()  # tied tensors count once
     for name, module, state in _owners(model):
         match = LAYER.search(name)
         row = rows[int(match[1]) if match else OUTSIDE]
@@ -58,11 +59,10 @@ def lora_coverage(model: nn.Module) -> list[LayerCoverage]:
             row["adapted"][short] = _rank(module)
         else:
             row[state].append(short)
-        counted = {
-            id(p): p for p in module.parameters(recurse=state == "adapted" or hasattr(module, "original_module"))
-        }
-        row["parameters"] += sum(p.numel() for p in counted.values())
-        row["trains"] += sum(p.numel() for p in counted.values() if p.requires_grad)
+        own = [p for p in module.parameters(recurse=_is_wrapper(module)) if id(p) not in counted]
+        counted.update(map(id, own))
+        row["parameters"] += sum(parameter.numel() for parameter in own)
+        row["trains"] += sum(parameter.numel() for parameter in own if parameter.requires_grad)
     return [
         LayerCoverage(**{**row, "in_full": tuple(row["in_full"]), "frozen": tuple(row["frozen"])})
         for row in rows.values()
