@@ -22,6 +22,9 @@ from .modeling_bmojo import (
     BMojoPreTrainedModel,
 )
 from .peft_bmojo import bmojo_lora_config
+from .plots_bmojo import plot_expiry, plot_innovation, plot_memory_growth
+from .show_bmojo import MemoryView, show_memory
+from .trace_bmojo import InnovationTrace, trace_innovation
 
 
 __version__ = "0.1.0"
@@ -51,11 +54,18 @@ __all__ = [
     "BMojoForTokenClassification",
     "BMojoModel",
     "BMojoPreTrainedModel",
+    "InnovationTrace",
     "LayerCoverage",
+    "MemoryView",
     "RememberedToken",
     "bmojo_lora_config",
     "check_adapter",
     "explain_kernels",
     "lora_coverage",
+    "plot_expiry",
+    "plot_innovation",
+    "plot_memory_growth",
     "print_lora_coverage",
+    "show_memory",
+    "trace_innovation",
 ]
