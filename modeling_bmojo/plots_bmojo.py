@@ -123,7 +123,7 @@ def _by_position(source: InnovationTrace | BMojoCache, layers: list[int], row: i
     """Innovations `[layers, seen]`, NaN where a cache has none."""
     if isinstance(source, InnovationTrace):
         return source.innovations[[source.layers.index(layer) for layer in layers], row, :seen]
-    values = torch.full((len(layers), seen), torch.nan)
+    values = torch.full((len(layers), seen), torch.nan, dtype=torch.float64)
     for index, layer in enumerate(layers):
         positions, innovations = held_tokens(source, layer, row)
         values[index, positions] = innovations

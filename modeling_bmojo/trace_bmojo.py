@@ -4,7 +4,8 @@ A layer stores a token's innovation with the token, so reading at most W tokens 
 between misses none: no hook, no change of the model. `plots_bmojo.py` draws what is measured here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ READ_AT_ONCE = 512  # tokens, when only bytes are measured
 class InnovationTrace(NamedTuple):
     """Innovations of a text, as the layers with an eidetic memory measured them.
 
-    layers: their indices. innovations: `[layers, B, T]` fp32 by position among the real tokens, NaN behind a row's end.
-    kept: `[layers, B, T]`, True for tokens beyond the window that are kept at the end. cache: the memory afterwards.
+    layers: their indices. innovations: `[layers, B, T]` by position among the real tokens, NaN behind a row's end; fp32
+    (fp64 of fp64 models). kept: `[layers, B, T]`, True for tokens beyond the window that are kept at the end. cache: the
+    memory afterwards. decay: the model's eidetic_decay.
     """
 
     layers: list[int]
@@ -54,24 +56,34 @@ def trace_innovation(
     cache = BMojoCache(model.config)
     layers = remembering_layers(cache)
     step = min(cache.specs[index].window for index in layers)
-    found = torch.full((len(layers), *input_ids.shape), torch.nan)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, input_ids.shape[1], step):
-                end = min(start + step, input_ids.shape[1])
-                mask = None if attention_mask is None else attention_mask[:, :end]
-                model(input_ids=input_ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
-                for index, layer in enumerate(layers):
-                    _note(cache, layer, found[index])
-    finally:
-        model.train(training)
+    dtype = torch.promote_types(model.dtype, torch.float32)  # of the innovations that the cache stores
+    found = torch.full((len(layers), *input_ids.shape), torch.nan, dtype=dtype)
+    with _evaluating(model):
+        for start in range(0, input_ids.shape[1], step):
+            end = min(start + step, input_ids.shape[1])
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            model(input_ids=input_ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
+            for index, layer in enumerate(layers):
+                _note(cache, layer, found[index])
     kept = torch.zeros(found.shape, dtype=torch.bool)
     for index, layer in enumerate(layers):
         for row in range(input_ids.shape[0]):
             kept[index, row, [token.position for token in cache.remembered(layer, row)]] = True
     return InnovationTrace(layers, found, kept, cache, model.config.eidetic_decay)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
 
 
 def _note(cache: BMojoCache, layer: int, into: torch.Tensor) -> None:
@@ -85,7 +97,7 @@ def held_tokens(cache: BMojoCache, layer: int, row: int) -> tuple[torch.Tensor, 
     """Positions and innovations of the tokens that a layer holds, window and eidetic memory, by position."""
     states = cache.layers[layer]
     pool = slice(states.spec.fading, None)
-    positions, innovations = states.positions[row, pool].cpu(), states.innovations[row, pool].cpu().float()
+    positions, innovations = states.positions[row, pool].cpu(), states.innovations[row, pool].cpu()
     order = positions.argsort()
     order = order[positions[order] >= 0]
     return positions[order], innovations[order]
@@ -122,19 +134,14 @@ def memory_bytes(config: BMojoConfig, tokens: int, dtype: torch.dtype = torch.fl
 def measure_bytes(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     """Bytes of the model's cache after reading as many random tokens as `lengths` say, in rising order."""
     cache, generator, read, found = BMojoCache(model.config), torch.Generator().manual_seed(0), 0, []
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for length in lengths:
-                while read < length:
-                    count = min(READ_AT_ONCE, length - read)
-                    ids = torch.randint(0, model.config.vocab_size, (1, count), generator=generator)
-                    model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
-                    read += count
-                found.append(cache.nbytes)
-    finally:
-        model.train(training)
+    with _evaluating(model):
+        for length in lengths:
+            while read < length:
+                count = min(READ_AT_ONCE, length - read)
+                ids = torch.randint(0, model.config.vocab_size, (1, count), generator=generator)
+                model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+                read += count
+            found.append(cache.nbytes)
     return found
 
 
