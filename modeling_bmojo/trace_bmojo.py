@@ -22,9 +22,9 @@ READ_AT_ONCE = 512  # tokens, when only bytes are measured
 class InnovationTrace(NamedTuple):
     """Innovations of a text, as the layers with an eidetic memory measured them.
 
-    layers: their indices. innovations: `[layers, B, T]` by position among the real tokens, NaN behind a row's end; fp32
-    (fp64 of fp64 models). kept: `[layers, B, T]`, True for tokens beyond the window that are kept at the end. cache: the
-    memory afterwards. decay: the model's eidetic_decay.
+    layers: their indices. innovations: `[layers, B, T]` by position among the real tokens, NaN behind a row's end, in
+    fp32 (fp64 of fp64 models). kept: `[layers, B, T]`, True for tokens beyond the window that are kept at the end.
+    cache: the memory afterwards. decay: the model's eidetic_decay.
     """
 
     layers: list[int]
