@@ -50,8 +50,13 @@ def launch(name: str, start: Path, folder: Path, first: int, last: int) -> Run:
     command += [str(ROOT / "tests" / "train_tiny.py"), str(start), str(folder), str(first), str(last)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    assert run.returncode == 0, run.stderr[-3000:]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            _, errors = run.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # the launcher ends its processes; killed, it would leave them behind
+            raise
+    assert run.returncode == 0, errors[-3000:]
     facts = json.loads((folder / "losses.json").read_text())
     return Run(folder / "model", facts.pop("losses"), facts)
 

@@ -71,6 +71,8 @@ def main(start: str, result: str, first: str, last: str) -> None:
             "sharded": sum(type(p).__name__ == "DTensor" for p in model.parameters()),
         }
         (Path(result) / "losses.json").write_text(json.dumps(facts))
+    # Also lets gloo's threads finish: torch joins them holding the GIL, and one that still drops a tensor waits for it.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
