@@ -314,7 +314,7 @@ class MemoryView:
 
 
 def _html_text(text: str) -> str:
-    """Escaped text; what stands for whitespace is marked, so that it is paler and is not copied."""
+    """Escaped text; what stands for whitespace is marked, so that it is not copied."""
     text = html.escape(visible(text))
     for sign in ("\u23ce", "\u21e5", "\u00b7"):
         text = text.replace(sign, f"<s>{sign}</s>")
@@ -353,7 +353,7 @@ def _style() -> str:
         f"{box} .head{{font-weight:600;font-size:13px;margin:10px 0 6px}}"
         f"{box} .text{{white-space:pre-wrap;overflow-wrap:anywhere;color:var(--quiet-ink)}}"
         f"{box} mark{{border-radius:3px;padding:1px 0;box-shadow:inset -1px 0 var(--page-ground)}}"
-        f"{box} s{{text-decoration:none;opacity:.75;user-select:none}}"
+        f"{box} s{{text-decoration:none;user-select:none}}"
         f"{states}"
     )
 

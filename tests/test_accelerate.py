@@ -19,11 +19,13 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from oracles import randomize_
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import MIXED_LAYERS, SIZES
-from train_tiny import train
+from torch.distributed.fsdp import fully_shard
+from train_tiny import batch, train
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import BMojoConfig, BMojoForCausalLM, bmojo_lora_config
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,42 @@ def test_fsdp2_continues_from_ddp_and_one_process_from_fsdp2(alone, ddp, tmp_pat
     assert train(None, model, 6, 7)[1] == pytest.approx(
         train(None, BMojoForCausalLM.from_pretrained(alone[6].model).train(), 6, 7)[1], abs=1e-5
     )
+
+
+@pytest.fixture
+def gloo(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recipe", "scalars_in_fp32", "taken"),
+    [
+        (torch.float32, None, True, True),
+        (torch.bfloat16, None, True, False),
+        (torch.bfloat16, None, False, True),
+        (torch.float32, "hylora", True, True),
+        (torch.bfloat16, "lora", True, True),
+        (torch.bfloat16, "hylora", False, False),
+    ],
+)
+def test_what_fsdp2_takes_without_mixed_precision(dtype, recipe, scalars_in_fp32, taken, gloo, tmp_path):
+    """The table of docs/peft.md: what trains in one layer must have one dtype. PEFT keeps adapters in fp32."""
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    config = BMojoConfig(**{**SIZES, **MIXED_LAYERS}, ssm_scalars_in_fp32=scalars_in_fp32)
+    BMojoForCausalLM(config).save_pretrained(tmp_path / "model")
+    model = BMojoForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    if recipe:
+        model = get_peft_model(model, bmojo_lora_config(model, recipe, r=2))
+    for module in [m for m in model.modules() if type(m).__name__ == "BMojoDecoderLayer"] + [model]:
+        fully_shard(module, mesh=mesh)
+    if taken:
+        model(input_ids=batch(0), labels=batch(0)).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    else:
+        with pytest.raises(AssertionError, match="expects uniform original parameter dtype"):
+            model(input_ids=batch(0))
 
 
 def test_every_configuration_is_known_here():
