@@ -13,6 +13,8 @@ from modeling_bmojo import BMojoConfig
 from .family_table import COMMON_DROPPED, COMMON_FIELDS, FAMILIES, Family
 
 
+LAYER_PATTERN = r"every (?P<step>[1-9]\d*)( from (?P<first>\d+))?"
+
 # Fields of BMojoConfig that a graft may set; all others are facts of the source.
 MEMORY_FIELDS = (
     "window_size",
@@ -97,15 +99,23 @@ def source_window(config: Any) -> int | None:
 def chosen_layers(layers: str | list[int], count: int) -> list[int]:
     """Indices of the layers that become B'MOJO layers.
 
+    Args:
+        layers: "all", a list of indices, or a pattern: "every 2" is 0, 2, 4, ..., "every 2 from 1" is 1, 3, 5, ...
+
     Raises:
-        ValueError: `layers` is neither "all" nor a list of distinct indices in [0, count).
+        ValueError: `layers` is none of these, or names layers outside [0, count).
     """
     if layers == "all":
         return list(range(count))
+    pattern = re.fullmatch(LAYER_PATTERN, layers) if isinstance(layers, str) else None
+    if pattern:
+        layers = list(range(int(pattern["first"] or 0), count, int(pattern["step"])))
     is_list = isinstance(layers, list) and all(type(index) is int for index in layers)
     if not is_list or not layers or len(set(layers)) != len(layers) or not all(0 <= index < count for index in layers):
+        given = pattern[0] if pattern else layers
         raise ValueError(
-            f"layers={layers!r}: must be 'all' or a list of distinct layer indices from 0 to {count - 1}, at least one."
+            f"layers={given!r}: must be 'all', a list of distinct layer indices from 0 to {count - 1}, at least one, a "
+            "pattern such as 'every 2' or 'every 2 from 1', or 'measured' with measured_layers."
         )
     return sorted(layers)
 

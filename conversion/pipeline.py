@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from modeling_bmojo import BMojoConfig
 
@@ -19,6 +20,7 @@ from .card import model_card
 from .check import check_against_source
 from .export import generation_settings, meta_model, save_description, save_tokenizer
 from .families import backbone_fields, bmojo_config_for, family_of, source_layer_types, source_window
+from .layer_choice import MEASURED, measure_layers, write_ranking
 from .report import (
     Piece,
     code_fingerprint,
@@ -32,7 +34,7 @@ from .report import (
 )
 from .settings import DTYPES, GraftSettings
 from .sources import Source, open_source, source_files
-from .ssm_init import SSM_INITS, check_smoother
+from .ssm_init import SSM_INITS
 from .staging import check_output, check_space, clear_leftovers, staged_folder
 from .weights import LazyTensors, digest, row_blocks, write_shards
 
@@ -56,6 +58,7 @@ class Plan:
     initialised: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
+    ranking: dict[str, Any] | None = None  # where the layers were chosen by measuring
 
     @cached_property
     def pieces(self) -> dict[str, Piece]:
@@ -79,6 +82,8 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
         return output
     check_output(output, overwrite or reuse)
     plan = prepare(settings, overwrite or reuse)
+    if settings.layers == MEASURED:
+        plan = with_measured_layers(plan)
     with staged_folder(output) as folder:
         write_checkpoint(folder, plan)
     return output
@@ -101,11 +106,23 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     source = open_source(settings.source, settings.allow_pickle)
     if Path(settings.source).exists():
         check_output(output, overwrite, sources=(Path(settings.source),))
+    plan = plan_graft(settings, source)
+    size = sum(torch.Size(shape).numel() * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
+    check_space(output, size + SIDE_FILES_BYTES)
+    return plan
+
+
+def plan_graft(settings: GraftSettings, source: Source, layers: str | list[int] | None = None) -> Plan:
+    """What becomes of the source by these settings; nothing is written, and no tensor is read.
+
+    Args:
+        layers: used instead of the settings' own. Layers that are still to be measured are planned as all of them.
+    """
+    layers = layers or ("all" if settings.layers == MEASURED else settings.layers)
     init = SSM_INITS[settings.ssm_init]
     memory = init.complete(backbone_fields(source.config), {**init.fields, **settings.memory})
-    config = bmojo_config_for(source.config, memory, settings.layers)
-    if settings.ssm_init == "smoother":
-        check_smoother(config, tuple(settings.smoother_tau))
+    config = bmojo_config_for(source.config, memory, layers)
+    init.check(config, tuple(settings.smoother_tau))
     dtype = getattr(torch, settings.dtype or source.dtype, None)
     if dtype_name(dtype) not in DTYPES:
         raise ValueError(f"dtype of the source is {source.dtype}; set dtype to float32, bfloat16 or float16.")
@@ -116,9 +133,22 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     initialised = initialised_tensors(config, shapes, init.describe)
     copies = plan_copy(source.config, source.shapes, shapes, set(initialised))
     dtypes = target_dtypes(settings, source, dtype, copies, shapes)
-    size = sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items())
-    check_space(output, size + SIDE_FILES_BYTES)
     return Plan(settings, source, config, dtype, copies, initialised, shapes, dtypes)
+
+
+def with_measured_layers(plan: Plan) -> Plan:
+    """The plan with the layers that measuring finds least harmful; `plan` has every layer (conversion/layer_choice.py).
+
+    Raises:
+        ValueError: the text is too short, the source has no tokenizer, or the choice contradicts the settings.
+    """
+    settings, source = plan.settings, plan.source
+    count = source.config.num_hidden_layers
+    plan_graft(settings, source, list(range(min(settings.measured_layers, count))))  # refuses before the work
+    ranking = measure_layers(plan.config, source, settings, lambda: build_tensors(plan))
+    chosen = plan_graft(settings, source, ranking["chosen"])
+    chosen.ranking = ranking
+    return chosen
 
 
 def initialised_tensors(config: BMojoConfig, shapes: dict[str, tuple[int, ...]], rule: str) -> dict[str, str]:
@@ -181,9 +211,9 @@ class TensorBuilder:
 
 
 def build_tensors(plan: Plan) -> dict[str, torch.Tensor]:
-    """All target tensors of a plan at once, for whoever runs the graft without writing it; see `TensorBuilder`."""
-    build = TensorBuilder(plan)
-    return {name: build(name) for name in plan.shapes}
+    """All target tensors in memory: for models that run without being written."""
+    make = TensorBuilder(plan)
+    return {name: make(name) for name in tqdm(plan.shapes, desc="Reading the source", unit="tensor")}
 
 
 def copied_tensor(plan: Plan, name: str) -> torch.Tensor:
@@ -230,6 +260,8 @@ def write_checkpoint(folder: Path, plan: Plan) -> None:
     """Fills `folder`: weights, code, tokenizer, settings, card and, last, the report."""
     generation = generation_settings(plan.source.generation_settings(), plan.config)
     save_description(folder, plan.config, plan.dtype, generation)
+    if plan.ranking is not None:
+        write_ranking(folder, plan.ranking)
     build = TensorBuilder(plan)
     write_shards(folder, plan.shapes, plan.dtypes, build, plan.settings.max_shard_size)
     report = build_report(plan, build.digests)
@@ -262,6 +294,8 @@ def build_report(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
         "settings": plan.settings.as_dict(),
         "dtype": dtype_name(plan.dtype),
         "ssm_init": plan.settings.ssm_init,
+        "layers": [index for index, kind in enumerate(plan.config.layer_types) if kind == "bmojo"],
+        "layer_ranking": plan.ranking,
         "identical_up_to": min(windows),
         "counts": {
             "copied": len(plan.copies) - dropped,
