@@ -36,6 +36,7 @@ from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
 from .linear_bmojo import BMojoLinear
+from .peft_bmojo import NoPrompts
 
 
 logger = logging.get_logger(__name__)
@@ -173,7 +174,7 @@ def _weights_by_column(weights: torch.Tensor, rows: Rows) -> torch.Tensor:
     return by_query.transpose(1, 2)
 
 
-class BMojoPreTrainedModel(PreTrainedModel):
+class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     """Weight initialisation and what B'MOJO models declare to transformers."""
 
     config_class = BMojoConfig
