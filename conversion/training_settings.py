@@ -151,6 +151,7 @@ class AlignSettings(TrainingSettings):
 class FinetuneSettings(TrainingSettings):
     """Settings of conversion.finetune. lora: train an adapter; `train` is then left out."""
 
+    train: str | list[str] = "all"
     lora: LoraSettings | None = None
 
 
@@ -259,7 +260,7 @@ def check_settings(settings: TrainingSettings) -> None:
             raise ValueError(f"loss_from={settings.loss_from!r}: must be a number of tokens >= 0, or null.")
     if isinstance(settings, FinetuneSettings) and settings.lora is not None:
         check_lora(settings.lora)
-        if settings.train != "new":
+        if settings.train != "all":
             raise ValueError(f"train={settings.train!r}: with a lora section the adapter trains; remove `train`.")
 
 
