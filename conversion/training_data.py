@@ -5,6 +5,7 @@ about a batch can say which rows it held. Held-out documents are set aside befor
 """
 
 import glob
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ FEATURES = Features(
         "counted": Value("int32"),
     }
 )
+ENDS = 2**20  # bytes at either end of a file that its fingerprint covers
 BATCH = 1000  # documents that are packed together
 AnyDataset = Dataset | IterableDataset
 
@@ -46,7 +48,7 @@ class TrainingData:
 
     train: AnyDataset
     evaluation: Dataset | None
-    files: list[list[str | int]]
+    files: list[list[str]]
 
 
 def build_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from: int, seed: int) -> TrainingData:
@@ -77,7 +79,7 @@ def build_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from
     return TrainingData(train, evaluation, files)
 
 
-def _split(data: DataSettings, seed: int) -> tuple[AnyDataset, Dataset | None, list[list[str | int]]]:
+def _split(data: DataSettings, seed: int) -> tuple[AnyDataset, Dataset | None, list[list[str]]]:
     """Training documents, held-out documents or None, and the local files read."""
     if data.builtin is not None:
         texts = [
@@ -123,8 +125,8 @@ def _spread(rows: Dataset, count: int) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
 
 
-def read_files(patterns: str | list[str], text_column: str) -> tuple[Dataset, list[list[str | int]]]:
-    """All rows of the files that match, in one data set, and the files' names, sizes and times of change (ns).
+def read_files(patterns: str | list[str], text_column: str) -> tuple[Dataset, list[list[str]]]:
+    """All rows of the files that match, in one data set, and the files' names and fingerprints.
 
     Raises:
         ValueError: a pattern that matches nothing, a kind of file that cannot be read, or a damaged file.
@@ -148,12 +150,35 @@ def read_files(patterns: str | list[str], text_column: str) -> tuple[Dataset, li
         if builder == "text" and text_column != "text":
             part = part.rename_column("text", text_column)
         parts.append(part)
-    if len(parts) > 1:
-        shared = set(parts[0].column_names).intersection(*(part.column_names for part in parts))
-        parts = [part.select_columns(sorted(shared)) for part in parts]
     files = [Path(name) for names in found.values() for name in names]
-    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return concatenate_datasets(parts), stats
+    return _joined(parts), [[file.name, _fingerprint(file)] for file in files]
+
+
+def _fingerprint(file: Path) -> str:
+    """SHA-256 over a file's size, beginning and end: tells files apart without reading gigabytes."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        digest.update(opened.read(ENDS))
+        opened.seek(max(0, size - ENDS))
+        digest.update(opened.read())
+    return digest.hexdigest()[:16]
+
+
+def _joined(parts: list[Dataset]) -> Dataset:
+    """One data set of the columns that all parts have, in the types of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    shared = set(parts[0].column_names).intersection(*(part.column_names for part in parts))
+    if not shared:
+        columns = "; ".join(", ".join(part.column_names) for part in parts)
+        raise ValueError(f"data.files: the files have no column in common ({columns}); set data.text_column.")
+    parts = [part.select_columns(sorted(shared)) for part in parts]
+    try:
+        return concatenate_datasets([part.cast(parts[0].features) for part in parts])
+    except Exception as error:  # datasets and pyarrow raise types of their own
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"data.files: columns {sorted(shared)} differ in type between files ({reason}).") from error
 
 
 def read_hub(data: DataSettings) -> AnyDataset:
@@ -166,7 +191,7 @@ def _load(name: str, *arguments: Any, **options: Any) -> AnyDataset:
         return load_dataset(*arguments, **options)
     except Exception as error:  # datasets, pyarrow, fsspec and the hub raise types of their own
         reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        raise ValueError(f"data: {name} cannot be read ({reason[0]}); check the name and the file.") from error
+        raise ValueError(f"data: {name} cannot be read, or is empty ({reason[0]}); check it.") from error
 
 
 class _Rows:
@@ -201,8 +226,8 @@ class _Rows:
             rows = rows.select(counted).remove_columns("counted")
             rows = rows.add_column("row", list(range(len(rows))))
         else:
-            rows = rows.filter(lambda row: row["counted"] > 0)
-            rows = rows.map(_numbered, with_indices=True, remove_columns=["counted"])
+            rows = rows.filter(lambda row: row["counted"] > 0).remove_columns("counted")
+            rows = rows.map(_numbered, with_indices=True)
         self._check_counted(rows, kind)
         return rows
 

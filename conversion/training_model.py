@@ -1,5 +1,6 @@
 """The model that a training program starts from: opened, checked, and told which of its tensors train."""
 
+import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -44,9 +45,9 @@ def find_checkpoint(source: str) -> Path:
             raise ValueError(f"source={source!r}: no such folder; graft one first: python -m conversion.graft.")
         folder = _download(source)
     try:
-        config = BMojoConfig.get_config_dict(folder)[0]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"source={source!r}: has no readable config.json ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"source={source!r}: has no readable config.json ({error}).") from error
     if config.get("model_type") != "bmojo":
         raise ValueError(
             f"source={source!r}: is a {config.get('model_type')} model, not a B'MOJO checkpoint; turn it into one with "

@@ -8,7 +8,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from .training_settings import TrainingSettings
 
 
 LOG_FILE = "training_log.json"
-FRESH = re.compile(r"It is a fresh graft: nothing was trained\..*?(?=\n\n## |\Z)", flags=re.DOTALL)
+BEGIN, END = "<!-- training -->", "<!-- end of training -->"
+# In a card: what a graft says of itself, or an earlier training.
+PLACE = re.compile(rf"It is a fresh graft: nothing was trained\..*?(?=\n\n## |\Z)|{BEGIN}.*?{END}", flags=re.DOTALL)
 
 
 def training_entry(program: str, settings: TrainingSettings, trained: list[str], state: TrainerState) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def write_checkpoint(
     report["dtype"] = dtype_name(dtype)
     save_model(folder, copy.deepcopy(student.config), whole, generation, max_shard_size)
     report["tokenizer"] = save_tokenizer(folder, student.tokenizer, student.config.vocab_size)
-    card = trained_card(_read_text(student.folder / "README.md"), report, entry)
+    card = trained_card(_read_text(student.folder / "README.md"), report, report["training"])
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_report(folder, report)
 
@@ -76,7 +78,7 @@ def write_adapter(folder: Path, adapter: torch.nn.Module, student: Student, entr
     """Fills `folder` with an adapter (peft's files), the tokenizer, a card and a report."""
     adapter.save_pretrained(folder)
     student.tokenizer.save_pretrained(folder)
-    card = trained_card(_read_text(folder / "README.md"), {}, entry)
+    card = trained_card(_read_text(folder / "README.md"), {}, [entry])
     (folder / "README.md").write_text(card, encoding="utf-8")
     report = {key: student.report[key] for key in ("source", "settings") if key in student.report}
     write_report(folder, {**report, "adapter": True, "training": [*student.report.get("training", []), entry]})
@@ -109,28 +111,38 @@ def updated_report(
     return updated
 
 
-def trained_card(card: str, report: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
-    """The model card, with what was trained in place of the remark that nothing was."""
-    what = {"align": "aligned with its source", "finetune": "fine-tuned on next tokens"}[entry["program"]]
-    lines = [
-        f"It was {what} for {entry['steps']:,} steps: {entry['trained_tensors']} tensors were trained "
-        f"(`{_short(entry['settings'].get('train'))}`), on {_text_name(entry['settings']['data'])}."
-    ]
-    if entry["loss"]:
-        lines.append(
-            f"Training loss {entry['loss']['first']['loss']:.4g} at first, {entry['loss']['last']['loss']:.4g} at last."
-        )
-    if entry["held_out"]:
-        first, last = entry["held_out"]["first"]["eval_loss"], entry["held_out"]["last"]["eval_loss"]
-        lines.append(f"Loss on held-out text {first:.4g} at first, {last:.4g} at last.")
+def trained_card(card: str, report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """The model card, with what was trained in place of the remark that nothing was, or of what was trained before.
+
+    Args:
+        report: of the result. entries: its runs, oldest first.
+    """
+    lines = [line for entry in entries for line in _told(entry)]
     same = report.get("identical_up_to")
     if same:
         lines.append(f"Up to {same:,} tokens its logits are still those of the source.")
-    lines.append("`graft_report.json` holds the settings, `training_log.json` the course of the training.")
-    text = "\n".join(lines)
-    if FRESH.search(card):
-        return FRESH.sub(lambda match: text, card, count=1)
-    return f"{card.rstrip()}\n\n## Trained on\n\n{text}\n".lstrip()
+    lines.append("`graft_report.json` holds the settings, `training_log.json` the course of the last training.")
+    text = "\n".join([BEGIN, *lines, END])
+    if PLACE.search(card):
+        return PLACE.sub(lambda match: text, card, count=1)
+    return f"{card.rstrip()}\n\n## Training\n\n{text}\n".lstrip()
+
+
+def _told(entry: Mapping[str, Any]) -> list[str]:
+    """One run in sentences."""
+    what = {"align": "aligned with its source", "finetune": "fine-tuned on next tokens"}[entry["program"]]
+    settings, loss, held_out = entry["settings"], entry["loss"], entry["held_out"]
+    adapter = "an adapter's tensors" if settings.get("lora") else f"`{_short(settings['train'])}`"
+    lines = [
+        f"It was {what} for {entry['steps']:,} steps on {_text_name(settings['data'])}; "
+        f"{entry['trained_tensors']} tensors were trained ({adapter})."
+    ]
+    if loss:
+        lines.append(f"Training loss {loss['first']['loss']:.4g} at first, {loss['last']['loss']:.4g} at last.")
+    if held_out:
+        first, last = held_out["first"]["eval_loss"], held_out["last"]["eval_loss"]
+        lines.append(f"Loss on held-out text {first:.4g} at first, {last:.4g} at last.")
+    return lines
 
 
 def _short(train: Any) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 
 from .checkpoints import (
@@ -69,6 +69,7 @@ def train(settings: TrainingSettings, options: RunOptions) -> Result:
     check_output(output, replace, sources=(folder,))
     check_work(output, options.resume, options.overwrite, options.finish is not None)
     arguments = training_arguments(settings, work)
+    set_seed(settings.seed)  # adapters start from random numbers
     task = _task(settings, arguments)
     if options.finish is not None:
         check_recipe(work, recipe_of(settings, {"source_files": source_files(str(folder))}), "--finish")
