@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
+from .export import meta_model
 from .report import REPORT_FILE, read_report
 from .sources import HUB_ID
 from .training_settings import TrainingSettings
@@ -75,17 +76,15 @@ def open_student(settings: TrainingSettings) -> Student:
     folder = find_checkpoint(settings.source)
     report = read_report(folder) or {}
     dtype = getattr(torch, settings.dtype or report.get("dtype") or "float32")
-    changed = f" with memory={settings.memory}" if settings.memory else ""
+    _check_memory(folder, settings.memory)
     try:
         model, info = BMojoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings.memory)
     except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"source={settings.source!r}{changed}: does not load ({error}).") from error
+        raise ValueError(f"source={settings.source!r}: does not load ({error}).") from error
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if wrong or info["mismatched_keys"]:
-        found = ", ".join(wrong[:4]) or str(info["mismatched_keys"][:4])
+    if wrong:
         raise ValueError(
-            f"source={settings.source!r}{changed}: tensors and config do not fit ({found}); "
-            f"{'fields that change tensors are set when grafting' if changed else 'the folder is damaged'}."
+            f"source={settings.source!r}: tensors and config do not fit ({', '.join(wrong[:4])}); the folder is damaged."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -93,6 +92,22 @@ def open_student(settings: TrainingSettings) -> Student:
         raise ValueError(f"source={settings.source!r}: its tokenizer does not load ({error}).") from error
     config = BMojoConfig.from_pretrained(folder, **settings.memory)
     return Student(folder, model, config, tokenizer, report, dtype)
+
+
+def _check_memory(folder: Path, memory: Mapping[str, Any]) -> None:
+    """Refuses `memory` fields that would change a tensor's name or shape (ValueError)."""
+    if not memory:
+        return
+    before, after = (
+        {name: tuple(value.shape) for name, value in meta_model(config).state_dict().items()}
+        for config in (BMojoConfig.from_pretrained(folder), BMojoConfig.from_pretrained(folder, **memory))
+    )
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    if changed:
+        raise ValueError(
+            f"memory={dict(memory)!r}: would change {len(changed)} tensors, such as {min(changed)}; fields that decide "
+            "what tensors there are, are set when grafting."
+        )
 
 
 def choose_trained(model: torch.nn.Module, train: str | list[str], report: Mapping[str, Any]) -> list[str]:

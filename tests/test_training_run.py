@@ -364,7 +364,7 @@ REFUSED = {
     "a source that is no folder": ({"source": "nowhere"}, "no such folder; graft one first"),
     "a pattern without a match": ({"train": ["model.layrs.*"]}, "'model.layrs.*' matches no tensor"),
     "narrow weights alone": ({"dtype": "bfloat16"}, "mixed precision is needed"),
-    "memory that changes tensors": ({"memory": {"ssm_state_size": 7}}, "tensors"),
+    "memory that changes tensors": ({"memory": {"ssm_state_size": 7}}, "would change 6 tensors"),
     "nothing to learn": ({"memory": {"fading_size": 0}}, "with fading_size=0 nothing"),
     "nothing held out": ({"data": {"held_out": 0}, "keep": "best"}, "keep='best': goes by the loss on held-out"),
     "sequences within the window": ({"data": {"sequence_length": W}}, "no position of a sequence would count"),
