@@ -67,7 +67,8 @@ Under one softmax, such a layer attends to
 
 - the last {config.window_size} tokens (window),
 - up to {config.eidetic_size} older tokens that its fading memory could not predict (eidetic memory),
-- {config.fading_size} output of a state space model that summarises what came before (fading memory).
+- {config.fading_size} output(s) of a state space model, one every {config.fading_stride} tokens beyond the window, that
+  sum up what came before (fading memory).
 
 The memory of a B'MOJO layer does not grow with the text.
 

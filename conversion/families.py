@@ -51,6 +51,7 @@ MEMORY_FIELDS = (
     "innovation",
     "innovation_taps",
     "fading_size",
+    "fading_stride",
     "tie_fading_projections",
     "memory_block_size",
     "ssm_type",

@@ -18,6 +18,7 @@ from .attention_ops import KeySet, causal_attention, weights_by_position
 from .cache_layer_bmojo import BMojoCacheLayer, Past
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
+from .linear_bmojo import BMojoLinear
 from .memory_ops import NEVER, retention_key
 
 
@@ -77,14 +78,14 @@ class BMojoAttention(nn.Module):
 
         query_size, key_size = config.num_attention_heads * spec.head_dim, spec.kv_heads * spec.head_dim
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_proj = BMojoLinear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
+        self.v_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
+        self.o_proj = BMojoLinear(query_size, config.hidden_size, bias=config.attention_output_bias)
         self.tied = config.tie_fading_projections
         if spec.fading and not self.tied:
-            self.fading_k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
-            self.fading_v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+            self.fading_k_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
+            self.fading_v_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
         if config.qk_norm == "head":
             self.q_norm = BMojoRMSNorm(spec.head_dim, config.rms_norm_eps)
             self.k_norm = BMojoRMSNorm(spec.head_dim, config.rms_norm_eps)
@@ -114,9 +115,10 @@ class BMojoAttention(nn.Module):
         """
         rotary = rotary if self.use_rope else None
         query = rotate(self.q_norm(self._heads(self.q_proj(hidden_states))), rotary)
-        keys, values, faded = self._memories(hidden_states, fading, rotary)
+        keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj, rotary)
         live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         stepping = cache is not None and cache.started and query.shape[1] == 1 and not live
+        faded = self._fade(fading, rotary, lengths, cache, stepping)
         if lengths is None and not stepping:
             lengths = torch.full((query.shape[0],), query.shape[1], device=query.device)
         if self.spec.window is None:
@@ -138,18 +140,27 @@ class BMojoAttention(nn.Module):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def _memories(self, hidden_states: torch.Tensor, fading: torch.Tensor | None, rotary) -> tuple:
-        """Keys and values `[B, T, G, D]` of the inputs, and those of the fading tokens as a pair, or None."""
-        inputs = (self.k_proj, self.v_proj)
-        if fading is None or not self.spec.fading:
-            return *self._keys_values(hidden_states, *inputs, rotary), None
-        if self.tied and fading.shape[1] == 1:
-            # Decoding waits for the weights to come from memory: both tokens go through them at once.
-            pair = self._keys_values(torch.cat([hidden_states, fading], dim=1), *inputs, rotary)
-            (keys, faded_keys), (values, faded_values) = (value.split(1, dim=1) for value in pair)
-            return keys, values, (faded_keys, faded_values)
-        outputs = inputs if self.tied else (self.fading_k_proj, self.fading_v_proj)
-        return *self._keys_values(hidden_states, *inputs, rotary), self._keys_values(fading, *outputs, rotary)
+    def _fade(self, fading: torch.Tensor | None, rotary, lengths, cache: BMojoCacheLayer | None, stepping: bool):
+        """Keys and values `[B, n, G, D]` of the fading tokens that are made of SSM outputs `[B, T, E]`, or None.
+
+        They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which
+        `_line` gives no position. A single step makes one of its only output, and the cache knows whether to take it.
+        """
+        if fading is None or not self.spec.fading or (stepping and not cache.makes_fading(lengths)):
+            return None
+        projections = (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
+        stride, tokens = self.spec.stride, fading.shape[1]
+        if stride == 1 or stepping:
+            return self._keys_values(fading, *projections, rotary)
+        if cache is None or cache.even:
+            part = slice(-(1 if cache is None else cache.columns + 1) % stride, None, stride)
+            taken = [value[:, part] for value in (fading, *(rotary or ()))]
+        else:
+            first = (-cache.seen - 1) % stride
+            index = first[:, None] + torch.arange(0, tokens, stride, device=first.device)
+            rows, index = torch.arange(len(first), device=first.device)[:, None], index.clamp(max=tokens - 1)
+            taken = [value.expand(len(first), *value.shape[1:])[rows, index] for value in (fading, *(rotary or ()))]
+        return self._keys_values(taken[0], *projections, tuple(taken[1:]) or None)
 
     def _keys_values(self, x, k_proj, v_proj, rotary) -> tuple[torch.Tensor, torch.Tensor]:
         return rotate(self.k_norm(self._heads(k_proj(x))), rotary), self._heads(v_proj(x))
@@ -187,10 +198,10 @@ class BMojoAttention(nn.Module):
         """One token: the cache admits, forgets and takes it in; its entries are then exactly what the token sees."""
         active = None if lengths is None else lengths > 0
         visible = cache.step(keys, values, innovation, faded, active, self.decay)
-        if active is not None:
+        if visible is not None:
             # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
-            visible = visible | ~active[:, None]
-        out, weights = self._attend(query, cache.keys, cache.values, visible[:, None], columns)
+            visible = (visible if active is None else visible | ~active[:, None])[:, None]
+        out, weights = self._attend(query, cache.keys, cache.values, visible, columns)
         if columns is not None:
             weights = weights_by_position(weights, cache.positions, columns)
         return out, weights
@@ -204,10 +215,10 @@ class BMojoAttention(nn.Module):
         before = cache.recall() if cache is not None and cache.started else None
         line = self._line(keys, values, innovation, faded, lengths, cache, before)
         if before is not None:
-            out, weights, eidetic = self._attend_line(query, line, slots, columns)
+            out, weights, eidetic = self._attend_line(query, line, slots, cache.seen[:, None], columns)
         else:
             start, start_weights = self._attend(query[:, :window], keys[:, :window], values[:, :window], None, columns)
-            out, weights, eidetic = self._attend_line(query[:, window:], line, 0, columns)
+            out, weights, eidetic = self._attend_line(query[:, window:], line, 0, window, columns)
             out = torch.cat([start, out], dim=1)
             if columns is not None:
                 start_weights = nn.functional.pad(start_weights, (0, columns - window))
@@ -224,13 +235,19 @@ class BMojoAttention(nn.Module):
         positions = torch.where(offset < lengths[:, None], seen[:, None] + offset, -1)
         if innovation is None:
             innovation = torch.zeros(positions.shape, dtype=torch.float32, device=keys.device)
-        new = Past(keys, values, positions, innovation, *(faded or (None, None)), positions if faded else None)
+        made = None
+        if faded is not None:
+            stride = self.spec.stride
+            number = (seen // stride)[:, None] + torch.arange(faded[0].shape[1], device=keys.device)
+            made = (number + 1) * stride - 1
+        new = Past(keys, values, positions, innovation, *(faded or (None, None)), made)
         if before is None:
             return new
         return Past(*(None if n is None else torch.cat([old.to(n), n], dim=1) for old, n in zip(before, new)))
 
-    def _attend_line(self, query, line: Past, held: int, columns: int | None):
-        """The last T tokens of the line attend to it; before them stand `held` kept tokens and W window tokens.
+    def _attend_line(self, query, line: Past, held: int, start: torch.Tensor | int, columns: int | None):
+        """The last T tokens of the line, whose positions begin at `start` (a number or `[B, 1]`), attend to it; before
+        them stand `held` kept tokens and W window tokens.
 
         Returns:
             `[B, T, H, D]`, weights or None, and the expiry of the line's tokens `[B, S]` as indices into it.
@@ -249,21 +266,32 @@ class BMojoAttention(nn.Module):
         sets = [(local, (1 - spec.window, 0))]
         if spec.slots:
             sets.append((tokens_seen, chosen.slots))
-        if line.fading_keys is not None:
-            sets.append(self._fading_set(line, tokens))
+        if line.fading_keys is not None and line.fading_keys.shape[1]:
+            sets.append(self._fading_set(line, tokens, block, start))
         out, weights = self.kernels.run(
             "memory_attention", query, sets, block, **self._softmax_options(columns), columns=columns
         )
         return out, weights, chosen.expiry - first
 
-    def _fading_set(self, line: Past, tokens: int) -> tuple[KeySet, tuple[int, int]]:
-        """SSM outputs and their band: seen from W tokens after they were made, F of them at a time."""
-        window, fading = self.spec.window, self.spec.fading
-        first = tokens - line.fading_keys.shape[1]
-        coordinate = torch.arange(first, tokens, device=line.keys.device).expand(line.fading_positions.shape)
-        end = torch.where(line.fading_positions >= 0, coordinate + window + fading, -NEVER)
-        keyset = KeySet(line.fading_keys, line.fading_values, coordinate + window, end, line.fading_positions, first)
-        return keyset, (1 - window - fading, -window)
+    def _fading_set(self, line: Past, tokens: int, block: int, start: torch.Tensor | int):
+        """Fading tokens as a set, and what it offers to each block: those made from W to W + F s - 1 tokens ago.
+
+        Entries behind a row's last token are seen by pads alone.
+        """
+        window, stride, reach = self.spec.window, self.spec.stride, self.spec.fading * self.spec.stride
+        made = line.fading_positions
+        count, coordinate = made.shape[1], made - start
+        if stride == 1:
+            offered = (1 - window - reach, -window)
+        else:
+            # Block j sees those after j L - W - F s, the first of which is number `oldest`, until its last query.
+            blocks = torch.arange(0, tokens, block, device=made.device)
+            oldest = (blocks - window - reach - coordinate[:, :1]).div(stride, rounding_mode="floor") + 1
+            offered = oldest[..., None] + torch.arange(self.spec.fading - (1 - block) // stride, device=made.device)
+            offered = torch.where((offered >= 0) & (offered < count), offered, -1)
+        end = torch.where(made >= 0, coordinate + window + reach, -NEVER)
+        begin = coordinate + window
+        return KeySet(line.fading_keys, line.fading_values, begin, end, made, tokens - count), offered
 
 
 def _zero_anchor(fading: torch.Tensor, faded: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -272,7 +300,7 @@ def _zero_anchor(fading: torch.Tensor, faded: tuple[torch.Tensor, torch.Tensor] 
     Data-parallel training waits for a gradient of every parameter and would otherwise stop at the first short batch.
     """
     ends = (fading,) if faded is None else faded
-    return 0.0 * sum(end[:, :1].float().mean() for end in ends)
+    return 0.0 * sum(end[:, :1].float().sum() for end in ends)
 
 
 @torch.no_grad()

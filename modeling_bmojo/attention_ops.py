@@ -163,18 +163,19 @@ def causal_attention(
 
     Args:
         query: `[B, T, H, D]`. keys, values: `[B, S, G, D]`.
-        visible: bool `[B, T, S]`; None means the plain causal triangle (S = T).
+        visible: bool `[B, T, S]`; None means the plain causal triangle (S = T), or for a single query every key.
 
     Returns:
         `[B, T, H, D]` and, with `"eager"`, the weights `[B, H, T, S]`.
     """
     q, k, v = query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    if visible is None and implementation == "sdpa":
+    alone = query.shape[1] == 1
+    if visible is None and implementation == "sdpa" and not alone:
         out = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.transpose(1, 2), None
-    if visible is None:
+    if visible is None and not alone:
         visible = torch.ones(1, query.shape[1], keys.shape[1], dtype=torch.bool, device=query.device).tril()
     out, weights = attend(q, k, v, visible, scaling, dropout, implementation)
     return out.transpose(1, 2), weights
@@ -184,12 +185,12 @@ def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    visible: torch.Tensor,
+    visible: torch.Tensor | None,
     scaling: float,
     dropout: float,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Masked attention `[N, H, Q, D]` x `[N, G, K, D]`, `visible` bool broadcastable to `[N, Q, K]`.
+    """Masked attention `[N, H, Q, D]` x `[N, G, K, D]`, `visible` bool broadcastable to `[N, Q, K]`, None: all.
 
     Returns:
         `[N, H, Q, D]` and, with `"eager"`, the weights `[N, H, Q, K]`.
@@ -202,15 +203,16 @@ def attend(
         return out, None
     # The query heads of a group share its keys, so they fold into the query axis: [N, G, R Q, D].
     folded = query.unflatten(1, (-1, repeat)).flatten(2, 3)
-    mask = visible[:, None]
-    if length > 1:
+    mask = None if visible is None else visible[:, None]
+    if mask is not None and length > 1:
         mask = mask.expand(-1, repeat, -1, -1).flatten(1, 2).unsqueeze(1)
     if implementation == "sdpa":
         out = F.scaled_dot_product_attention(folded, keys, values, mask, dropout, scale=scaling)
         return out.unflatten(2, (repeat, length)).flatten(1, 2), None
     scores = (folded @ keys.transpose(-1, -2)) * scaling
     wide = torch.promote_types(query.dtype, torch.float32)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=wide).to(query.dtype)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype)
     out = F.dropout(weights, dropout) @ values
     return tuple(value.unflatten(2, (repeat, length)).flatten(1, 2) for value in (out, weights))
 

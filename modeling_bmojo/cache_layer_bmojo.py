@@ -5,7 +5,7 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
     keys, values    [B, F + M + W, G, D]   visible fading tokens | pool of eidetic and window tokens: what a query sees
     positions       [B, F + M + W]         position of each entry in its row, -1 = empty
     innovations     [B, F + M + W]         e of the pool's tokens (0 for fading tokens)
-    delay_*         [B, W, G, D]           keys and values of SSM outputs that are not yet beyond the window (F > 0)
+    delay_*         [B, W / s, G, D]       fading tokens that are made but not yet beyond the window (F > 0)
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
     ssm             [B, H, P, N]           SSM state (S6: H P channels), fp32 (fp64 for fp64 models) in any dtype
@@ -13,8 +13,9 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
 
 A pool token is in the window if its position is at least `seen - W`, else in the eidetic memory. Their order means
 nothing (positions are in the keys), so a token that moves from window to memory stays where it is, and a new one takes
-the place of the one that is forgotten. Delay line and visible fading tokens are rings: position p sits in slot p mod
-size. A full-attention layer keeps every token: `keys`, `values` `[B, capacity, G, D]`, position = slot.
+the place of the one that is forgotten. Fading token i is made at position (i + 1) s - 1, so n tokens make n // s;
+delay line and visible fading tokens are rings: number i sits in slot i mod size. A full-attention layer keeps every
+token: `keys`, `values` `[B, capacity, G, D]`, position = slot.
 """
 
 from typing import NamedTuple
@@ -33,7 +34,8 @@ class Past(NamedTuple):
     """Tokens of a windowed layer in reading order, for reading many tokens at once.
 
     What a cache recalls: keys, values `[B, M + W, G, D]`, positions (-1 = empty), innovations `[B, M + W]`; the fading
-    tokens (visible, then delayed) `[B, F + W, G, D]` and their positions `[B, F + W]`, or None. New tokens come behind.
+    tokens (visible, then delayed) `[B, F + W / s, G, D]` and their positions (each s after the one before it, negative
+    = empty), or None. New tokens come behind.
     """
 
     keys: torch.Tensor
@@ -71,6 +73,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         super().__init__()
         self.spec = spec
         self.columns = 0  # columns of input read, pads included: what transformers calls the sequence length
+        self.even = True  # no pad was ever read, so that `seen` is `columns` in every row
         self.device: torch.device | None = None
         for name in self.STATES:
             setattr(self, name, None)
@@ -79,6 +82,11 @@ class BMojoCacheLayer(CacheLayerMixin):
     def started(self) -> bool:
         """Whether anything was read."""
         return self.columns > 0
+
+    @property
+    def made(self) -> torch.Tensor:
+        """Fading tokens made so far, `[B]`."""
+        return self.seen // self.spec.stride
 
     # --- allocation -------------------------------------------------------------------------------------------------
 
@@ -101,7 +109,7 @@ class BMojoCacheLayer(CacheLayerMixin):
             self.positions = zeros(entries, dtype=torch.int64) - 1
             self.innovations = zeros(entries, dtype=wide)
         if spec.fading:
-            self.delay_keys, self.delay_values = (zeros(spec.window, spec.kv_heads, spec.head_dim) for _ in range(2))
+            self.delay_keys, self.delay_values = (zeros(spec.delayed, spec.kv_heads, spec.head_dim) for _ in range(2))
         if spec.taps:
             self.outputs = zeros(spec.taps, spec.hidden)
         if spec.has_ssm:
@@ -155,6 +163,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         for name, value in states.items():
             setattr(self, name, value)
         self.columns, self.device, self.is_initialized = columns, states["seen"].device, True
+        self.even = bool((self.seen == columns).all())
 
     # --- windowed layers: reading in blocks -------------------------------------------------------------------------
 
@@ -166,17 +175,17 @@ class BMojoCacheLayer(CacheLayerMixin):
         positions, innovations = self.positions.gather(1, pool), self.innovations.gather(1, pool)
         if not spec.fading:
             return Past(keys, values, positions, innovations, None, None, None)
-        visible = self._ring_order(spec.fading, behind=spec.window)
-        delay = self._ring_order(spec.window)
+        visible = self._ring_order(spec.fading, behind=spec.delayed)
+        delay = self._ring_order(spec.delayed)
         fading_keys = torch.cat([_take(self.keys, visible), _take(self.delay_keys, delay)], dim=1)
         fading_values = torch.cat([_take(self.values, visible), _take(self.delay_values, delay)], dim=1)
-        delayed = self.seen[:, None] + torch.arange(-spec.window, 0, device=self.seen.device)
-        fading_positions = torch.cat([self.positions.gather(1, visible), delayed.clamp(min=-1)], dim=1)
+        number = self.made[:, None] + torch.arange(-spec.fading - spec.delayed, 0, device=self.seen.device)
+        fading_positions = (number + 1) * spec.stride - 1
         return Past(keys, values, positions, innovations, fading_keys, fading_values, fading_positions)
 
     def _ring_order(self, size: int, behind: int = 0) -> torch.Tensor:
-        """Slots of a ring from old to new, `[B, size]`, for a ring whose last position is `seen - behind - 1`."""
-        return (self.seen[:, None] - behind + torch.arange(size, device=self.seen.device)) % size
+        """Slots of a ring from old to new, `[B, size]`, for a ring whose last fading token is `made - behind - 1`."""
+        return (self.made[:, None] - behind + torch.arange(size, device=self.seen.device)) % size
 
     @torch.no_grad()
     def commit(self, line: Past, before: Past | None, eidetic: torch.Tensor | None, lengths: torch.Tensor) -> None:
@@ -197,22 +206,22 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.values[:, part] = _take(line.values, keep).to(self.values.dtype)
         self.positions[:, part] = line.positions.gather(1, keep).masked_fill(empty, -1)
         self.innovations[:, part] = line.innovations.gather(1, keep).to(self.innovations.dtype)
-        if line.fading_keys is None:
+        if line.fading_keys is None or line.fading_keys.shape[1] == 0:
             return
-        start = (0 if before is None else before.fading_positions.shape[1]) + lengths[:, None]
-        after = (self.seen + lengths)[:, None]
-        # Slot r of a ring of size s whose last position is e - 1 holds the (r - e mod s)-th of the s tokens up to e.
+        after = ((self.seen + lengths) // spec.stride)[:, None]
+        start = (0 if before is None else before.fading_positions.shape[1]) + after - self.made[:, None]
+        # Slot r of a ring of size n whose last token is e - 1 holds the (r - e mod n)-th of the n tokens up to e.
         ring = torch.arange(spec.fading, device=lengths.device)
-        visible = start - spec.window - spec.fading + (ring - after + spec.window) % spec.fading
+        visible = start - spec.delayed - spec.fading + (ring - after + spec.delayed) % spec.fading
         empty, visible = visible < 0, visible.clamp(min=0)
-        delay = start - spec.window + (torch.arange(spec.window, device=lengths.device) - after) % spec.window
+        delay = start - spec.delayed + (torch.arange(spec.delayed, device=lengths.device) - after) % spec.delayed
         for buffer, ring, new in (
             (self.keys, self.delay_keys, line.fading_keys),
             (self.values, self.delay_values, line.fading_values),
         ):
             buffer[:, : spec.fading] = _take(new, visible).to(buffer.dtype)
             ring.copy_(_take(new, delay.clamp(min=0)))
-        self.positions[:, : spec.fading] = line.fading_positions.gather(1, visible).masked_fill(empty, -1)
+        self.positions[:, : spec.fading] = line.fading_positions.gather(1, visible).masked_fill(empty, -1).clamp(min=-1)
 
     # --- windowed layers: one token ---------------------------------------------------------------------------------
 
@@ -225,51 +234,84 @@ class BMojoCacheLayer(CacheLayerMixin):
         fading: tuple[torch.Tensor, torch.Tensor] | None,
         active: torch.Tensor | None,
         decay: float,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Takes in one token per row, in place and with fixed shapes.
 
         A fading token becomes visible, and the new token takes the place of the one that is forgotten: nothing moves.
 
         Args:
             keys, values: `[B, 1, G, D]`. innovations: `[B, 1]` or None if M = 0. fading: keys and values of the SSM
-            output, or None if F = 0. active: `[B]` bool, rows where it is False stay as they are; None: all read.
-            decay: g.
+            output, or None if F = 0 or the token makes no fading token (see `makes_fading`). active: `[B]` bool, rows
+            where it is False stay as they are; None: all read. decay: g.
 
         Returns:
-            `[B, F + M + W]` bool: which entries the token's query sees.
+            `[B, F + M + W]` bool: which entries the token's query sees; None: all of them.
         """
-        spec, seen = self.spec, self.seen
-        rows = torch.arange(seen.shape[0], device=seen.device)
+        spec, known = self.spec, self._counts(active)
+        seen = self.columns if known else self.seen
+        rows = torch.arange(self.seen.shape[0], device=self.seen.device)
         leaving = seen - spec.window
         if fading is not None:
-            delayed, visible = seen % spec.window, leaving % spec.fading
-            _write(self.keys, rows, visible, self.delay_keys[rows, delayed], active)
-            _write(self.values, rows, visible, self.delay_values[rows, delayed], active)
-            _write(self.positions, rows, visible, leaving.clamp(min=-1), active)
-            _write(self.delay_keys, rows, delayed, fading[0][:, 0], active)
-            _write(self.delay_values, rows, delayed, fading[1][:, 0], active)
-        slot = self._forgotten(leaving, decay)
+            self._fade(rows, seen, fading, active)
+        full = known and seen >= spec.slots + spec.window
+        slot = self._forgotten(leaving if known else leaving[:, None], decay, full)
         _write(self.keys, rows, slot, keys[:, 0], active)
         _write(self.values, rows, slot, values[:, 0], active)
         _write(self.positions, rows, slot, seen, active)
         if innovations is not None:
             _write(self.innovations, rows, slot, innovations[:, 0], active)
+        if known and seen + 1 >= spec.slots + spec.window and (leaving + 1) // spec.stride >= spec.fading:
+            return None
         return self.positions >= 0
 
-    def _forgotten(self, leaving: torch.Tensor, decay: float) -> torch.Tensor:
+    def makes_fading(self, lengths: torch.Tensor | None) -> bool:
+        """Whether the next token may make a fading token, as far as that is known without looking at tensors.
+
+        Args:
+            lengths: `[B]` real tokens of the step, None: one in every row.
+        """
+        return not self._counts(lengths) or (self.columns + 1) % self.spec.stride == 0
+
+    def _counts(self, lengths: torch.Tensor | None) -> bool:
+        """Whether a number says what every row has read, so that nothing has to be computed to know it. In compiled
+        code it does not: it would compile each number of a step anew."""
+        return self.even and lengths is None and not torch.compiler.is_compiling()
+
+    def _fade(self, rows: torch.Tensor, seen: torch.Tensor | int, fading: tuple, active: torch.Tensor | None) -> None:
+        """Where the token at position `seen` makes a fading token: it joins the delay line, and the one that it
+        replaces there, W tokens older, becomes visible."""
+        spec, number = self.spec, seen // self.spec.stride
+        delayed, visible = number % spec.delayed, (number - spec.delayed) % spec.fading
+        leaving = seen - spec.window
+        if isinstance(seen, int):
+            leaving = max(leaving, -1)
+        else:
+            leaving = leaving.clamp(min=-1)
+            due = (seen + 1) % spec.stride == 0
+            active = due if active is None else active & due
+        rings = ((self.keys, self.delay_keys, fading[0]), (self.values, self.delay_values, fading[1]))
+        for buffer, delay, new in rings:
+            _write(buffer, rows, visible, _read(delay, rows, delayed), active)
+            _write(delay, rows, delayed, new[:, 0], active)
+        _write(self.positions, rows, visible, leaving, active)
+
+    def _forgotten(self, leaving: torch.Tensor | int, decay: float, full: bool) -> torch.Tensor:
         """The slot `[B]` whose token the next one replaces (Algorithm 1, line 4).
 
-        Up for it are an empty slot, the kept tokens, and the one that leaves the window, at position `leaving` `[B]`.
-        The weakest goes: the smallest retention key, among equals the youngest.
+        Up for it are an empty slot, the kept tokens, and the one that leaves the window, at position `leaving`, a
+        number or `[B, 1]`. The weakest goes: the smallest retention key, among equals the youngest. full: no slot is
+        empty.
         """
         fading = self.spec.fading
         positions = self.positions[:, fading:]
         ranked = retention_key(self.innovations[:, fading:], positions, decay)
-        ranked = ranked.masked_fill(positions > leaving[:, None], torch.inf).masked_fill(positions < 0, -torch.inf)
+        ranked = ranked.masked_fill(positions > leaving, torch.inf)
+        if not full:
+            # An empty slot, position -1, counts as the weakest and the youngest: the sign bit goes.
+            ranked = ranked.masked_fill(positions < 0, -torch.inf)
+            positions = positions & torch.iinfo(positions.dtype).max
         weakest = ranked == ranked.amin(dim=1, keepdim=True)
-        # An empty slot, position -1, counts as the youngest: the sign bit goes.
-        age = torch.where(weakest, positions & torch.iinfo(positions.dtype).max, -1)
-        return age.argmax(dim=1) + fading
+        return torch.where(weakest, positions, -1).argmax(dim=1) + fading
 
     # --- full attention ---------------------------------------------------------------------------------------------
 
@@ -323,6 +365,7 @@ class BMojoCacheLayer(CacheLayerMixin):
     def advance(self, lengths: torch.Tensor | None, columns: int) -> None:
         """Counts `columns` columns as read, `lengths` `[B]` of them real (None: all). Called last, once per forward."""
         self.seen += columns if lengths is None else lengths
+        self.even = self.even and lengths is None
         self.columns += columns
 
     # --- what transformers' Cache asks of a layer -------------------------------------------------------------------
@@ -354,7 +397,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Forgets everything; the next input may have another batch size, dtype or device."""
         for name in self.states():
             setattr(self, name, None)
-        self.columns, self.is_initialized = 0, False
+        self.columns, self.even, self.is_initialized = 0, True, False
 
     def _map(self, function) -> None:
         for name, value in self.states().items():
@@ -395,12 +438,24 @@ def _take(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return value[rows, index]
 
 
+def _read(buffer: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor | int) -> torch.Tensor:
+    """buffer[b, slot[b]] `[B, ...]`; a number is one slot for all rows."""
+    return buffer[:, slot] if isinstance(slot, int) else buffer[rows, slot]
+
+
 def _write(
-    buffer: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor, value: torch.Tensor, active: torch.Tensor | None
+    buffer: torch.Tensor,
+    rows: torch.Tensor,
+    slot: torch.Tensor | int,
+    value: torch.Tensor | int,
+    active: torch.Tensor | None,
 ) -> None:
     """buffer[b, slot[b]] = value[b] where `active[b]`, in place and without a data-dependent shape."""
-    if value.dtype != buffer.dtype:
+    if isinstance(value, torch.Tensor) and value.dtype != buffer.dtype:
         value = value.to(buffer.dtype)
     if active is not None:
-        value = torch.where(active.view(active.shape + (1,) * (value.dim() - 1)), value, buffer[rows, slot])
-    buffer[rows, slot] = value
+        value = torch.where(active.view(active.shape + (1,) * (buffer.dim() - 2)), value, _read(buffer, rows, slot))
+    if isinstance(slot, int):
+        buffer[:, slot] = value
+    else:
+        buffer[rows, slot] = value

@@ -49,13 +49,15 @@ class LayerSpec(NamedTuple):
     """What one layer remembers, and the sizes of its states (tokens, heads, channels).
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
-    slots: M, eidetic slots. fading: F, fading tokens. taps: outputs that the predictor averages (0: keeps none).
+    slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
+    taps: outputs that the predictor averages (0: keeps none).
     """
 
     kind: str
     window: int | None
     slots: int
     fading: int
+    stride: int
     taps: int
     kv_heads: int
     head_dim: int
@@ -73,6 +75,11 @@ class LayerSpec(NamedTuple):
     @property
     def has_ssm(self) -> bool:
         return self.kind in ("bmojo", "linear_attention")
+
+    @property
+    def delayed(self) -> int:
+        """W / s, fading tokens that are made but not yet beyond the window (0 where F = 0)."""
+        return self.window // self.stride if self.fading else 0
 
 
 class BMojoConfig(PreTrainedConfig):
@@ -96,6 +103,8 @@ class BMojoConfig(PreTrainedConfig):
             `"state"`: predict the SSM's input by reading the state with the token's own write key.
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
         fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
+        fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
+            F of them reach F s tokens beyond the window; must divide `window_size`. 1 is the paper's form.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
@@ -171,6 +180,7 @@ class BMojoConfig(PreTrainedConfig):
     innovation: str = "output"
     innovation_taps: int = 4
     fading_size: int = 1
+    fading_stride: int = 1
     tie_fading_projections: bool = True
     memory_block_size: int = 64
     kernel_backend: str = "auto"
@@ -361,6 +371,14 @@ class BMojoConfig(PreTrainedConfig):
         self._require_int("window_size", 1, "the window counts the query itself; use 'full_attention' for no window")
         self._require_int("eidetic_size", 0, "use 0 to switch the long-term eidetic memory off")
         self._require_int("fading_size", 0, "use 0 to switch fading tokens off")
+        self._require_int("fading_stride", 1, "use 1 to make every SSM output a fading token")
+        if self.fading_size and self.window_size % self.fading_stride:
+            self._reject(
+                "fading_stride",
+                self.fading_stride,
+                f"must divide window_size={self.window_size}",
+                "a fading token becomes visible when the next one is made; give a divisor",
+            )
         self._require_int("memory_block_size", 1, "give the queries per block of the memory attention")
         self._require_int("innovation_taps", 1, "the predictor needs at least one past output")
         self._require_choice("innovation", INNOVATIONS)
@@ -435,6 +453,7 @@ class BMojoConfig(PreTrainedConfig):
             window=self.window_size if kind in ("bmojo", "sliding_attention") else None,
             slots=self.eidetic_size if is_bmojo else 0,
             fading=self.fading_size if is_bmojo else 0,
+            stride=self.fading_stride if is_bmojo and self.fading_size else 1,
             taps=self.innovation_taps if needs_taps else 0,
             kv_heads=self.num_key_value_heads,
             head_dim=self.head_dim,

@@ -9,6 +9,8 @@ The module also measures the innovation of every token on its output or its inpu
 Shapes: B rows, T tokens, E hidden size, H heads, P channels per head, N state channels, G groups, K conv taps.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +19,7 @@ from transformers.activations import ACT2FN
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
+from .linear_bmojo import BMojoLinear
 from .memory_ops import prediction_error
 from .ssm_ops import predict_input
 
@@ -107,14 +110,14 @@ class FadingMemory(nn.Module):
         # Rows of in_proj: z, then x (if projected), B and C, then dt.
         mixed = (self.inner if self.projected else 0) + 2 * self.groups * self.state
         self.rows = [self.inner if self.gated else 0, mixed, self.heads]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
+        self.in_proj = BMojoLinear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
         self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars(self.heads)
         self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
         self.out_proj = None
         if self.projected:
-            self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+            self.out_proj = BMojoLinear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(
         self,
@@ -185,10 +188,12 @@ class FadingMemory(nn.Module):
         x = x.to(taken).unflatten(-1, (self.heads, self.head_dim))
         B, C = keys.to(taken).unflatten(-1, (2, self.groups, self.state)).unbind(-3)
         A, dt_bias, D = self.scalars(wide)
-        dt = F.softplus(dt.to(wide) + dt_bias).clamp(*self.time_step_limit)
+        dt = F.softplus(dt.to(wide) + dt_bias)
+        if self.time_step_limit != (0.0, math.inf):
+            dt = dt.clamp(*self.time_step_limit)
         if lengths is not None:
             dt = dt * (torch.arange(tokens, device=dt.device) < lengths[:, None])[..., None]
-        # A copy: the state is overwritten below, and a backward pass may still need what it was.
+        # A copy where a backward pass may still need what the state was; else a step writes into it.
         state = None if cache is None else cache.ssm.to(wide, copy=torch.is_grad_enabled())
         surprise = None
         if self.innovation == "state":
@@ -196,6 +201,6 @@ class FadingMemory(nn.Module):
                 expected = predict_input(x.to(wide), dt, A, B.to(wide), state, self.chunk_size)
                 surprise = prediction_error(x.flatten(2), expected.flatten(2))
         y, after = self.kernels.run(op, x, dt, A, B, C, D, state, self.chunk_size)
-        if cache is not None:
+        if cache is not None and after is not cache.ssm:
             cache.ssm.copy_(after.detach())
         return y.flatten(2), surprise

@@ -19,6 +19,7 @@ from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
 from .fading_bmojo import CausalConv, surprise_of_output
+from .linear_bmojo import BMojoLinear
 from .memory_ops import prediction_error
 from .s6_ops import predict_s6_input
 
@@ -63,13 +64,13 @@ class S6FadingMemory(nn.Module):
         self.innovation = config.innovation if spec.slots else None
         self.taps = config.innovation_taps
 
-        self.in_proj = nn.Linear(config.hidden_size, self.inner * (2 if self.gated else 1), bias=config.ssm_proj_bias)
+        self.in_proj = BMojoLinear(config.hidden_size, self.inner * (2 if self.gated else 1), bias=config.ssm_proj_bias)
         self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
-        self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state, bias=False)
+        self.x_proj = BMojoLinear(self.inner, self.rank + 2 * self.state, bias=False)
         self.dt_proj = TimeStepProjection(self.rank, self.inner, bias=False)
         self.scalars = S6Scalars(self.inner, self.state)
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+        self.out_proj = BMojoLinear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(
         self,

@@ -156,12 +156,11 @@ def scan_step_form(kernel: Callable) -> Callable:
         initial_state: torch.Tensor | None = None,
         chunk_size: int = 64,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `ssm_ops.step_ssd`, without gradients; y in x's dtype, the state in fp32."""
+        """As `ssm_ops.step_ssd` without gradients: the state is overwritten; y in x's dtype, the state in fp32."""
         _one_token(x, "step_ssd", "chunk_ssd")
         batch, _, heads, channels = x.shape
         width = B.shape[3]
-        # A copy: the kernel writes the state in place.
-        state = _state(initial_state, dt, batch, heads, channels, width).clone()
+        state = _state(initial_state, dt, batch, heads, channels, width)
 
         def spread(value: torch.Tensor) -> torch.Tensor:  # stride 0 tells the kernel that a head has one value
             return value[..., None].expand(*value.shape, channels)

@@ -34,6 +34,7 @@ from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
+from .linear_bmojo import BMojoLinear
 
 
 logger = logging.get_logger(__name__)
@@ -76,9 +77,9 @@ class BMojoMLP(nn.Module):
 
     def __init__(self, config: BMojoConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = BMojoLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -320,7 +321,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BMojoModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = BMojoLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

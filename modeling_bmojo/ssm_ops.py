@@ -83,36 +83,17 @@ def step_ssd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token (T = 1) of the recurrence, for decoding; the caller keeps the state. Shapes as `naive_ssd`.
 
+    Where gradients are off, `initial_state` is overwritten and returned: no new state per token.
+
     Raises:
         ValueError: if T is not 1.
     """
     if x.shape[1] != 1:
         raise ValueError(f"x has {x.shape[1]} tokens: step_ssd takes exactly one; use chunk_ssd for more.")
-    state = _no_state(x, B) if initial_state is None else initial_state
-    return _step(x, dt, A, B, C, D, torch.exp(dt[:, 0] * A)[..., None, None] * state)
-
-
-def step_ssd_(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None = None,
-    initial_state: torch.Tensor | None = None,
-    chunk_size: int = 64,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`step_ssd` that overwrites `initial_state` and returns it: no new state per token. Not differentiable.
-
-    Raises:
-        ValueError: if T is not 1, or if there is no state to overwrite.
-    """
-    if x.shape[1] != 1:
-        raise ValueError(f"x has {x.shape[1]} tokens: step_ssd_ takes exactly one; use chunk_ssd for more.")
+    decay = torch.exp(dt[:, 0] * A)[..., None, None]
     if initial_state is None:
-        raise ValueError("initial_state is None: step_ssd_ overwrites a state; use step_ssd to start from zeros.")
-    with torch.no_grad():
-        return _step(x, dt, A, B, C, D, initial_state.mul_(torch.exp(dt[:, 0] * A)[..., None, None]))
+        return _step(x, dt, A, B, C, D, _no_state(x, B))
+    return _step(x, dt, A, B, C, D, decay * initial_state if torch.is_grad_enabled() else initial_state.mul_(decay))
 
 
 def predict_input(

@@ -251,7 +251,7 @@ class LayerState:
     """What one layer carries from token to token, as plain lists that grow without bound."""
 
     inputs: list = field(default_factory=list)  # (key, value) of every input
-    fading: list = field(default_factory=list)  # (key, value) of every SSM output
+    fading: list = field(default_factory=list)  # (position, key, value) of every SSM output at s - 1, 2 s - 1, ...
     outputs: list = field(default_factory=list)  # every SSM output, hidden space
     innovations: list = field(default_factory=list)
     convolved: list = field(default_factory=list)  # every x|B|C before the conv
@@ -405,8 +405,11 @@ class Algorithm1:
                 prefix = "" if config.tie_fading_projections else "fading_"
                 y = layer.outputs[t]
                 fading_key = self.heads(f"{name}.{prefix}k_proj", y, pairs, k_norm, i, t)
-                layer.fading.append((fading_key, self.heads(f"{name}.{prefix}v_proj", y, pairs, None, i, t)))
-                seen += layer.fading[max(0, t - window - config.fading_size + 1) : max(0, t - window + 1)]
+                if (t + 1) % config.fading_stride == 0:
+                    fading_value = self.heads(f"{name}.{prefix}v_proj", y, pairs, None, i, t)
+                    layer.fading.append((t, fading_key, fading_value))
+                beyond = [(key, value) for s, key, value in layer.fading if s <= t - window]
+                seen += beyond[-config.fading_size :]
         out = attend(query, [key for key, _ in seen], [value for _, value in seen])
         return self.linear(f"{name}.o_proj", out.reshape(-1))
 

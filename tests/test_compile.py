@@ -18,6 +18,7 @@ SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05),
     "no-projections": dict(ssm_projected=False),
+    "stride": dict(window_size=6, fading_stride=3),
     "mixed-layers": MIXED_LAYERS,
 }
 # The first token is traced with the numbers it finds, the second finds them changed and is traced with symbols.

@@ -485,6 +485,9 @@ EVERYTHING = {
     "one-slot": dict(window_size=8, eidetic_size=1, fading_size=0),
     "wide-fading": dict(window_size=5, eidetic_size=3, fading_size=5, innovation_taps=1),
     "more-fading-than-window": dict(window_size=2, eidetic_size=3, fading_size=9, innovation_taps=7),
+    "stride": dict(window_size=6, eidetic_size=3, fading_size=2, fading_stride=3),
+    "stride-state": dict(window_size=4, eidetic_size=3, fading_size=3, fading_stride=2, innovation="state"),
+    "stride-window": dict(window_size=5, eidetic_size=2, fading_size=1, fading_stride=5, tie_fading_projections=False),
     "more-slots-than-tokens": dict(window_size=3, eidetic_size=64, fading_size=2),
     "nothing-but-window-and-fading": dict(window_size=4, eidetic_size=0, fading_size=2),
     "everything-off": dict(window_size=4, eidetic_size=0, fading_size=0),
@@ -563,7 +566,9 @@ def test_equals_algorithm1(name):
     assert_equals_algorithm1(model, ids)
 
 
-@pytest.mark.parametrize("name", ["plain", "state-decay", "window-1", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["plain", "state-decay", "window-1", "stride", "stride-state", "stride-window", "mixed"]
+)
 @torch.no_grad()
 def test_decoding_equals_algorithm1_token_by_token(name):
     """After every single token: its logits, and the set of positions that each layer remembers."""
@@ -591,7 +596,7 @@ def test_ties_keep_the_older_token(name):
     assert_near(decode(model, ids, 1)[0], expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["plain", "state-decay", "more-fading-than-window", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "state-decay", "more-fading-than-window", "stride", "stride-state", "mixed"])
 @torch.no_grad()
 def test_attentions_are_what_a_query_sees(name):
     """Column s of query t has weight iff t sees token s: in its window, remembered, or through its fading token."""
@@ -609,7 +614,8 @@ def test_attentions_are_what_a_query_sees(name):
             seen = set(range(0 if kind == "full_attention" else max(0, t - config.window_size + 1), t + 1))
             if kind == "bmojo":
                 beyond = t - config.window_size
-                seen |= set(sets[index][t]) | set(range(max(0, beyond - config.fading_size + 1), beyond + 1))
+                made = [s for s in range(beyond + 1) if (s + 1) % config.fading_stride == 0]
+                seen |= set(sets[index][t]) | set(made[-config.fading_size :])
             assert set(weights[0, 0, t].nonzero().flatten().tolist()) == seen
 
 
@@ -627,7 +633,8 @@ def test_memories_take_part():
 
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
-    window=st.integers(1, 9),
+    delayed=st.integers(1, 9),
+    stride=st.sampled_from([1, 1, 2, 3]),
     slots=st.sampled_from([0, 1, 3, 8]),
     fading=st.integers(0, 9),
     decay=st.sampled_from([0.0, 0.05, 1.0]),
@@ -638,10 +645,13 @@ def test_memories_take_part():
     length=st.integers(1, 26),
     seed=st.integers(0, 10**6),
 )
-def test_any_setting_equals_algorithm1(window, slots, fading, decay, innovation, taps, tied, block, length, seed):
+def test_any_setting_equals_algorithm1(
+    delayed, stride, slots, fading, decay, innovation, taps, tied, block, length, seed
+):
     model = small_model(
         seed=seed,
-        window_size=window,
+        window_size=delayed * stride,
+        fading_stride=stride,
         eidetic_size=slots,
         fading_size=fading,
         eidetic_decay=decay,

@@ -20,6 +20,7 @@ BASE = {**SIZES, "pad_token_id": PAD}
 SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
+    "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "mixed-layers": MIXED_LAYERS,
 }
 

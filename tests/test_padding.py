@@ -19,6 +19,7 @@ BASE = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0
 SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
+    "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "mixed-layers": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
@@ -103,7 +104,8 @@ def memory(cache, row):
             for name in names:
                 held[f"{index}.{section}.{name}"] = getattr(layer, name)[row][order]
         if layer.delay_keys is not None:
-            slots = torch.arange(max(0, seen - spec.window), seen) % spec.window
+            made = seen // spec.stride
+            slots = torch.arange(max(0, made - spec.delayed), made) % spec.delayed
             held[f"{index}.delay_keys"] = layer.delay_keys[row, slots]
             held[f"{index}.delay_values"] = layer.delay_values[row, slots]
     return held

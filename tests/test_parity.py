@@ -28,6 +28,8 @@ SETTINGS = {
     "window-1": dict(window_size=1, fading_size=1),
     "fading-beyond-two-windows": dict(window_size=3, fading_size=11, innovation="state"),
     "no-fading": dict(fading_size=0),
+    "stride": dict(window_size=6, fading_size=2, fading_stride=3),
+    "stride-window": dict(fading_size=3, fading_stride=WINDOW, tie_fading_projections=False),
     "no-slots": dict(eidetic_size=0),
     "time-step-limit": dict(ssm_time_step_limit=[0.2, 0.8]),
     "bare-ssm": dict(ssm_gated=False, ssm_norm=False, ssm_conv_kernel=1, ssm_conv_act="linear"),

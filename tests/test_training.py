@@ -30,7 +30,10 @@ def only_trains(model, *names):
 
 
 @pytest.mark.parametrize("count", [1, WINDOW, WINDOW + 1, 3 * WINDOW])
-@pytest.mark.parametrize("fields", [{}, {"fading_size": 0}, {"tie_fading_projections": False}, {"innovation": "state"}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"fading_size": 0}, {"tie_fading_projections": False}, {"innovation": "state"}, {"fading_stride": WINDOW}],
+)
 def test_every_parameter_gets_a_gradient_at_every_length(count, fields):
     """Zeros where nothing depends on it, but never None: data-parallel training waits for each of them."""
     model, ids = build(**fields), tokens(count + 1)
