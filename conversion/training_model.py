@@ -84,7 +84,7 @@ def open_student(settings: TrainingSettings) -> Student:
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
         raise ValueError(
-            f"source={settings.source!r}: tensors and config do not fit ({', '.join(wrong[:4])}); the folder is damaged."
+            f"source={settings.source!r}: tensors and config do not fit ({', '.join(wrong[:4])}); it is damaged."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.trainer_callback import TrainerState
 
-from .export import meta_model, save_model, save_tokenizer
+from .export import meta_model, save_tokenizer
 from .report import dtype_name, versions, write_report
 from .training_model import Student, initialised
 from .training_settings import TrainingSettings
@@ -64,14 +65,28 @@ def write_checkpoint(
         name: value.detach().to("cpu", torch.float32 if ".scalars." in name else dtype).contiguous()
         for name, value in keep.items()
     }
-    generation = _read_json(student.folder / "generation_config.json")
     report = updated_report(student.report, whole, trained, entry)
     report["dtype"] = dtype_name(dtype)
-    save_model(folder, copy.deepcopy(student.config), whole, generation, max_shard_size)
+    _save_model(folder, student, whole, max_shard_size)
     report["tokenizer"] = save_tokenizer(folder, student.tokenizer, student.config.vocab_size)
     card = trained_card(_read_text(student.folder / "README.md"), report, report["training"])
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_report(folder, report)
+
+
+def _save_model(folder: Path, student: Student, tensors: dict[str, torch.Tensor], max_shard_size: str) -> None:
+    """Weights, exported code and config by transformers' exporter; auto_map and generation settings as they were."""
+    model = meta_model(copy.deepcopy(student.config))
+    tied = {name: tensors[original] for name, original in model.all_tied_weights_keys.items()}
+    model.load_state_dict({**tensors, **tied}, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {**config.get("auto_map", {}), **getattr(student.config, "auto_map", {})}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (student.folder / "generation_config.json").is_file():
+        shutil.copyfile(student.folder / "generation_config.json", folder / "generation_config.json")
 
 
 def write_adapter(folder: Path, adapter: torch.nn.Module, student: Student, entry: dict[str, Any]) -> None:
@@ -156,7 +171,3 @@ def _text_name(data: Mapping[str, Any]) -> str:
 
 def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -60,6 +60,8 @@ def test_report_card_and_folder_of_the_result(tmp_path):
     out, source = tmp_path / "out", tiny_graft()
     report = read_report(out)
     assert {path.name for path in source.iterdir()} <= {path.name for path in out.iterdir()}
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((source / name).read_text())
     assert report["source"] == read_report(source)["source"] and report["identical_up_to"] == W
     (entry,) = report["training"]
     assert (entry["program"], entry["steps"], entry["trained_tensors"]) == ("align", 4, len(new_tensors(source)))
