@@ -45,10 +45,11 @@ class BMojoTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: value for name, value in inputs.items() if name != "row"}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = outputs.get("parts", {})
+        # Divided by the tokens of all processes, a part is that process's share, as the Trainer knows of the loss.
+        share = self.accelerator.num_processes if num_items_in_batch is not None else 1
         sums = self._parts["train" if model.training else "eval"]
-        for name, value in parts.items():
-            sums[name] = sums[name] + value if name in sums else value
+        for name, value in outputs.get("parts", {}).items():
+            sums[name] = sums.get(name, 0.0) + value * share
         if not model.training:
             self._evaluated += 1
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -93,18 +94,17 @@ class BMojoTrainer(Trainer):
         """Adds the loss parts to the Trainer's numbers: means over the steps or evaluation batches that they are of."""
         if "loss" in logs and self._parts_from is not None:
             steps = max(self.state.global_step - self._parts_from, 1)
-            logs = {**logs, **self._drain("train", steps, "sum")}
+            logs = {**logs, **self._drain("train", steps)}
             self._parts_from = self.state.global_step
         elif "eval_loss" in logs:
-            parts = self._drain("eval", max(self._evaluated, 1), "mean")
+            parts = self._drain("eval", max(self._evaluated, 1))
             logs = {**logs, **{f"eval_{name}": value for name, value in parts.items()}}
             self._evaluated = 0
         super().log(logs, *arguments, **options)
 
-    def _drain(self, mode: str, count: int, reduction: str) -> dict[str, float]:
-        parts = {
-            name: self.accelerator.reduce(value, reduction).item() / count for name, value in self._parts[mode].items()
-        }
+    def _drain(self, mode: str, count: int) -> dict[str, float]:
+        sums = self._parts[mode]
+        parts = {name: self.accelerator.reduce(value, "mean").item() / count for name, value in sums.items()}
         self._parts[mode].clear()
         return parts
 

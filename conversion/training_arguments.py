@@ -22,6 +22,7 @@ DEFAULTS = {
     "logging_first_step": True,
     "save_steps": 100,
     "save_total_limit": 2,
+    "ddp_find_unused_parameters": False,  # the first step refuses tensors that the losses do not reach
 }
 # What the programs decide themselves, and where to say it instead.
 OWNED = {

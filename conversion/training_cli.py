@@ -5,6 +5,8 @@ import platform
 import sys
 from collections.abc import Sequence
 
+from accelerate import PartialState
+
 from .settings import parse_assignments
 from .training_run import Result, RunOptions, train
 from .training_settings import TrainingSettings, load_training_settings
@@ -46,7 +48,8 @@ def run(program: str, kind: type[TrainingSettings], purpose: str, argv: Sequence
     except KeyboardInterrupt as interrupt:
         print(f"interrupted; {interrupt or 'checkpoints written so far are kept'}", file=sys.stderr)
         return 130
-    print(summary(result))
+    if PartialState().is_main_process:
+        print(summary(result))
     return 0
 
 

@@ -221,11 +221,13 @@ def _typed(kind: type, key: str, value: Any, section: str) -> Any:
     if float in options and str not in options:
         value = as_number(value)
     if not any(_is_a(value, option) for option in options):
-        names = " or ".join(
-            "null" if option is NoneType else getattr(option, "__name__", str(option)) for option in options
-        )
+        names = " or ".join("null" if option is NoneType else _name(option) for option in options)
         raise ValueError(f"{section + '.' if section else ''}{key}={value!r}: must be of type {names}.")
     return value
+
+
+def _name(option: type) -> str:
+    return str(option) if get_origin(option) else option.__name__
 
 
 def _is_a(value: Any, option: type) -> bool:
