@@ -1,6 +1,6 @@
-"""Writing the checkpoint folder: weights, config with auto_map, exported code, tokenizer and generation settings.
+"""What a checkpoint folder holds beside its weights: config with auto_map, exported code, tokenizer, generation config.
 
-The code is copied by transformers' own exporter (`register_for_auto_class` + `save_pretrained`), so the folder loads
+The code is copied by transformers' own exporter (`register_for_auto_class`, `custom_object_save`), so the folder loads
 with `trust_remote_code=True` where the package is not installed.
 """
 
@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 import modeling_bmojo
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+
+from .weights import write_json
 
 
 # Auto class -> our class, by name: what a folder's auto_map offers.
@@ -29,32 +32,19 @@ def meta_model(config: BMojoConfig) -> BMojoForCausalLM:
         return BMojoForCausalLM(config)
 
 
-def save_model(
-    folder: Path,
-    config: BMojoConfig,
-    tensors: dict[str, torch.Tensor],
-    generation: Mapping[str, Any],
-    max_shard_size: str,
-) -> None:
-    """Writes weights, config.json, generation_config.json and the exported code into `folder`."""
+def save_description(folder: Path, config: BMojoConfig, dtype: torch.dtype, generation: Mapping[str, Any]) -> None:
+    """Writes into `folder` what a checkpoint holds beside its weights and tokenizer: config.json, the exported code and
+    generation_config.json."""
     model = meta_model(config)
-    model.load_state_dict(_with_tied(model, tensors), assign=True)
-    model.tie_weights()
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
     model.config.auto_map = {}
     for auto_class, name in AUTO_CLASSES.items():
         getattr(modeling_bmojo, name).register_for_auto_class(auto_class)
-    model.generation_config = GenerationConfig()
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
     _write_auto_map(folder / "config.json")
-    _write_json(folder / "generation_config.json", dict(generation))
-
-
-def _with_tied(model: BMojoForCausalLM, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The full state dict: tied names get the tensor they are tied to."""
-    state = dict(tensors)
-    for name, original in model.all_tied_weights_keys.items():
-        state.setdefault(name, tensors[original])
-    return state
+    write_json(folder / "generation_config.json", dict(generation))
 
 
 def _write_auto_map(path: Path) -> None:
@@ -62,7 +52,7 @@ def _write_auto_map(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     modules = {name: getattr(modeling_bmojo, name).__module__.rsplit(".", 1)[-1] for name in AUTO_CLASSES.values()}
     config["auto_map"] = {auto_class: f"{modules[name]}.{name}" for auto_class, name in AUTO_CLASSES.items()}
-    _write_json(path, config)
+    write_json(path, config)
 
 
 def generation_settings(stated: Mapping[str, Any], config: BMojoConfig) -> dict[str, Any]:
@@ -116,7 +106,3 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
         return None
     chat = [{"role": "user", "content": PROBE}]
     return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

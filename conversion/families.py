@@ -1,47 +1,19 @@
-"""Source families: how each supported Transformer maps onto the one parameterised B'MOJO backbone.
+"""Reading a source by its family: the config of its graft, and where each of its tensors goes.
 
-A family is a row of data: where each backbone field of `BMojoConfig` comes from in the source's config (`fields`), what
-is fixed by the architecture (`constants`), how tensor names translate (`renames`) and which tensors are left behind
-with the reason (`dropped`). All families below use Llama's tensor names. A new family is a new row of `FAMILIES`.
+The families themselves are data, in family_table.py.
 """
 
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from modeling_bmojo import BMojoConfig
 
+from .family_table import COMMON_DROPPED, COMMON_FIELDS, FAMILIES, Family
 
-# Backbone field of BMojoConfig -> field of the source's config. Every family has these.
-COMMON_FIELDS = {
-    name: name
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "use_cache",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "tie_word_embeddings",
-        "rope_parameters",
-        "attention_dropout",
-    )
-}
 
-COMMON_DROPPED = (
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "recomputed from rope_parameters"),
-    (r"model\.rotary_emb\.(original_)?inv_freq", "recomputed from rope_parameters"),
-)
+LAYER_PATTERN = r"every (?P<step>[1-9]\d*)( from (?P<first>\d+))?"
 
 # Fields of BMojoConfig that a graft may set; all others are facts of the source.
 MEMORY_FIELDS = (
@@ -76,61 +48,6 @@ MEMORY_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class Family:
-    """One supported source architecture.
-
-    fields: BMojoConfig field -> source config field, on top of COMMON_FIELDS.
-    optional_fields: the same, read only where the source has the field and it is not None.
-    constants: BMojoConfig field -> value that the architecture implies.
-    renames: (regex, replacement) on tensor names, the first match wins.
-    dropped: (regex, reason) of tensors that are left behind.
-    """
-
-    name: str
-    model_type: str
-    architecture: str
-    fields: Mapping[str, str] = field(default_factory=dict)
-    optional_fields: Mapping[str, str] = field(default_factory=lambda: {"head_dim": "head_dim"})
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    renames: tuple[tuple[str, str], ...] = ()
-    dropped: tuple[tuple[str, str], ...] = ()
-
-
-_BIAS_EVERYWHERE = {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias"}
-_NO_BIAS = {"attention_bias": False, "attention_output_bias": False, "mlp_bias": False}
-
-FAMILIES = (
-    Family(
-        name="Llama",
-        model_type="llama",
-        architecture="LlamaForCausalLM",
-        fields={**_BIAS_EVERYWHERE, "mlp_bias": "mlp_bias"},
-    ),
-    Family(name="Mistral", model_type="mistral", architecture="MistralForCausalLM", constants=_NO_BIAS),
-    Family(
-        name="Qwen2",
-        model_type="qwen2",
-        architecture="Qwen2ForCausalLM",
-        constants={"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
-    ),
-    Family(
-        name="Qwen3",
-        model_type="qwen3",
-        architecture="Qwen3ForCausalLM",
-        fields=_BIAS_EVERYWHERE,
-        constants={"qk_norm": "head", "mlp_bias": False},
-    ),
-    Family(
-        name="SmolLM3",
-        model_type="smollm3",
-        architecture="SmolLM3ForCausalLM",
-        fields={**_BIAS_EVERYWHERE, "mlp_bias": "mlp_bias"},
-        optional_fields={"head_dim": "head_dim", "no_rope_layers": "no_rope_layers"},
-    ),
-)
-
-
 def supported_architectures() -> str:
     """The supported architectures as one line for messages."""
     return ", ".join(family.architecture for family in FAMILIES)
@@ -149,7 +66,7 @@ def family_named(model_type: str | None, architectures: Iterable[str] | None = N
     found = ", ".join(architectures) or f"model_type={model_type!r}"
     raise ValueError(
         f"source architecture {found} is not supported; the graft supports {supported_architectures()}. "
-        "Add a row to conversion/families.py for another one."
+        "Add a row to conversion/family_table.py for another one."
     )
 
 
@@ -182,22 +99,40 @@ def source_window(config: Any) -> int | None:
 def chosen_layers(layers: str | list[int], count: int) -> list[int]:
     """Indices of the layers that become B'MOJO layers.
 
+    Args:
+        layers: "all", a list of indices, or a pattern: "every 2" is 0, 2, 4, ..., "every 2 from 1" is 1, 3, 5, ...
+
     Raises:
-        ValueError: `layers` is neither "all" nor a list of distinct indices in [0, count).
+        ValueError: `layers` is none of these, or names layers outside [0, count).
     """
     if layers == "all":
         return list(range(count))
+    pattern = re.fullmatch(LAYER_PATTERN, layers) if isinstance(layers, str) else None
+    if pattern:
+        layers = list(range(int(pattern["first"] or 0), count, int(pattern["step"])))
     is_list = isinstance(layers, list) and all(type(index) is int for index in layers)
     if not is_list or not layers or len(set(layers)) != len(layers) or not all(0 <= index < count for index in layers):
+        given = pattern[0] if pattern else layers
         raise ValueError(
-            f"layers={layers!r}: must be 'all' or a list of distinct layer indices from 0 to {count - 1}, at least one."
+            f"layers={given!r}: must be 'all', a list of distinct layer indices from 0 to {count - 1}, at least one, a "
+            "pattern such as 'every 2' or 'every 2 from 1', or 'measured' with measured_layers."
         )
     return sorted(layers)
 
 
 def backbone_fields(config: Any) -> dict[str, Any]:
-    """The backbone fields of `BMojoConfig` that a source config implies."""
+    """The backbone fields of `BMojoConfig` that a source config implies.
+
+    Raises:
+        ValueError: the source asks for something that the backbone has no field for.
+    """
     family = family_of(config)
+    for name, (value, meaning) in family.required.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} of the source: the B'MOJO backbone has no {meaning}; "
+                f"set it to {value!r} in the source's config.json if the graft may do without."
+            )
     stated = {name: getattr(config, source) for name, source in {**COMMON_FIELDS, **family.fields}.items()}
     fields = copy.deepcopy(stated)
     fields["attention_dropout"] = fields["attention_dropout"] or 0.0
@@ -209,6 +144,31 @@ def backbone_fields(config: Any) -> dict[str, Any]:
     if fields.get("no_rope_layers") is not None:
         fields["no_rope_layers"] = [int(value) for value in fields["no_rope_layers"]][: config.num_hidden_layers]
     return fields
+
+
+def rope_of_any_length(rope: dict[str, Any] | None, kinds: list[str], window: int) -> dict[str, Any] | None:
+    """RoPE parameters that turn a token alike however long the text is.
+
+    LongRoPE turns every token by other angles once the text passes the length of the first training; keys that a memory
+    holds cannot follow. A window inside that length never needs the other angles: the graft keeps the short ones.
+
+    Args:
+        rope: of the source. kinds: layer types of the graft. window: its W.
+
+    Raises:
+        ValueError: a layer sees further than the short angles were made for.
+    """
+    if rope is None or rope["rope_type"] != "longrope":
+        return rope
+    limit = rope["original_max_position_embeddings"]
+    unbounded = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    if unbounded or window > limit:
+        wrong = f"layers {unbounded} would stay full attention" if unbounded else f"window_size={window}"
+        raise ValueError(
+            f"{wrong}: the source's LongRoPE turns all tokens anew where the text passes {limit} tokens, which a "
+            f"memory of turned keys cannot follow; set layers=all and window_size to {limit} at most."
+        )
+    return {**rope, "long_factor": list(rope["short_factor"])}
 
 
 def bmojo_config_for(source_config: Any, overrides: Mapping[str, Any], layers: str | list[int] = "all") -> BMojoConfig:
@@ -239,18 +199,25 @@ def bmojo_config_for(source_config: Any, overrides: Mapping[str, Any], layers: s
                 f"sliding_window is {window}, and all windowed layers share one size; "
                 f"set window_size={window} or graft those layers too."
             )
-    return BMojoConfig(**backbone_fields(source_config), layer_types=kinds, **memory)
+    fields = {**backbone_fields(source_config), "layer_types": kinds, **memory}
+    window_size = fields.get("window_size", BMojoConfig.window_size)
+    fields["rope_parameters"] = rope_of_any_length(fields["rope_parameters"], kinds, window_size)
+    return BMojoConfig(**fields)
 
 
-def target_of(config: Any, name: str) -> tuple[str | None, str]:
-    """Where a source tensor goes: `(target name, "")`, or `(None, reason)` where it is left behind on purpose."""
+def targets_of(config: Any, name: str) -> tuple[tuple[str, ...], str]:
+    """Where a source tensor goes: `((target name,), "")`, several names in the order of their rows for a tensor that
+    holds several of ours, or `((), reason)` where it is left behind on purpose."""
     family = family_of(config)
     for pattern, reason in family.dropped + COMMON_DROPPED:
         if re.fullmatch(pattern, name):
-            return None, reason
+            return (), reason
     if name == "lm_head.weight" and config.tie_word_embeddings:
-        return None, "tied to model.embed_tokens.weight"
+        return (), "tied to model.embed_tokens.weight"
+    for pattern, replacements in family.splits:
+        if re.fullmatch(pattern, name):
+            return tuple(re.sub(pattern, replacement, name) for replacement in replacements), ""
     for pattern, replacement in family.renames:
         if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name), ""
-    return name, ""
+            return (re.sub(pattern, replacement, name),), ""
+    return (name,), ""

@@ -7,6 +7,7 @@ lose the rule that every digit stands alone, so it is put back; scaled RoPE is d
 """
 
 import copy
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class GGUFSource:
             raise ValueError(f"source {label!r}: {path.name} is not a readable GGUF file ({error}).") from error
         self._refuse_scaled_rope()
         self.config = self._read_config()
-        family_of(self.config)
+        stated = {"architectures": [family_of(self.config).architecture], "dtype": self.dtype}
+        self.stated_config = {**json.loads(self.config.to_json_string()), **stated}
 
     def _metadata(self, key: str) -> Any:
         field = self._reader.get_field(key)
@@ -92,8 +94,13 @@ class GGUFSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._state[name]
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return dict.fromkeys(self._state, self.dtype)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `[start, stop)` of a tensor, all of them by default; the whole model stays in memory."""
+        return self._state[name][start:stop]
 
     def load_model(self, dtype: torch.dtype) -> torch.nn.Module:
         """The file's model, its weights rounded to `dtype`; computes in float32 (a GGUF model refuses to be cast)."""

@@ -1,37 +1,54 @@
 """The graft itself: a source Transformer becomes a B'MOJO checkpoint folder (design.md section 6).
 
 Order of work: everything that can be refused is checked first (settings, source, names and shapes, output, disk); then
-tensors are copied and initialised one by one; the folder is written beside its final place, loaded again, compared with
-the source, and renamed into place. Peak memory: the tensors once, and for the comparison both models in float32.
+tensors are copied and initialised one shard at a time into a folder beside the final place; the result is read again,
+compared with the source, and renamed into place. Peak memory: about one shard, however large the source is (a GGUF
+source excepted, which transformers dequantises as a whole).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import BMojoConfig
 
 from .card import model_card
-from .export import generation_settings, meta_model, save_model, save_tokenizer
-from .families import backbone_fields, bmojo_config_for, chosen_layers, family_of, source_layer_types, source_window
-from .report import code_fingerprint, dtype_name, plan_copy, read_report, target_account, versions, write_report
-from .settings import GraftSettings
+from .check import check_against_source
+from .export import generation_settings, meta_model, save_description, save_tokenizer
+from .families import backbone_fields, bmojo_config_for, family_of, source_layer_types, source_window
+from .layer_choice import MEASURED, measure_layers, write_ranking
+from .report import (
+    Piece,
+    code_fingerprint,
+    dtype_name,
+    pieces_of,
+    plan_copy,
+    read_report,
+    target_account,
+    versions,
+    write_report,
+)
+from .settings import DTYPES, GraftSettings
 from .sources import Source, open_source, source_files
-from .ssm_init import SSM_INITS, check_smoother
-from .staging import check_output, check_space, staged_folder
+from .ssm_init import SSM_INITS
+from .staging import check_output, check_space, clear_leftovers, staged_folder
+from .weights import LazyTensors, digest, row_blocks, write_shards
 
 
 SIDE_FILES_BYTES = 64 * 2**20  # room for tokenizer, code and card in the estimate of the disk space
-CHECK_TOKENS = 64
-CHECK_TOLERANCE = 1e-3  # of the logits' largest magnitude, float32
 
 
 @dataclass
 class Plan:
-    """A graft that was checked and can start."""
+    """A graft that was checked and can start.
+
+    copies: the account of the source's tensors (report.py). initialised: target tensors that the graft fills itself,
+    with the rule. shapes, dtypes: of all target tensors. dtype: of most of them.
+    """
 
     settings: GraftSettings
     source: Source
@@ -40,6 +57,13 @@ class Plan:
     copies: dict[str, dict[str, Any]]
     initialised: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    ranking: dict[str, Any] | None = None  # where the layers were chosen by measuring
+
+    @cached_property
+    def pieces(self) -> dict[str, Piece]:
+        """Where each copied target tensor comes from."""
+        return pieces_of(self.copies, self.shapes)
 
 
 def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False) -> Path:
@@ -53,13 +77,15 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
         ValueError: anything about the settings, the source or the output that stops the conversion.
     """
     output = Path(settings.output)
+    clear_leftovers(output)
     if reuse and is_current(output, settings):
         return output
     check_output(output, overwrite or reuse)
     plan = prepare(settings, overwrite or reuse)
-    tensors = build_tensors(plan)
+    if settings.layers == MEASURED:
+        plan = with_measured_layers(plan)
     with staged_folder(output) as folder:
-        write_checkpoint(folder, plan, tensors)
+        write_checkpoint(folder, plan)
     return output
 
 
@@ -77,16 +103,28 @@ def is_current(output: Path, settings: GraftSettings) -> bool:
 def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     """Opens the source and checks everything that can be checked without reading its tensors."""
     output = Path(settings.output)
-    source = open_source(settings.source)
+    source = open_source(settings.source, settings.allow_pickle)
     if Path(settings.source).exists():
         check_output(output, overwrite, sources=(Path(settings.source),))
+    plan = plan_graft(settings, source)
+    size = sum(torch.Size(shape).numel() * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
+    check_space(output, size + SIDE_FILES_BYTES)
+    return plan
+
+
+def plan_graft(settings: GraftSettings, source: Source, layers: str | list[int] | None = None) -> Plan:
+    """What becomes of the source by these settings; nothing is written, and no tensor is read.
+
+    Args:
+        layers: used instead of the settings' own. Layers that are still to be measured are planned as all of them.
+    """
+    layers = layers or ("all" if settings.layers == MEASURED else settings.layers)
     init = SSM_INITS[settings.ssm_init]
     memory = init.complete(backbone_fields(source.config), {**init.fields, **settings.memory})
-    config = bmojo_config_for(source.config, memory, settings.layers)
-    if settings.ssm_init == "smoother":
-        check_smoother(config, tuple(settings.smoother_tau))
+    config = bmojo_config_for(source.config, memory, layers)
+    init.check(config, tuple(settings.smoother_tau))
     dtype = getattr(torch, settings.dtype or source.dtype, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype_name(dtype) not in DTYPES:
         raise ValueError(f"dtype of the source is {source.dtype}; set dtype to float32, bfloat16 or float16.")
 
     model = meta_model(config)
@@ -94,10 +132,23 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     initialised = initialised_tensors(config, shapes, init.describe)
     copies = plan_copy(source.config, source.shapes, shapes, set(initialised))
-    element = torch.empty(0, dtype=dtype).element_size()
-    size = sum(torch.Size(shape).numel() * (4 if ".scalars." in name else element) for name, shape in shapes.items())
-    check_space(output, size + SIDE_FILES_BYTES)
-    return Plan(settings, source, config, dtype, copies, initialised, shapes)
+    dtypes = target_dtypes(settings, source, dtype, copies, shapes)
+    return Plan(settings, source, config, dtype, copies, initialised, shapes, dtypes)
+
+
+def with_measured_layers(plan: Plan) -> Plan:
+    """The plan with the layers that measuring finds least harmful; `plan` has every layer (conversion/layer_choice.py).
+
+    Raises:
+        ValueError: the text is too short, the source has no tokenizer, or the choice contradicts the settings.
+    """
+    settings, source = plan.settings, plan.source
+    count = source.config.num_hidden_layers
+    plan_graft(settings, source, list(range(min(settings.measured_layers, count))))  # refuses before the work
+    ranking = measure_layers(plan.config, source, settings, lambda: build_tensors(plan))
+    chosen = plan_graft(settings, source, ranking["chosen"])
+    chosen.ranking = ranking
+    return chosen
 
 
 def initialised_tensors(config: BMojoConfig, shapes: dict[str, tuple[int, ...]], rule: str) -> dict[str, str]:
@@ -113,68 +164,122 @@ def initialised_tensors(config: BMojoConfig, shapes: dict[str, tuple[int, ...]],
     return found
 
 
-def build_tensors(plan: Plan) -> dict[str, torch.Tensor]:
-    """All target tensors: copied ones in the graft's dtype, then the initialised ones.
+def target_dtypes(
+    settings: GraftSettings,
+    source: Source,
+    dtype: torch.dtype,
+    copies: dict[str, dict[str, Any]],
+    shapes: dict[str, tuple[int, ...]],
+) -> dict[str, torch.dtype]:
+    """The dtype of every target tensor: a copy keeps its own unless the settings name one; SSM scalars are float32.
 
-    Raises:
-        ValueError: a source tensor with values that are not finite, in its own dtype or in the graft's.
+    Notes in `copies` which source tensors are cast.
     """
-    tensors = {}
-    for name, entry in tqdm(plan.copies.items(), desc="Copying tensors", unit="tensor"):
-        value = plan.source.tensor(name)
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"tensor {name} of the source holds values that are not finite; the file is damaged.")
-        if "copied-to" not in entry:
-            continue
-        goal = entry["copied-to"]
-        tensors[goal] = value.to(plan.dtype, copy=True)
-        if value.dtype != plan.dtype:
-            entry["cast-from"] = dtype_name(value.dtype)
-            if not bool(torch.isfinite(tensors[goal]).all()):
+    dtypes = {name: torch.float32 if ".scalars." in name else dtype for name in shapes}
+    for name, piece in pieces_of(copies, shapes).items():
+        own = source.dtypes[piece.source]
+        if settings.dtype is None and own in DTYPES:
+            dtypes[name] = getattr(torch, own)
+        if own != dtype_name(dtypes[name]):
+            copies[piece.source]["cast-from"] = own
+    return dtypes
+
+
+class TensorBuilder:
+    """Makes the target tensors of a plan by name, and notes the digest of each; holds the memories of one layer."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.digests: dict[str, str] = {}
+        self._layer, self._built = -1, {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The tensor called `name`.
+
+        Raises:
+            ValueError: it is copied, and holds values that are not finite, in the source's dtype or in the graft's.
+        """
+        tensor = self._initialised(name) if name in self.plan.initialised else copied_tensor(self.plan, name)
+        self.digests[name] = digest(tensor)
+        return tensor
+
+    def _initialised(self, name: str) -> torch.Tensor:
+        index = int(name.split(".")[2])
+        if index != self._layer:
+            self._layer, self._built = index, layer_init(self.plan, index)
+        return self._built.pop(name)
+
+
+def build_tensors(plan: Plan) -> dict[str, torch.Tensor]:
+    """All target tensors in memory: for models that run without being written."""
+    make = TensorBuilder(plan)
+    return {name: make(name) for name in tqdm(plan.shapes, desc="Reading the source", unit="tensor")}
+
+
+def copied_tensor(plan: Plan, name: str) -> torch.Tensor:
+    """A target tensor that comes from the source, in the dtype of the target; see `TensorBuilder`."""
+    piece, out = plan.pieces[name], torch.empty(plan.shapes[name], dtype=plan.dtypes[name])
+    for first, last in row_blocks(len(out), out[:1].nbytes):
+        block = plan.source.rows(piece.source, piece.start + first, piece.start + last)
+        out[first:last] = block
+        if not is_finite(out[first:last]):
+            if not is_finite(block):
                 raise ValueError(
-                    f"tensor {name} of the source leaves the range of dtype={dtype_name(plan.dtype)}; "
-                    "choose float32 or bfloat16."
+                    f"tensor {piece.source} of the source holds values that are not finite; the file is damaged."
                 )
-    for index in tqdm(chosen_layers(plan.settings.layers, plan.config.num_hidden_layers), desc="Initialising memories"):
-        tensors |= layer_init(plan, tensors, index)
-    return {name: tensors[name] for name in plan.shapes}
+            raise ValueError(
+                f"tensor {piece.source} of the source leaves the range of dtype={dtype_name(out.dtype)}; "
+                "choose float32 or bfloat16."
+            )
+    return out
 
 
-def layer_init(plan: Plan, tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, without a mask as large as the tensor."""
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def layer_init(plan: Plan, index: int) -> dict[str, torch.Tensor]:
     """The initialised tensors of one B'MOJO layer, by their full names; the SSM's scalars stay float32."""
     attention = f"model.layers.{index}.self_attn."
-    own = {name.removeprefix(attention): value for name, value in tensors.items() if name.startswith(attention)}
+    names = [name.removeprefix(attention) for name in plan.pieces if name.startswith(attention)]
+    own = LazyTensors(names, lambda name: copied_tensor(plan, attention + name))
     init = SSM_INITS[plan.settings.ssm_init]
     built = init.build(plan.config, own, tuple(plan.settings.smoother_tau), plan.settings.seed * 100_003 + index)
     found = {f"model.layers.{index}.fading.{name}": value for name, value in built.items()}
     for name in plan.initialised:
         if name.startswith(attention + "fading_"):
-            found[name] = tensors[name.replace("fading_", "")].clone()
+            found[name] = copied_tensor(plan, name.replace("fading_", ""))
     for name, value in found.items():
         if plan.shapes.get(name) != tuple(value.shape):
             raise ValueError(f"{name}: initialised as {list(value.shape)}, the model has {plan.shapes.get(name)}.")
-    return {name: value if ".scalars." in name else value.to(plan.dtype) for name, value in found.items()}
+    return {name: value.to(plan.dtypes[name]).contiguous() for name, value in found.items()}
 
 
-def write_checkpoint(folder: Path, plan: Plan, tensors: dict[str, torch.Tensor]) -> None:
+def write_checkpoint(folder: Path, plan: Plan) -> None:
     """Fills `folder`: weights, code, tokenizer, settings, card and, last, the report."""
     generation = generation_settings(plan.source.generation_settings(), plan.config)
-    report = build_report(plan, tensors)
-    save_model(folder, plan.config, tensors, generation, plan.settings.max_shard_size)
-    tensors.clear()
+    save_description(folder, plan.config, plan.dtype, generation)
+    if plan.ranking is not None:
+        write_ranking(folder, plan.ranking)
+    build = TensorBuilder(plan)
+    write_shards(folder, plan.shapes, plan.dtypes, build, plan.settings.max_shard_size)
+    report = build_report(plan, build.digests)
     tokenizer = plan.source.tokenizer()
     report["tokenizer"] = None if tokenizer is None else save_tokenizer(folder, tokenizer, plan.config.vocab_size)
     report["generation"] = generation
-    report["check"] = check_against_source(folder, plan) if plan.settings.check else None
+    check = plan.settings.check
+    report["check"] = check_against_source(folder, plan.source, plan.dtype, plan.settings.seed) if check else None
     (folder / "README.md").write_text(model_card(plan.config, plan.source.facts(), report), encoding="utf-8")
     write_report(folder, report)
 
 
-def build_report(plan: Plan, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def build_report(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
     """The report of `graft_report.json`; tokenizer, generation and check are added as they are done."""
     config = plan.source.config
     windows = [size for size in (plan.config.window_size, source_window(config)) if size is not None]
     dropped = sum("dropped-because" in entry for entry in plan.copies.values())
+    sizes = {name: torch.Size(shape).numel() for name, shape in plan.shapes.items()}
     return {
         "source": {
             "label": plan.source.label,
@@ -183,55 +288,24 @@ def build_report(plan: Plan, tensors: dict[str, torch.Tensor]) -> dict[str, Any]
             "dtype": plan.source.dtype,
             "layer_types": source_layer_types(config),
             "window": source_window(config),
+            "config": plan.source.stated_config,
+            "generation": plan.source.generation_settings(),
         },
         "settings": plan.settings.as_dict(),
         "dtype": dtype_name(plan.dtype),
         "ssm_init": plan.settings.ssm_init,
+        "layers": [index for index, kind in enumerate(plan.config.layer_types) if kind == "bmojo"],
+        "layer_ranking": plan.ranking,
         "identical_up_to": min(windows),
         "counts": {
             "copied": len(plan.copies) - dropped,
             "dropped": dropped,
             "initialised": len(plan.initialised),
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
-            "source_parameters": sum(
-                torch.Size(entry["shape"]).numel() for entry in plan.copies.values() if "copied-to" in entry
-            ),
+            "parameters": sum(sizes.values()),
+            "source_parameters": sum(sizes[name] for name in plan.pieces),
         },
         "source_tensors": plan.copies,
-        "target_tensors": target_account(plan.copies, plan.initialised, tensors),
+        "target_tensors": target_account(plan.pieces, plan.initialised, plan.shapes, plan.dtypes, digests),
         "versions": versions(),
         "code_sha256": code_fingerprint(),
     }
-
-
-@torch.no_grad()
-def check_against_source(folder: Path, plan: Plan) -> dict[str, float]:
-    """Loads the written folder and compares its logits with the source's inside the window, in float32.
-
-    Raises:
-        ValueError: the memories hold values that are not finite, tensors are missing from the folder, or the logits
-            differ by more than CHECK_TOLERANCE allows.
-    """
-    tokens = min(CHECK_TOKENS, plan.config.window_size, source_window(plan.source.config) or CHECK_TOKENS)
-    generator = torch.Generator().manual_seed(plan.settings.seed)
-    ids = torch.randint(plan.config.vocab_size, (1, tokens), generator=generator)
-    written, info = BMojoForCausalLM.from_pretrained(folder, dtype=plan.dtype, output_loading_info=True)
-    problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if problems or info["mismatched_keys"]:
-        raise ValueError(f"the written checkpoint does not load completely: {problems or info['mismatched_keys']}.")
-    # With a cache, so that the fading memories run too, although no token is beyond the window yet.
-    out = written.float().eval()(input_ids=ids, use_cache=True)
-    ours = out.logits
-    for index, layer in enumerate(out.past_key_values.layers):
-        wrong = [name for name, state in layer.states().items() if not state.isfinite().all()]
-        if wrong:
-            raise ValueError(f"layer {index} of the graft: after {tokens} tokens its states {wrong} are not finite.")
-    del written, out
-    theirs = plan.source.load_model(plan.dtype).eval()(input_ids=ids, use_cache=False).logits
-    difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    if not difference <= CHECK_TOLERANCE * scale:
-        raise ValueError(
-            f"the graft does not reproduce its source: on {tokens} tokens the logits differ by {difference:.3g} at a "
-            f"scale of {scale:.3g}. The source computes something that its row in conversion/families.py leaves out."
-        )
-    return {"tokens": tokens, "max_logit_difference": difference, "logit_scale": scale}

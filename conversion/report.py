@@ -9,6 +9,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,26 @@ import transformers
 
 import modeling_bmojo
 
-from .families import target_of
+from .families import targets_of
 
 
 REPORT_FILE = "graft_report.json"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Where a copied target tensor comes from: rows `[start, stop)` of a source tensor; `whole`: it has no others."""
+
+    source: str
+    start: int
+    stop: int
+    whole: bool
+
+
 def plan_copy(config: Any, source: Shapes, target: Shapes, initialised: set[str]) -> dict[str, dict[str, Any]]:
-    """Every source tensor: `{"copied-to": name}` or `{"dropped-because": reason}`, with its shape.
+    """Every source tensor with its shape and `"copied-to"`: a name, `"split-into"`: names in the order of their rows,
+    or `"dropped-because"`: a reason.
 
     Args:
         config: of the source. source, target: names and shapes of all tensors. initialised: target tensors that the
@@ -34,35 +46,64 @@ def plan_copy(config: Any, source: Shapes, target: Shapes, initialised: set[str]
     Raises:
         ValueError: listing the tensors that are missing, of a wrong shape, or without a place.
     """
-    plan, problems, filled = {}, [], set(initialised)
+    plan, problems, met = {}, [], set(initialised)
     for name, shape in source.items():
-        goal, reason = target_of(config, name)
-        if goal is None:
+        goals, reason = targets_of(config, name)
+        met.update(goals)
+        absent = [goal for goal in goals if goal not in target]
+        if not goals:
             plan[name] = {"dropped-because": reason, "shape": list(shape)}
-        elif goal not in target:
+        elif absent:
             problems.append(f"{name} {list(shape)} has no place in the target and no reason to be dropped")
-        elif target[goal] != shape:
-            problems.append(f"{name} has shape {list(shape)}, but its config implies {list(target[goal])}")
+        elif (implied := joined_shape([target[goal] for goal in goals])) != shape:
+            problems.append(f"{name} has shape {list(shape)}, but its config implies {list(implied)}")
         else:
-            plan[name] = {"copied-to": goal, "shape": list(shape)}
-            filled.add(goal)
-    wrong = {target_of(config, name)[0] for name in source}
-    problems += [f"{name} {list(target[name])} is missing" for name in target if name not in filled | wrong]
+            place = {"copied-to": goals[0]} if len(goals) == 1 else {"split-into": list(goals)}
+            plan[name] = {**place, "shape": list(shape)}
+    problems += [f"{name} {list(target[name])} is missing" for name in target if name not in met]
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(f"the source's tensors do not fit its config: {shown}. Check that the files belong together.")
     return plan
 
 
+def joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of tensors whose rows are put one after the other."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def goals_of(entry: Mapping[str, Any]) -> list[str]:
+    """The targets of a source tensor's entry in the account, in the order of their rows; none if it is left behind."""
+    return [entry["copied-to"]] if "copied-to" in entry else entry.get("split-into", [])
+
+
+def pieces_of(plan: Mapping[str, Mapping[str, Any]], target: Shapes) -> dict[str, Piece]:
+    """Where each copied target tensor comes from, by its name."""
+    pieces = {}
+    for name, entry in plan.items():
+        goals, start = goals_of(entry), 0
+        for goal in goals:
+            pieces[goal] = Piece(name, start, start + target[goal][0], whole=len(goals) == 1)
+            start += target[goal][0]
+    return pieces
+
+
 def target_account(
-    plan: Mapping[str, Mapping[str, Any]], initialised: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+    pieces: Mapping[str, Piece],
+    initialised: Mapping[str, str],
+    shapes: Shapes,
+    dtypes: Mapping[str, torch.dtype],
+    digests: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Every target tensor: `{"copied-from": name}` or `{"initialised-by": rule}`, with its shape and dtype."""
-    origin = {entry["copied-to"]: {"copied-from": name} for name, entry in plan.items() if "copied-to" in entry}
-    origin |= {name: {"initialised-by": rule} for name, rule in initialised.items()}
+    """Every target tensor: `"copied-from"` (and `"rows"` of it) or `"initialised-by"`, its shape, dtype and SHA-256."""
+    origin: dict[str, dict[str, Any]] = {name: {"initialised-by": rule} for name, rule in initialised.items()}
+    for name, piece in pieces.items():
+        origin[name] = {"copied-from": piece.source}
+        if not piece.whole:
+            origin[name]["rows"] = [piece.start, piece.stop]
     return {
-        name: {**origin[name], "shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
-        for name, tensor in tensors.items()
+        name: {**origin[name], "shape": list(shape), "dtype": dtype_name(dtypes[name]), "sha256": digests[name]}
+        for name, shape in shapes.items()
     }
 
 

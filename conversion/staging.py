@@ -2,13 +2,17 @@
 
 `check_output` decides before the work whether a folder may be written; `staged_folder` hands out a sibling temporary
 folder and renames it into place at the end. Whatever goes wrong, the temporary folder goes and the old output stays.
+What a killed process (kill -9, a power cut) could not clear away itself, the next one does.
 """
 
-import os
+import glob
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .report import REPORT_FILE
 
@@ -48,24 +52,55 @@ def check_space(output: Path, needed: int) -> None:
         )
 
 
+def clear_leftovers(output: Path) -> None:
+    """Removes what killed processes left beside `output`, and puts back an old output that one had just moved aside.
+
+    A process locks a file beside its temporary folder while it lives, so running work is left alone.
+    """
+    output = output.absolute()
+    for lock_file in output.parent.glob(f"{glob.escape(output.name)}.partial-*.lock"):
+        try:
+            with FileLock(lock_file, timeout=0):
+                _clear(output, lock_file.with_suffix(""))
+        except Timeout:
+            continue
+
+
+def _clear(output: Path, partial: Path) -> None:
+    """Ends a staging, wherever it stopped: one of the two outputs stays, the temporary folder and the lock go."""
+    replaced = _replaced(partial)
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    _lock_file(partial).unlink(missing_ok=True)
+
+
+def _replaced(partial: Path) -> Path:
+    """Where the old output waits while the folder `partial` is renamed."""
+    return partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+
+
+def _lock_file(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.lock")
+
+
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A fresh sibling folder that becomes `output` when the block ends well and vanishes when it does not."""
+    """A fresh sibling folder that becomes `output` when the block ends well and vanishes when it does not.
+
+    A killed process leaves it behind; whoever writes the same output next clears it away (`clear_leftovers`).
+    """
     output = output.absolute()
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output.exists():
-            output.rename(replaced)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(output)
+    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:12]}")
+    with FileLock(_lock_file(partial)):
         try:
+            partial.mkdir()
+            yield partial
+            if output.exists():
+                output.rename(_replaced(partial))
             partial.rename(output)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            _clear(output, partial)

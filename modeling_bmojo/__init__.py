@@ -12,6 +12,7 @@ from transformers import (
 from .cache_bmojo import BMojoCache, RememberedToken
 from .configuration_bmojo import BMojoConfig
 from .explain_bmojo import explain_kernels
+from .lora_report_bmojo import LayerCoverage, check_adapter, lora_coverage, print_lora_coverage
 from .modeling_bmojo import (
     BMojoForCausalLM,
     BMojoForQuestionAnswering,
@@ -20,6 +21,10 @@ from .modeling_bmojo import (
     BMojoModel,
     BMojoPreTrainedModel,
 )
+from .peft_bmojo import bmojo_lora_config
+from .plots_bmojo import plot_expiry, plot_innovation, plot_memory_growth
+from .show_bmojo import MemoryView, show_memory
+from .trace_bmojo import InnovationTrace, trace_innovation
 
 
 __version__ = "0.1.0"
@@ -49,6 +54,18 @@ __all__ = [
     "BMojoForTokenClassification",
     "BMojoModel",
     "BMojoPreTrainedModel",
+    "InnovationTrace",
+    "LayerCoverage",
+    "MemoryView",
     "RememberedToken",
+    "bmojo_lora_config",
+    "check_adapter",
     "explain_kernels",
+    "lora_coverage",
+    "plot_expiry",
+    "plot_innovation",
+    "plot_memory_growth",
+    "print_lora_coverage",
+    "show_memory",
+    "trace_innovation",
 ]

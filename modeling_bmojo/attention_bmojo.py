@@ -69,7 +69,8 @@ class BMojoAttention(nn.Module):
         self.layer_idx = layer_idx
         self.spec = spec = config.layer_spec(layer_idx)
         self.head_dim = spec.head_dim
-        self.scaling = spec.head_dim**-0.5
+        multiplier = config.attention_multiplier
+        self.scaling = spec.head_dim**-0.5 if multiplier is None else multiplier
         self.decay = config.eidetic_decay
         self.block = config.memory_block_size
         self.dropout = config.attention_dropout
@@ -86,11 +87,12 @@ class BMojoAttention(nn.Module):
         if spec.fading and not self.tied:
             self.fading_k_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
             self.fading_v_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
-        if config.qk_norm == "head":
-            self.q_norm = BMojoRMSNorm(spec.head_dim, config.rms_norm_eps)
-            self.k_norm = BMojoRMSNorm(spec.head_dim, config.rms_norm_eps)
-        else:
+        self.norm_joins_heads = config.qk_norm == "full"
+        if config.qk_norm is None:
             self.q_norm = self.k_norm = nn.Identity()
+        else:
+            sizes = (query_size, key_size) if self.norm_joins_heads else (spec.head_dim, spec.head_dim)
+            self.q_norm, self.k_norm = (BMojoRMSNorm(size, config.rms_norm_eps) for size in sizes)
 
     def forward(
         self,
@@ -114,7 +116,7 @@ class BMojoAttention(nn.Module):
             `[B, T, E]`, and weights `[B, H, T, columns]` or None.
         """
         rotary = rotary if self.use_rope else None
-        query = rotate(self.q_norm(self._heads(self.q_proj(hidden_states))), rotary)
+        query = rotate(self._normed_heads(self.q_proj(hidden_states), self.q_norm), rotary)
         keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj, rotary)
         live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         stepping = cache is not None and cache.started and query.shape[1] == 1 and not live
@@ -140,6 +142,9 @@ class BMojoAttention(nn.Module):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
+    def _normed_heads(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        return self._heads(norm(x)) if self.norm_joins_heads else norm(self._heads(x))
+
     def _fade(self, fading: torch.Tensor | None, rotary, lengths, cache: BMojoCacheLayer | None, stepping: bool):
         """Keys and values `[B, n, G, D]` of the fading tokens that are made of SSM outputs `[B, T, E]`, or None.
 
@@ -163,7 +168,7 @@ class BMojoAttention(nn.Module):
         return self._keys_values(taken[0], *projections, tuple(taken[1:]) or None)
 
     def _keys_values(self, x, k_proj, v_proj, rotary) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate(self.k_norm(self._heads(k_proj(x))), rotary), self._heads(v_proj(x))
+        return rotate(self._normed_heads(k_proj(x), self.k_norm), rotary), self._heads(v_proj(x))
 
     def _softmax_options(self, columns: int | None) -> dict:
         # SDPA forms no weights: whoever asks for them gets the eager form.

@@ -17,7 +17,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
 INNOVATIONS = ("output", "state")
-QK_NORMS = (None, "head")
+QK_NORMS = (None, "head", "full")
+NORM_POSITIONS = ("pre", "post")
 SSM_TYPES = ("mamba2", "mamba")
 KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
 
@@ -92,7 +93,13 @@ class BMojoConfig(PreTrainedConfig):
         rope_parameters: RoPE type and its numbers, as in transformers 5; `None` means no positions at all.
         attention_bias: biases in `q_proj`, `k_proj`, `v_proj`.
         attention_output_bias: bias in `o_proj`; `None` follows `attention_bias` (Qwen2: True / False).
-        qk_norm: `"head"` normalises every query and key head by RMSNorm before RoPE (Qwen3); `None` does not.
+        qk_norm: `"head"` normalises every query and key head by RMSNorm before RoPE (Qwen3), `"full"` all heads of a
+            token together (OLMo2); `None` does not.
+        norm_position: `"pre"`: a layer is h + mix(norm(h)), then h + mlp(norm(h)) (Llama); `"post"`: h + norm(mix(h)),
+            then h + norm(mlp(h)) (OLMo2).
+        embedding_multiplier, residual_multiplier, logits_scaling: factor of the embeddings, of what every mixer and MLP
+            adds, and divisor of the logits. attention_multiplier: scale of the attention's scores; `None` is
+            head_dim ** -0.5 (all four: Granite).
         no_rope_layers: one 0/1 per layer, 0 = no RoPE in that layer (SmolLM3); `None` = RoPE everywhere.
         layer_types: one of `"bmojo"`, `"full_attention"`, `"sliding_attention"`, `"linear_attention"` per layer;
             `None` makes every layer `"bmojo"`.
@@ -170,6 +177,11 @@ class BMojoConfig(PreTrainedConfig):
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
     qk_norm: str | None = None
+    norm_position: str = "pre"
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     attention_dropout: float = 0.0
     no_rope_layers: list[int] | None = None
 
@@ -340,6 +352,10 @@ class BMojoConfig(PreTrainedConfig):
         self._require_int("head_dim", 1, "give a positive size or leave it None")
         self._require_int("intermediate_size", 0, "give the MLP's width, or 0 for layers without an MLP")
         self._require_choice("qk_norm", QK_NORMS)
+        self._require_choice("norm_position", NORM_POSITIONS)
+        for name in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"):
+            if getattr(self, name) is not None or name != "attention_multiplier":
+                self._require_number(name, 0, True, "leave it out for a model without it")
         if self.num_attention_heads % self.num_key_value_heads:
             self._reject(
                 "num_key_value_heads",

@@ -3,7 +3,8 @@
     u = norm(h);  y, e = fading(u);  h += o_proj(attention(q(u), [eidetic | fading | local]));  h += mlp(norm(h))
 
 One decoder layer covers every layer type: `"bmojo"` (all memories), `"sliding_attention"` (the window alone),
-`"full_attention"` (no window), `"linear_attention"` (the SSM alone).
+`"full_attention"` (no window), `"linear_attention"` (the SSM alone). With `norm_position="post"` norms stand behind:
+u = h;  h += norm(o_proj(...));  h += norm(mlp(h)).
 
 Shapes: B batch, T tokens, E hidden size, H query heads, D head dim, S token positions so far.
 """
@@ -35,10 +36,12 @@ from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
 from .linear_bmojo import BMojoLinear
+from .peft_bmojo import NoPrompts
 
 
 logger = logging.get_logger(__name__)
 
+MLP_BLOCK = 1024  # tokens of a prompt that pass an MLP at once on a CPU: its wide activations stay small
 FADING_MEMORIES = {"mamba2": FadingMemory, "mamba": S6FadingMemory}  # by config.ssm_type
 
 
@@ -83,6 +86,12 @@ class BMojoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._map(x)
+        parts = [self._map(part) for part in x.split(MLP_BLOCK, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _map(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -93,15 +102,21 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.spec = config.layer_spec(layer_idx)
-        self.input_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_after = config.norm_position == "post"
+        self.residual_multiplier = config.residual_multiplier
+        self.has_mlp = config.intermediate_size > 0
+        if not self.norm_after:
+            self.input_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.spec.has_attention:
             self.self_attn = BMojoAttention(config, layer_idx)
         if self.spec.has_ssm:
             self.fading = FADING_MEMORIES[config.ssm_type](config, layer_idx)
-        self.has_mlp = config.intermediate_size > 0
-        if self.has_mlp:
+        if self.norm_after or self.has_mlp:
             self.post_attention_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.has_mlp:
             self.mlp = BMojoMLP(config)
+            if self.norm_after:
+                self.post_feedforward_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -111,7 +126,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states `[B, T, E]` to the same, and the attention weights `[B, H, T, S]` or None."""
-        normed = self.input_layernorm(hidden_states)
+        normed = hidden_states if self.norm_after else self.input_layernorm(hidden_states)
         parts = [normed] if rows.layout is None else rows.layout.split(normed)
         mixed = [
             self._mix(part, lengths, rotary, past_key_values, rows.columns)
@@ -123,10 +138,17 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             weights = None if weights is None else _weights_by_column(weights, rows)
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].advance(rows.lengths[0], hidden_states.shape[1])
-        hidden_states = hidden_states + update
+        if self.norm_after:
+            update = self.post_attention_layernorm(update)
+        hidden_states = torch.add(hidden_states, update, alpha=self.residual_multiplier)
         if self.has_mlp:
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            hidden_states = torch.add(hidden_states, self._feed_forward(hidden_states), alpha=self.residual_multiplier)
         return hidden_states, weights
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.norm_after:
+            return self.post_feedforward_layernorm(self.mlp(hidden_states))
+        return self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _mix(self, part, lengths, rotary, past_key_values: BMojoCache | None, columns: int | None):
         """Sequence mixing of one group of rows `[R, T, E]`: fading memory, then attention."""
@@ -152,7 +174,7 @@ def _weights_by_column(weights: torch.Tensor, rows: Rows) -> torch.Tensor:
     return by_query.transpose(1, 2)
 
 
-class BMojoPreTrainedModel(PreTrainedModel):
+class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     """Weight initialisation and what B'MOJO models declare to transformers."""
 
     config_class = BMojoConfig
@@ -260,6 +282,8 @@ class BMojoModel(BMojoPreTrainedModel):
         check_tokens(self.config, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.embedding_multiplier != 1.0:
+            inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         batch, columns = inputs_embeds.shape[:2]
         fresh = past_key_values is None
         if not fresh:
@@ -358,6 +382,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -29,6 +29,8 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
+from dispatch_fixtures import installed, nothing_remembered, on_gpu, said  # noqa: E402, F401
+
 
 class TorchRandom:
     """torch's generator as hypothesis wants one: every example starts from the same seed, so that failures shrink."""

@@ -3,6 +3,7 @@
 W is the graft's window.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -44,6 +48,22 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# Angles for texts beyond W tokens that differ much from those for shorter ones; 4 pairs of channels.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
 SOURCES = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama_biases_tied": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
@@ -56,6 +76,19 @@ SOURCES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen3_biases": Qwen3Config(**SIZES, head_dim=8, attention_bias=True),
     "smollm3": SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}, no_rope_layer_interval=2),
+    "smollm3_tied_biases": SmolLM3Config(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "phi3": Phi3Config(**SIZES),
+    "phi3_partial_tied": Phi3Config(**SIZES, tie_word_embeddings=True, rope_parameters=HALF_ROPE),
+    "phi3_sliding": Phi3Config(**SIZES, sliding_window=W),
+    "phi3_longrope": Phi3Config(**SIZES, rope_parameters=LONG_ROPE, original_max_position_embeddings=W),
+    "phi3_wide_heads": Phi3Config(**SIZES, head_dim=16),
+    "granite": GraniteConfig(**SIZES, **MULTIPLIERS),
+    "granite_tied_biases": GraniteConfig(
+        **SIZES, **MULTIPLIERS, **BIASES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "olmo2": Olmo2Config(**SIZES),
+    "olmo2_tied_biases": Olmo2Config(**SIZES, tie_word_embeddings=True, attention_bias=True, head_dim=12),
+    "olmo2_yarn": Olmo2Config(**{**SIZES, "num_key_value_heads": 4}, rope_parameters=YARN_ROPE),
 }
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s> {{ message['role'] }} {{ message['content'] }} </s> {% endfor %}"
@@ -66,7 +99,7 @@ CHAT_TEMPLATE = (
 def randomised(config) -> torch.nn.Module:
     """A model of the config, every parameter random: transformers starts biases at 0 and norms at 1."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # saving a model writes into its config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)

@@ -276,27 +276,33 @@ class Algorithm1:
     def step(self, token, t):
         """Logits [V] of the token at position t."""
         config = self.config
-        hidden = self.tensors["model.embed_tokens.weight"][token]
+        hidden = self.tensors["model.embed_tokens.weight"][token] * config.embedding_multiplier
         for i, layer_type in enumerate(config.layer_types):
             name, layer = f"model.layers.{i}", self.layers[i]
-            u = rms_norm(hidden, self.tensors[f"{name}.input_layernorm.weight"], config.rms_norm_eps)
+            u = self.normed(f"{name}.input_layernorm", hidden, "pre")
             if layer_type in ("bmojo", "linear_attention"):
                 layer.outputs.append(self.fading_output(f"{name}.fading", u, layer))
-            if layer_type == "linear_attention":
-                hidden = hidden + layer.outputs[-1]
-            else:
-                hidden = hidden + self.attention(i, layer_type, u, t)
+            mixed = layer.outputs[-1] if layer_type == "linear_attention" else self.attention(i, layer_type, u, t)
+            mixed = self.normed(f"{name}.post_attention_layernorm", mixed, "post")
+            hidden = hidden + config.residual_multiplier * mixed
             layer.remembered.append(layer.eidetic.positions())
             if config.intermediate_size:
-                hidden = hidden + self.mlp(name, hidden)
+                hidden = hidden + config.residual_multiplier * self.mlp(name, hidden)
         hidden = rms_norm(hidden, self.tensors["model.norm.weight"], config.rms_norm_eps)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        return functional.linear(hidden, self.tensors[head])
+        return functional.linear(hidden, self.tensors[head]) / config.logits_scaling
+
+    def normed(self, name, x, position):
+        """x normalised where the norms stand at `position`, else x itself."""
+        if self.config.norm_position != position:
+            return x
+        return rms_norm(x, self.tensors[f"{name}.weight"], self.config.rms_norm_eps)
 
     def mlp(self, name, hidden):
-        x = rms_norm(hidden, self.tensors[f"{name}.post_attention_layernorm.weight"], self.config.rms_norm_eps)
+        x = self.normed(f"{name}.post_attention_layernorm", hidden, "pre")
         gate = ACT2FN[self.config.hidden_act](self.linear(f"{name}.mlp.gate_proj", x))
-        return self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", x))
+        out = self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", x))
+        return self.normed(f"{name}.post_feedforward_layernorm", out, "post")
 
     def fading_output(self, name, u, layer):
         """Steps 2 and 3: y_t in hidden space, and e_t appended to the layer's innovations."""
@@ -376,7 +382,10 @@ class Algorithm1:
     def heads(self, name, x, count, norm, layer_index, position):
         """x projected to [count, D]; with `norm` also q/k-norm and RoPE at the token's own position."""
         config = self.config
-        out = self.linear(name, x).view(count, config.head_dim)
+        out = self.linear(name, x)
+        if norm is not None and config.qk_norm == "full":
+            out = rms_norm(out, self.tensors[norm], config.rms_norm_eps)
+        out = out.view(count, config.head_dim)
         if norm is None:
             return out
         if config.qk_norm == "head":
@@ -410,6 +419,8 @@ class Algorithm1:
                     layer.fading.append((t, fading_key, fading_value))
                 beyond = [(key, value) for s, key, value in layer.fading if s <= t - window]
                 seen += beyond[-config.fading_size :]
+        if config.attention_multiplier is not None:
+            query = query * config.attention_multiplier * config.head_dim**0.5  # attend divides by the root
         out = attend(query, [key for key, _ in seen], [value for _, value in seen])
         return self.linear(f"{name}.o_proj", out.reshape(-1))
 

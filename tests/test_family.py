@@ -14,12 +14,18 @@ from oracles import algorithm1_forward, bmojo_f_dense, randomize_
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -65,6 +71,8 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+HALF = {**ROPE, "partial_rotary_factor": 0.5}
+MULTIPLIERS = dict(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3, logits_scaling=5.0)
 QWEN = dict(attention_bias=True, attention_output_bias=False)
 
 # name: (upstream model, upstream config, fields of both configs, fields of the upstream's only, fields of ours only).
@@ -101,6 +109,30 @@ TRANSFORMERS = {
         dict(layer_types=["sliding_attention"] * 3, window_size=2),
     ),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, dict(no_rope_layers=[1, 0, 1]), {}, {}),
+    "granite": (GraniteForCausalLM, GraniteConfig, MULTIPLIERS, {}, {}),
+    "granite-tied": (
+        GraniteForCausalLM,
+        GraniteConfig,
+        dict(MULTIPLIERS, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+        {},
+        {},
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}, {}, dict(qk_norm="full", norm_position="post")),
+    "olmo2-biases-mha": (
+        Olmo2ForCausalLM,
+        Olmo2Config,
+        dict(attention_bias=True, num_key_value_heads=4),
+        {},
+        dict(qk_norm="full", norm_position="post"),
+    ),
+    "phi3": (Phi3ForCausalLM, Phi3Config, dict(rope_parameters=HALF), {}, {}),
+    "phi3-sliding": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {},
+        dict(sliding_window=7),
+        dict(layer_types=["sliding_attention"] * 3, window_size=7),
+    ),
     "smollm3-sliding": (
         SmolLM3ForCausalLM,
         SmolLM3Config,
@@ -123,6 +155,20 @@ def fp64_norms_(model):
     return model
 
 
+def unfused(tensors, config):
+    """Phi-3's qkv_proj and gate_up_proj cut into our names."""
+    width = config.hidden_size // config.num_attention_heads
+    heads = [config.num_attention_heads * width, *2 * [config.num_key_value_heads * width]]
+    cuts = {"qkv_proj": (("q_proj", "k_proj", "v_proj"), heads)}
+    cuts["gate_up_proj"] = (("gate_proj", "up_proj"), 2 * [config.intermediate_size])
+    found = {}
+    for name, tensor in tensors.items():
+        fused = next((part for part in cuts if part in name), None)
+        names, rows = cuts.get(fused, ((fused,), [len(tensor)]))
+        found |= {name.replace(fused or "", goal or ""): rows for goal, rows in zip(names, tensor.split(rows))}
+    return found
+
+
 def transformer_pair(name, dtype):
     """(upstream model, our model) with the same random weights."""
     model_class, config_class, shared, theirs, ours = TRANSFORMERS[name]
@@ -130,7 +176,7 @@ def transformer_pair(name, dtype):
     upstream = randomize_(model_class(config_class(**shared, **theirs))).to(dtype).eval()
     fields = {"layer_types": ["full_attention"] * 3, **shared, **ours}
     model = BMojoForCausalLM(BMojoConfig(**fields)).to(dtype).eval()
-    model.load_state_dict(upstream.state_dict(), strict=True)
+    model.load_state_dict(unfused(upstream.state_dict(), upstream.config), strict=True)
     return upstream, model
 
 
@@ -494,6 +540,10 @@ EVERYTHING = {
     "no-positions": dict(window_size=4, eidetic_size=3, fading_size=2, rope_parameters=None),
     "nope-layer": dict(window_size=4, eidetic_size=3, fading_size=2, no_rope_layers=[0, 1]),
     "qk-norm": dict(window_size=4, eidetic_size=3, fading_size=2, qk_norm="head", head_dim=6),
+    "full-qk-norm": dict(window_size=4, eidetic_size=3, fading_size=2, qk_norm="full", head_dim=6),
+    "post-norm": dict(window_size=4, eidetic_size=3, fading_size=2, qk_norm="full", norm_position="post"),
+    "post-norm-no-mlp": dict(window_size=4, eidetic_size=3, norm_position="post", intermediate_size=0),
+    "multipliers": dict(window_size=4, eidetic_size=3, fading_size=2, **MULTIPLIERS),
     "multi-query": dict(window_size=4, eidetic_size=3, fading_size=2, num_key_value_heads=1),
     "multi-head": dict(window_size=4, eidetic_size=3, fading_size=2, num_key_value_heads=4, tie_word_embeddings=True),
     "biases": dict(

@@ -3,6 +3,7 @@
 For T <= W a fresh graft has neither eidetic nor fading tokens in reach, so its logits are the source's.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -43,8 +44,23 @@ def test_graft_has_the_logits_of_its_source(name, tmp_path):
     assert ours.config.tie_word_embeddings == source.config.tie_word_embeddings
     assert set(ours.config.layer_types) == {"bmojo"}
     # Beyond the window the graft must differ from full attention, or the test above would prove nothing.
+    beyond = logits(ours, 3 * W)
+    assert beyond.isfinite().all() and beyond.abs().max() < 3 * logits(source).abs().max()
     if "sliding" not in name:
-        assert (logits(ours, 3 * W) - logits(source, 3 * W)).abs().max() > 1e-3
+        assert (beyond - logits(source, 3 * W)).abs().max() > 1e-3
+
+
+def test_longrope_turns_a_token_alike_however_long_the_text_is(tmp_path):
+    """Read in one go or in pieces, on both sides of the length where the source would turn every token anew."""
+    save_source(tmp_path / "source", "phi3_longrope")
+    assert graft(tmp_path) == 0
+    model = BMojoForCausalLM.from_pretrained(tmp_path / "graft").eval()
+    assert model.config.rope_parameters["original_max_position_embeddings"] == W
+    ids = torch.randint(3, VOCAB, (1, 3 * W), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        whole, first = model(input_ids=ids).logits, model(input_ids=ids[:, : W - 1], use_cache=True)
+        rest = model(input_ids=ids[:, W - 1 :], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -61,12 +77,17 @@ def test_report_accounts_for_every_tensor(name, tmp_path):
         if "dropped-because" in entry:
             assert entry["dropped-because"]
         else:
-            assert torch.equal(source[key], target[entry["copied-to"]])
+            goals = entry.get("split-into") or [entry["copied-to"]]
+            assert torch.equal(source[key], torch.cat([target[goal] for goal in goals]))
+            assert (len(goals) > 1) == ("qkv_proj" in key or "gate_up_proj" in key)
     for key, entry in report["target_tensors"].items():
         assert entry["shape"] == list(target[key].shape)
         assert entry["dtype"] == str(target[key].dtype).removeprefix("torch.")
         assert ("copied-from" in entry) != ("initialised-by" in entry)
         assert ("initialised-by" in entry) == (".fading." in key)
+        assert entry["sha256"] == hashlib.sha256(target[key].numpy().tobytes()).hexdigest()
+        if "rows" in entry:
+            assert torch.equal(source[entry["copied-from"]][slice(*entry["rows"])], target[key])
     assert {"torch", "transformers", "modeling_bmojo", "python"} <= report["versions"].keys()
     assert report["settings"]["memory"]["window_size"] == W
     assert report["check"]["max_logit_difference"] < 1e-4
@@ -278,7 +299,9 @@ def test_second_run_refuses_overwrites_or_reuses(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device"), ValueError("broken")])
-@pytest.mark.parametrize("step", ["build_tensors", "save_model", "check_against_source", "write_report"])
+@pytest.mark.parametrize(
+    "step", ["open_source", "save_description", "copied_tensor", "layer_init", "check_against_source", "write_report"]
+)
 def test_failure_leaves_no_partial_folder_and_the_old_output(step, error, tmp_path, monkeypatch, capsys):
     save_source(tmp_path / "source")
     assert graft(tmp_path) == 0
@@ -291,7 +314,7 @@ def test_failure_leaves_no_partial_folder_and_the_old_output(step, error, tmp_pa
 
     monkeypatch.setattr(f"conversion.pipeline.{step}", fail)
     assert graft(tmp_path, "--overwrite", "--set", "eidetic_size=2") == (130 if error is KeyboardInterrupt else 2)
-    assert bool(partial) == (step != "build_tensors"), "the work is done in a folder of its own"
+    assert bool(partial) == (step != "open_source"), "the work is done in a folder of its own"
     assert snapshot(tmp_path / "graft") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
     assert capsys.readouterr().err

@@ -4,15 +4,17 @@ Inside the window both compute the same. Beyond it the graft must be no worse th
 against the plain sliding window and the sliding window that also keeps the first four tokens (attention sinks).
 """
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversion.evaluate import main as evaluate
 from conversion.graft import main
-from conversion.nll import main as main_nll
 from conversion.report import read_report
+from conversion.restore import main as main_restore
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
@@ -110,14 +112,29 @@ def test_report_of_the_real_graft(folder):
     assert "apache-2.0" in (folder / "README.md").read_text()
 
 
-def test_beyond_the_window_no_worse_than_a_sliding_window_with_sinks(folder, english_text, tmp_path, capsys):
-    """At T = 2,048, W = 256, M = 64, through the program that makes the table of docs/graft.md."""
+def test_the_source_comes_back_as_a_checkpoint(source, folder, tmp_path):
+    """A GGUF file comes back as the float32 model that it was read as."""
+    assert main_restore([str(folder), "--output", str(tmp_path / "copy")]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    assert type(again) is type(source) and again.dtype == torch.float32
+    state, wanted = again.state_dict(), source.state_dict()
+    assert state.keys() == wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in wanted)
+    ids = torch.arange(100, 116)[None]
+    with torch.inference_mode():
+        assert torch.equal(again(input_ids=ids).logits, source(input_ids=ids).logits)
+
+
+def test_beyond_the_window_no_worse_than_a_sliding_window_with_sinks(folder, english_text, tmp_path):
+    """At T = 2,048, W = 256, M = 64, through the program that makes the table of docs/evaluation.md."""
     document = tmp_path / "text.txt"
     document.write_text(english_text[:40_000], encoding="utf-8")
-    options = ["--window", "256", "--tokens", "2048", "--sinks", "4", "--document", str(document)]
-    assert main_nll([str(folder), *options]) == 0
-    table = capsys.readouterr().out
-    full, window, sinks, graft = (float(row.rsplit("  (", 1)[0].split()[-1]) for row in table.splitlines())
+    options = [f"files=[{document}]", "builtin=null", "topics=null", "texts=1", "rows=[source, window, sinks]"]
+    options += [f"{section}=false" for section in ("agreement", "passkey", "cost", "plot")]
+    options += [f"grafts=[{{folder: {folder}, window_size: 256}}]", f"output={tmp_path / 'out'}"]
+    assignments = [part for option in options for part in ("--set", option)]
+    assert evaluate([str(ROOT / "configs" / "evaluate" / "smollm2-135m.yaml"), *assignments]) == 0
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["summary"]
+    full, window, sinks, graft = (row["nll"]["second half"][0] for row in summary)
     assert BMojoConfig.from_pretrained(folder).eidetic_size == 64
     assert full < sinks < window, "the texts reach beyond the window"
     assert graft <= sinks + 0.02

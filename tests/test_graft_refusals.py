@@ -62,7 +62,7 @@ def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:
         ("smoother_tau=[8, 2]", ["smoother_tau=[8, 2]", "low <= high"]),
         ("smoother_tau=4", ["smoother_tau=4", "[low, high]"]),
         ("ssm_time_step_limit=[0.1, 1.0]", ["smoother_tau", "ssm_time_step_limit=[0.1, 1.0]"]),
-        ("max_shard_size=big", ["max_shard_size='big'", "5GB"]),
+        ("max_shard_size=big", ["max_shard_size='big'", "2GB"]),
         ("seed=x", ["seed='x'", "int"]),
         ("window_size", ["--set 'window_size'", "key=value"]),
         ("window_size=[1", ["YAML"]),
@@ -95,6 +95,21 @@ def test_window_must_fit_the_sliding_layers_that_stay(tmp_path, capsys):
     save_source(tmp_path / "source", "mistral_sliding")
     message = refused(capsys, tmp_path, layers=[0], window_size=8)
     assert "window_size=8" in message and f"sliding_window is {W}" in message and "[1]" in message
+
+
+def test_longrope_is_kept_where_no_layer_sees_beyond_its_short_angles(tmp_path, capsys):
+    save_source(tmp_path / "source", "phi3_longrope")
+    message = refused(capsys, tmp_path, window_size=W + 1)
+    assert f"window_size={W + 1}" in message and "LongRoPE" in message and f"window_size to {W} at most" in message
+    message = refused(capsys, tmp_path, layers=[1])
+    assert "layers [0] would stay full attention" in message and "layers=all" in message
+
+
+def test_facts_that_the_backbone_cannot_express_are_refused(tmp_path, capsys):
+    save_source(tmp_path / "source", "phi3")
+    edit_json(tmp_path / "source" / "config.json", resid_pdrop=0.1)
+    message = refused(capsys, tmp_path)
+    assert "resid_pdrop=0.1" in message and "has no dropout of embeddings and residuals" in message
 
 
 def test_unsupported_architecture_lists_the_supported_ones(tmp_path, capsys):

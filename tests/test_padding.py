@@ -22,6 +22,7 @@ SETTINGS = {
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "mixed-layers": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
+    "post-norm": dict(norm_position="post", qk_norm="full", residual_multiplier=0.5),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
 }
 PATTERNS = ("left", "right", "inner")

