@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from modeling_bmojo import bmojo_lora_config
+
 from .alignment import Alignment
 from .teacher import check_head, check_teacher, load_teacher, shared_teacher
 from .training_arguments import check_precision
@@ -16,11 +18,6 @@ from .training_output import write_adapter, write_checkpoint
 from .training_settings import AlignSettings, FinetuneSettings, LoraSettings
 
 
-# What an adapter reaches unless told otherwise: attention, MLP and SSM projections.
-LORA_TARGETS = [
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj", "out_proj"),
-    *("fading_k_proj", "fading_v_proj"),
-]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -121,7 +118,7 @@ def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Stude
     from peft import get_peft_model
 
     try:
-        adapted = get_peft_model(student.model, lora_config(lora))
+        adapted = get_peft_model(student.model, lora_config(student.model, lora))
     except ValueError as error:
         raise ValueError(f"lora: {error}") from error
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
@@ -137,17 +134,16 @@ def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Stude
     return Task("finetune", student, adapted, trained, 0, write)
 
 
-def lora_config(lora: LoraSettings):
-    """peft's LoraConfig of the `lora:` section."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
+def lora_config(model: torch.nn.Module, lora: LoraSettings):
+    """peft's LoraConfig of the `lora:` section for this model (ValueError: what fits no module)."""
+    chosen = {"lora_alpha": lora.alpha, "target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
+    return bmojo_lora_config(
+        model,
+        lora.recipe,
+        ssm_scalars=lora.ssm_scalars,
         r=lora.r,
-        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=LORA_TARGETS if lora.target_modules is None else lora.target_modules,
-        modules_to_save=lora.modules_to_save,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
+        **{name: value for name, value in chosen.items() if value is not None},
     )

@@ -15,9 +15,9 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .builtin_text import held_out_topics, training_topics
 from .chat import reader_for
 from .packing import IGNORED, PACKERS, count_from
+from .texts import pydoc_topics
 from .training_settings import DataSettings
 
 
@@ -82,9 +82,7 @@ def build_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from
 def _split(data: DataSettings, seed: int) -> tuple[AnyDataset, Dataset | None, list[list[str]]]:
     """Training documents, held-out documents or None, and the local files read."""
     if data.builtin is not None:
-        texts = [
-            Dataset.from_dict({"text": list(topics.values())}) for topics in (training_topics(), held_out_topics())
-        ]
+        texts = [Dataset.from_dict({"text": list(pydoc_topics(split).values())}) for split in ("training", "held_out")]
         texts = [text.rename_column("text", data.text_column) if data.text_column != "text" else text for text in texts]
         return texts[0], texts[1] if data.held_out else None, []
     if data.hub is not None:

@@ -87,13 +87,17 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Fields of `peft.LoraConfig`; `alpha`, `dropout` are its `lora_alpha`, `lora_dropout`.
+    """An adapter by `bmojo_lora_config` (docs/peft.md), whose `recipe` and `ssm_scalars` these are.
 
-    target_modules: None takes attention, MLP and SSM projections. merge: also write the merged model, in `merged/`.
+    Others are fields of `peft.LoraConfig`; `alpha`, `dropout` are its `lora_alpha` (None: 2 r), `lora_dropout`.
+    target_modules: None leaves them to the recipe. merge: also write the merged model, in `merged/`.
     """
 
+    recipe: str = "lora"
+    ssm_scalars: bool = False
+
     r: int = 16
-    alpha: float = 32
+    alpha: float | None = None
     dropout: float = 0.0
     target_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None

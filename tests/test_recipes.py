@@ -86,7 +86,7 @@ def test_headers_say_how_on_what_and_how_long(path):
 
 
 @cache
-def source_of(name: str):
+def source_of(name: str, *options):
     """A source as the graft sees it, without weights."""
     kind, millions, sizes = PUBLISHED[name]
     config = kind(**sizes)
@@ -97,7 +97,9 @@ def source_of(name: str):
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "lm_head.weight"}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = tuple(model.lm_head.weight.shape)
-    return SimpleNamespace(label=name, config=config, dtype="bfloat16", shapes=shapes)
+    return SimpleNamespace(
+        label=name, config=config, dtype="bfloat16", shapes=shapes, dtypes=dict.fromkeys(shapes, "bfloat16")
+    )
 
 
 @cache
@@ -165,7 +167,7 @@ def test_finetune_recipe(name, tmp_path):
     if settings.lora is None:
         assert choose_trained(model, settings.train, report)
         return
-    adapted = get_peft_model(model, lora_config(settings.lora))
+    adapted = get_peft_model(model, lora_config(model, settings.lora))
     layers = {int(key.split(".layers.")[1].split(".")[0]) for key, value in adapted.named_parameters() if "lora" in key}
     assert len(layers) == model.config.num_hidden_layers
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 
 from conversion.alignment import Alignment, run_teacher
-from conversion.builtin_text import training_topics
 from conversion.packing import IGNORED
 from conversion.settings import parse_assignments
 from conversion.teacher import shared_teacher
+from conversion.texts import pydoc_text
 from conversion.training_cli import peak_memory
 from conversion.training_model import choose_trained, open_student
 from conversion.training_settings import AlignSettings, build_training_settings
@@ -59,7 +59,7 @@ def main() -> None:
     trained = choose_trained(student.model, "new", student.report)
     teacher = shared_teacher(student.model, student.report["source"], set(trained))
     alignment = Alignment(student.model, teacher, settings.losses).train()
-    text = "\n\n".join(training_topics().values())
+    text = pydoc_text("training")
     ids = student.tokenizer(text[: 20 * arguments.tokens], return_tensors="pt")["input_ids"][:, : arguments.tokens]
     labels = ids.clone()
     labels[:, : student.config.window_size + 1] = IGNORED
