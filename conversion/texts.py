@@ -30,17 +30,26 @@ def pydoc_text(split: str) -> str:
     Raises:
         ValueError: another split.
     """
+    return "\n\n".join(pydoc_topics(split).values())
+
+
+def pydoc_topics(split: str) -> dict[str, str]:
+    """The same topic by topic, without topics of which nothing is left.
+
+    Raises:
+        ValueError: another split.
+    """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: must be one of {list(SPLITS)}.")
     wanted = HELD_OUT if split == "held_out" else [name for name in sorted(topics) if name not in HELD_OUT]
     used = set() if split == "held_out" else {key for name in HELD_OUT for key, _ in _paragraphs(topics[name])}
-    kept = []
+    kept: dict[str, list[str]] = {}
     for name in wanted:
         for key, paragraph in _paragraphs(topics[name]):
             if key not in used:
                 used.add(key)
-                kept.append(paragraph)
-    return "\n\n".join(kept)
+                kept.setdefault(name, []).append(paragraph)
+    return {name: "\n\n".join(paragraphs) for name, paragraphs in kept.items()}
 
 
 def _paragraphs(text: str) -> list[tuple[str, str]]:

@@ -1,0 +1,218 @@
+"""Student and teacher as one module whose forward pass is the alignment's loss; what the Trainer trains.
+
+The teacher is no submodule: it has no gradients, is in no checkpoint, and its tensors are mostly the student's own.
+
+Mixer losses need what goes into and comes out of the layers' mixers (attention with its memories, before the residual):
+`_Recorder` listens to them during a pass. With `mixer_inputs: teacher` every student mixer then runs by itself on the
+teacher's layer input, so a step costs the teacher's forward pass and the student's mixers, forward and backward: no
+MLP, no embedding, no logits, and no gradient that travels from layer to layer.
+
+Shapes: B rows, T tokens, E hidden size, N counted tokens of the batch.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from modeling_bmojo import BMojoForCausalLM
+
+from .align_losses import logit_losses, relative_error
+from .packing import IGNORED
+from .teacher import head_of, is_bmojo
+from .training_settings import LossSettings
+
+
+class Alignment(nn.Module):
+    """The loss of a student against its teacher.
+
+    Args:
+        student: trains where its parameters ask for a gradient. teacher: frozen; see teacher.py.
+        losses: weights and options.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer hands over num_items_in_batch
+
+    def __init__(self, student: BMojoForCausalLM, teacher: PreTrainedModel, losses: LossSettings):
+        super().__init__()
+        self.student = student
+        self.losses = losses
+        self.mixers = [index for index, kind in enumerate(student.config.layer_types) if kind == "bmojo"]
+        self._teacher = (teacher,)
+
+    @property
+    def config(self):
+        return self.student.config
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._teacher[0]
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves go to the teacher too: what it shares has moved already, what it holds alone follows."""
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn)
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:
+        self.student.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs, **options
+        )
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **options) -> None:
+        self.student.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=activation_checkpointing_kwargs, **options
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> dict[str, Any]:
+        """The loss per counted token.
+
+        Args:
+            input_ids, labels, position_ids, attention_mask: `[B, T]`. A token counts if the label after it is not -100.
+            num_items_in_batch: tokens that count in the whole step; None: in this batch.
+
+        Returns:
+            `loss` (scalar) and `parts`: each loss before its weight, without gradient.
+        """
+        targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORED)], dim=1)
+        counted = targets != IGNORED
+        total = counted.sum() if num_items_in_batch is None else num_items_in_batch
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        sums = self._sums(inputs, counted, targets)
+        parts = {name: value / torch.as_tensor(total, device=value.device).clamp(min=1) for name, value in sums.items()}
+        loss = sum(weight * parts[name] for name, weight in self.losses.weights().items())
+        return {"loss": loss.reshape(()), "parts": {name: value.detach().reshape(()) for name, value in parts.items()}}
+
+    def _sums(self, inputs: dict, counted: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every wanted loss, summed over the counted tokens."""
+        weights, sums = self.losses.weights(), {}
+        apart = self.losses.mixer_inputs == "teacher"
+        wanted = self.mixers if "mixer" in weights else []
+        with torch.no_grad(), _Recorder(self.teacher, wanted) as theirs:
+            teacher_hidden = None if set(weights) == {"ce"} else run_teacher(self.teacher, inputs)
+        if wanted and apart:
+            sums["mixer"] = self._mixer_error(self._mixed_apart(theirs), theirs, counted)
+        if set(weights) - {"mixer"} or (wanted and not apart):
+            with _Recorder(self.student, [] if apart else wanted) as ours:
+                hidden = self.student.model(**inputs, use_cache=False).last_hidden_state
+            if wanted and not apart:
+                sums["mixer"] = self._mixer_error(ours.outputs, theirs, counted)
+            if "hidden" in weights:
+                sums["hidden"] = relative_error(hidden, teacher_hidden, counted)
+            if weights.keys() & {"kl", "ce"}:
+                sums |= self._logit_sums(hidden, teacher_hidden, counted, targets)
+        return sums
+
+    def _logit_sums(self, hidden, teacher_hidden, counted, targets) -> dict[str, torch.Tensor]:
+        with_kl, with_ce = self.losses.kl > 0, self.losses.ce > 0
+        kl, ce = logit_losses(
+            hidden[counted],
+            head_of(self.student),
+            teacher_hidden[counted] if with_kl else None,
+            head_of(self.teacher) if with_kl else None,
+            targets[counted] if with_ce else None,
+            self.losses.temperature,
+            self.losses.logit_chunk,
+        )
+        return ({"kl": kl} if with_kl else {}) | ({"ce": ce} if with_ce else {})
+
+    def _mixed_apart(self, theirs: "_Recorder") -> dict[int, list[torch.Tensor]]:
+        """Each student mixer's output on the teacher's layer input, by group of mixer rows."""
+        rows, found = theirs.rows, {}
+        for index in self.mixers:
+            layer = self.student.model.layers[index]
+            save = self.training and getattr(layer, "gradient_checkpointing", False)
+            found[index] = []
+            for part, lengths, rotary in zip(theirs.inputs[index], rows.lengths, rows.rotary):
+                given = (part, lengths, rotary, None, None)
+                mixed = checkpoint(layer._mix, *given, use_reentrant=False) if save else layer._mix(*given)
+                found[index].append(mixed[0])
+        return found
+
+    def _mixer_error(self, ours: dict[int, list], theirs: "_Recorder", counted: torch.Tensor) -> torch.Tensor:
+        """Mean over the layers of the mixer outputs' relative error."""
+        errors = [
+            relative_error(_merged(ours[index], theirs.rows), _merged(theirs.outputs[index], theirs.rows), counted)
+            for index in self.mixers
+        ]
+        return torch.stack(errors).mean()
+
+
+def _merged(parts: list[torch.Tensor], rows) -> torch.Tensor:
+    """Groups of mixer rows back to `[B, T, E]`."""
+    return parts[0] if rows.layout is None else rows.layout.merge(parts)
+
+
+class _Recorder(AbstractContextManager):
+    """Inputs and outputs `[R, T', E]` of the mixers of some layers during one pass, by group of mixer rows.
+
+    rows: how the batch was cut into mixer rows. Nothing is recorded outside the `with` block, so a recomputation in the
+    backward pass leaves the record alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
+        self.rows = None
+        self.inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+        self.outputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+        self._model, self._handles = model, []
+
+    def __enter__(self) -> "_Recorder":
+        for index in self.inputs:
+            layer = self._model.model.layers[index]
+            self._handles.append(layer.register_forward_pre_hook(self._take_rows, with_kwargs=True))
+            self._handles.append(layer.self_attn.register_forward_hook(self._listener(index)))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _take_rows(self, module, arguments, options) -> None:
+        self.rows = options["rows"]
+
+    def _listener(self, index: int):
+        def listen(module, arguments, output) -> None:
+            self.inputs[index].append(arguments[0])
+            self.outputs[index].append(output[0])
+
+        return listen
+
+
+def run_teacher(teacher: PreTrainedModel, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    """Final hidden states `[B, T, E]`; other models than ours read packed documents as rows of a padded batch."""
+    base = getattr(teacher, teacher.base_model_prefix)
+    if is_bmojo(teacher):
+        return base(**inputs, use_cache=False).last_hidden_state
+    index = document_index(inputs["position_ids"], inputs["attention_mask"])
+    real = index >= 0
+    ids = inputs["input_ids"].flatten()[index.clamp(min=0)]
+    hidden = base(input_ids=ids, attention_mask=real.to(torch.int64), use_cache=False).last_hidden_state
+    found = hidden.new_zeros(inputs["input_ids"].numel(), hidden.shape[-1])
+    found[index[real]] = hidden[real]
+    return found.unflatten(0, inputs["input_ids"].shape)
+
+
+def document_index(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Where each document's tokens stand in the flattened batch: `[documents, longest]`, -1 where there is none.
+
+    Args:
+        position_ids: `[B, T]`, 0 at every document's first token. attention_mask: `[B, T]`, 0 at pads, or None.
+    """
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    place = real.flatten().nonzero()[:, 0]
+    position = position_ids.flatten()[place]
+    document = (position == 0).cumsum(0) - 1
+    index = place.new_full((int(document.max()) + 1, int(position.max()) + 1), -1)
+    index[document, position] = place
+    return index

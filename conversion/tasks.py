@@ -1,0 +1,149 @@
+"""What trains: a student against its teacher (align), or a model on next tokens, whole or by an adapter (finetune)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from modeling_bmojo import bmojo_lora_config
+
+from .alignment import Alignment
+from .teacher import check_head, check_teacher, load_teacher, shared_teacher
+from .training_arguments import check_precision
+from .training_model import Student, choose_trained, hold_in_float32
+from .training_output import write_adapter, write_checkpoint
+from .training_settings import AlignSettings, FinetuneSettings, LoraSettings
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model for the Trainer. trained: names of its parameters that train. loss_from: first position that counts.
+
+    write: `(folder, state dict, report entry)`, fills an output folder.
+    """
+
+    program: str
+    student: Student
+    model: torch.nn.Module
+    trained: list[str]
+    loss_from: int
+    write: Callable[[Path, Tensors, dict[str, Any]], None]
+
+
+def alignment_task(settings: AlignSettings, student: Student, arguments: TrainingArguments) -> Task:
+    """Student and teacher, checked against each other and the losses.
+
+    Raises:
+        ValueError: see `teacher.py`; tensors that cannot learn; sharded training with a shared teacher.
+    """
+    model, losses = student.model, settings.losses
+    check_precision(model.dtype, arguments)
+    trained = choose_trained(model, settings.train, student.report)
+    _check_learns(student, trained)
+    if "bmojo" not in student.config.layer_types:
+        raise ValueError(f"source={settings.source!r}: has no B'MOJO layer, so there is nothing to align.")
+    if settings.teacher is None:
+        _check_not_sharded(arguments)
+        teacher = shared_teacher(model, student.report.get("source"), set(trained))
+    else:
+        teacher, tokenizer = load_teacher(settings.teacher, model.dtype)
+        check_teacher(model, student.tokenizer, teacher, tokenizer, losses)
+    if losses.kl or losses.ce:
+        check_head(model, "source")
+        check_head(teacher, "teacher")
+    hold_in_float32(model)
+    loss_from = student.config.window_size if settings.loss_from is None else settings.loss_from
+    prefix = "student."
+
+    def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
+        whole = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        write_checkpoint(folder, student, whole, trained, entry, settings.max_shard_size)
+
+    return Task(
+        "align", student, Alignment(model, teacher, losses), [prefix + name for name in trained], loss_from, write
+    )
+
+
+def _check_learns(student: Student, trained: list[str]) -> None:
+    """The SSM of a layer without fading tokens feeds the innovation test alone, which has no gradient (ValueError)."""
+    if student.config.fading_size == 0 and all(".fading." in name for name in trained):
+        raise ValueError(
+            "train: with fading_size=0 nothing that can be trained depends on the fading memory; set "
+            "memory.fading_size: 1, or train other tensors."
+        )
+
+
+def _check_not_sharded(arguments: TrainingArguments) -> None:
+    plugins = arguments.fsdp or arguments.deepspeed or _launched_sharded()
+    if plugins:
+        raise ValueError(
+            "teacher: FSDP and DeepSpeed spread the student's tensors over devices, where a teacher cannot share them; "
+            "name the teacher (teacher: a folder or hub id), or launch without sharding."
+        )
+
+
+def _launched_sharded() -> bool:
+    """Whether `accelerate launch` asked for sharding."""
+    import os
+
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def finetuning_task(settings: FinetuneSettings, student: Student, arguments: TrainingArguments) -> Task:
+    """The model itself, or an adapter on it.
+
+    Raises:
+        ValueError: an adapter that fits nothing, or narrow weights that train without mixed precision.
+    """
+    if settings.lora is not None:
+        return _adapter_task(settings, settings.lora, student)
+    check_precision(student.model.dtype, arguments)
+    trained = choose_trained(student.model, settings.train, student.report)
+    _check_learns(student, trained)
+    hold_in_float32(student.model)
+
+    def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
+        write_checkpoint(folder, student, tensors, trained, entry, settings.max_shard_size)
+
+    return Task("finetune", student, student.model, trained, 0, write)
+
+
+def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Student) -> Task:
+    from peft import get_peft_model
+
+    try:
+        adapted = get_peft_model(student.model, lora_config(student.model, lora))
+    except ValueError as error:
+        raise ValueError(f"lora: {error}") from error
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+
+    def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
+        write_adapter(folder, adapted, student, entry)
+        if lora.merge:
+            whole = adapted.merge_and_unload()
+            merged = [name for name, value in whole.named_parameters() if value.requires_grad]
+            (folder / "merged").mkdir()
+            write_checkpoint(folder / "merged", student, whole.state_dict(), merged, entry, settings.max_shard_size)
+
+    return Task("finetune", student, adapted, trained, 0, write)
+
+
+def lora_config(model: torch.nn.Module, lora: LoraSettings):
+    """peft's LoraConfig of the `lora:` section for this model (ValueError: what fits no module)."""
+    chosen = {"lora_alpha": lora.alpha, "target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
+    return bmojo_lora_config(
+        model,
+        lora.recipe,
+        ssm_scalars=lora.ssm_scalars,
+        r=lora.r,
+        lora_dropout=lora.dropout,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )

@@ -1,0 +1,214 @@
+"""transformers' Trainer with what these programs add to it: loss parts in the log, checkpoints of the trained tensors
+alone, a stop at a loss that is not finite, and one at the end of a step when asked to stop.
+
+Everything else (mixed precision, accumulation, schedules, devices, progress bars, TensorBoard) is the Trainer's own.
+"""
+
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from .checkpoints import TENSORS_FILE, read_state
+
+
+class LossNotFiniteError(ValueError):
+    """Training stopped at a step whose loss or gradient is not finite; the weights are those before it."""
+
+
+class BMojoTrainer(Trainer):
+    """See the module's text.
+
+    Args (besides the Trainer's):
+        trained: names of the model's parameters that train.
+    """
+
+    def __init__(self, *arguments: Any, trained: list[str], **options: Any):
+        super().__init__(*arguments, **options)
+        self.trained = trained
+        self._parts: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._evaluated = 0
+        self._parts_from = None
+        self._reached = False
+        self._rows: deque[torch.Tensor] = deque(maxlen=self.args.gradient_accumulation_steps)
+
+    # Loss ------------------------------------------------------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name != "row"}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # Divided by the tokens of all processes, a part is that process's share, as the Trainer knows of the loss.
+        share = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        sums = self._parts["train" if model.training else "eval"]
+        for name, value in outputs.get("parts", {}).items():
+            sums[name] = sums.get(name, 0.0) + value * share
+        if not model.training:
+            self._evaluated += 1
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._rows.append(inputs["row"])
+        if self._parts_from is None:
+            self._parts_from = self.state.global_step
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(loss.isfinite()):
+            self._refuse("loss", loss, [inputs["row"]])
+        if not self._reached and not self._is_sharded:
+            self._check_reached(model)
+        return loss
+
+    def _check_reached(self, model: nn.Module) -> None:
+        """Refuses, at the first step, tensors that the losses do not depend on (ValueError)."""
+        self._reached = True
+        missed = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+        if missed:
+            raise ValueError(
+                f"train: the losses do not depend on {len(missed)} of the tensors that should train, such as "
+                f"{missed[0]!r}; train fewer, or add a loss that reaches them (mixer alone reaches mixers only)."
+            )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # In float16 the scaler skips steps whose gradients overflow, and tries again with a smaller scale.
+        if not self.args.fp16 and not bool(torch.as_tensor(norm).isfinite()):
+            self._refuse("gradient norm", norm, list(self._rows))
+        return norm
+
+    def _refuse(self, what: str, value: Any, rows: list[torch.Tensor]) -> None:
+        numbers = torch.cat([row.flatten() for row in rows]).tolist()
+        raise LossNotFiniteError(
+            f"step {self.state.global_step + 1}: the {what} is {float(value)}, on rows {numbers} of the training data. "
+            "No weight was changed in this step, and the checkpoints before it are kept: look at these rows, or lower "
+            "trainer.learning_rate and start anew."
+        )
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Adds the loss parts to the Trainer's numbers: means over the steps or evaluation batches that they are of."""
+        if "loss" in logs and self._parts_from is not None:
+            steps = max(self.state.global_step - self._parts_from, 1)
+            logs = {**logs, **self._drain("train", steps)}
+            self._parts_from = self.state.global_step
+        elif "eval_loss" in logs:
+            parts = self._drain("eval", max(self._evaluated, 1))
+            logs = {**logs, **{f"eval_{name}": value for name, value in parts.items()}}
+            self._evaluated = 0
+        super().log(logs, *arguments, **options)
+
+    def _drain(self, mode: str, count: int) -> dict[str, float]:
+        sums = self._parts[mode]
+        parts = {name: self.accelerator.reduce(value, "mean").item() / count for name, value in sums.items()}
+        self._parts[mode].clear()
+        return parts
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+    @property
+    def _is_sharded(self) -> bool:
+        """Parameters lie in parts on several devices: saving and loading them is the Trainer's own business."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if read_state(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._trained_state(state_dict), folder / TENSORS_FILE, metadata={"format": "pt"})
+
+    def _trained_state(self, state: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        if state is None:
+            state = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        return {name: state[name].detach().contiguous() for name in self.trained}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.accelerator.unwrap_model(self.model), self.trained, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self._is_sharded:
+            super()._load_best_model()
+        else:
+            load_trained(
+                self.accelerator.unwrap_model(self.model), self.trained, Path(self.state.best_model_checkpoint)
+            )
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the model, whole; every process must ask, the main one gets them."""
+        if self._is_sharded:
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        return self.accelerator.unwrap_model(self.model).state_dict()
+
+
+def load_trained(model: nn.Module, trained: list[str], checkpoint: Path) -> None:
+    """Puts a checkpoint's tensors into the model's parameters.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds other tensors than those that train.
+    """
+    path = checkpoint / TENSORS_FILE
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors and the system raise types of their own
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read ({error}); start anew with --overwrite.") from error
+    parameters = dict(model.named_parameters())
+    wrong = sorted(set(tensors) ^ set(trained))
+    wrong = wrong or [name for name in trained if tensors[name].shape != parameters[name].shape]
+    if wrong:
+        raise ValueError(f"checkpoint {str(path)!r} does not fit what trains: {', '.join(wrong[:4])}.")
+    with torch.no_grad():
+        for name in trained:
+            parameters[name].copy_(tensors[name])
+
+
+class StopAfterStep(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once a signal has asked for it."""
+
+    def __init__(self):
+        self.asked = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        asked = self.asked
+        if args.world_size > 1:  # every process must stop at the same step
+            flag = torch.tensor(float(asked), device=args.device)
+            torch.distributed.all_reduce(flag)
+            self.asked = asked = bool(flag.item())
+        if asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Until the block ends, the first Ctrl-C or SIGTERM asks to stop; the second one interrupts at once."""
+
+        def ask(number, frame) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            print("\nstopping after this step, with a checkpoint; once more to stop at once", flush=True)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,261 @@
+"""Training and held-out rows from local files, a data set of the hub, or the built-in text, through `datasets`.
+
+Documents are tokenised (chat.py), packed into rows of at most T tokens (packing.py), and numbered, so that a message
+about a batch can say which rows it held. Held-out documents are set aside before anything is packed.
+"""
+
+import glob
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from .chat import reader_for
+from .packing import IGNORED, PACKERS, count_from
+from .texts import pydoc_topics
+from .training_settings import DataSettings
+
+
+BUILDERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+FEATURES = Features(
+    {
+        "input_ids": [Value("int32")],
+        "labels": [Value("int32")],
+        "position_ids": [Value("int32")],
+        "counted": Value("int32"),
+    }
+)
+ENDS = 2**20  # bytes at either end of a file that its fingerprint covers
+BATCH = 1000  # documents that are packed together
+AnyDataset = Dataset | IterableDataset
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows to train on and, unless nothing is held out, to evaluate on; `files` tells later whether they changed."""
+
+    train: AnyDataset
+    evaluation: Dataset | None
+    files: list[list[str]]
+
+
+def build_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from: int, seed: int) -> TrainingData:
+    """Reads, tokenises and packs everything (while streaming: as it is asked for).
+
+    Args:
+        loss_from: first position of a document that counts; labels before it become -100.
+
+    Raises:
+        ValueError: files or data sets that are missing, empty or unreadable, unknown columns, rows without the needed
+            field, or too little text for one row that counts.
+    """
+    if loss_from >= data.sequence_length - 1:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length}: no position of a sequence would count, the first is "
+            f"loss_from={loss_from}; give longer sequences or a smaller loss_from."
+        )
+    documents, held_out, files = _split(data, seed)
+    rows = _Rows(data, tokenizer, loss_from)
+    train = rows.build(documents, "training")
+    evaluation = None if held_out is None else rows.build(held_out, "held-out")
+    if held_out is None and _wants_rows_held_out(data, documents):
+        train, evaluation = _split_rows(train, data.held_out)
+    if evaluation is not None:
+        evaluation = _spread(evaluation, data.eval_sequences)
+    if isinstance(train, IterableDataset):
+        train = train.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+    return TrainingData(train, evaluation, files)
+
+
+def _split(data: DataSettings, seed: int) -> tuple[AnyDataset, Dataset | None, list[list[str]]]:
+    """Training documents, held-out documents or None, and the local files read."""
+    if data.builtin is not None:
+        texts = [Dataset.from_dict({"text": list(pydoc_topics(split).values())}) for split in ("training", "held_out")]
+        texts = [text.rename_column("text", data.text_column) if data.text_column != "text" else text for text in texts]
+        return texts[0], texts[1] if data.held_out else None, []
+    if data.hub is not None:
+        documents, files = read_hub(data), []
+    else:
+        documents, files = read_files(data.files, data.text_column)
+    if data.eval_files is not None:
+        held_out, more = read_files(data.eval_files, data.text_column)
+        return documents, held_out, files + more
+    if isinstance(documents, IterableDataset):
+        count = int(data.held_out)
+        held_out = Dataset.from_list(list(documents.take(count))) if count else None
+        return documents.skip(count), held_out, files
+    if not data.held_out or len(documents) < 2:
+        return documents, None, files
+    parts = documents.train_test_split(test_size=max(1, round(data.held_out * len(documents))), seed=seed)
+    return parts["train"], parts["test"], files
+
+
+def _wants_rows_held_out(data: DataSettings, documents: AnyDataset) -> bool:
+    """A single document cannot be set aside whole: the last rows of it are."""
+    return bool(data.held_out) and isinstance(documents, Dataset) and data.builtin is None
+
+
+def _split_rows(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    if len(rows) < 2:
+        raise ValueError(
+            "data: one document that makes one row leaves nothing to hold out; give more text, or data.held_out: 0."
+        )
+    count = max(1, round(share * len(rows)))
+    return rows.select(range(len(rows) - count)), rows.select(range(len(rows) - count, len(rows)))
+
+
+def _spread(rows: Dataset, count: int) -> Dataset:
+    """At most `count` rows, evenly over all of them."""
+    if len(rows) <= count:
+        return rows
+    return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
+
+
+def read_files(patterns: str | list[str], text_column: str) -> tuple[Dataset, list[list[str]]]:
+    """All rows of the files that match, in one data set, and the files' names and fingerprints.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a kind of file that cannot be read, or a damaged file.
+    """
+    found: dict[str, list[str]] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        names = [
+            name for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) if Path(name).is_file()
+        ]
+        if not names:
+            raise ValueError(f"data.files: {pattern!r} matches no file; the path counts from {str(Path.cwd())!r}.")
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix not in BUILDERS:
+                raise ValueError(f"data.files: {name!r} is of no kind that is read; known: {', '.join(BUILDERS)}.")
+            found.setdefault(BUILDERS[suffix], []).append(name)
+    parts = []
+    for builder, names in found.items():
+        options = {"sample_by": "document"} if builder == "text" else {}
+        part = _load(", ".join(names[:3]), builder, data_files=names, split="train", **options)
+        if builder == "text" and text_column != "text":
+            part = part.rename_column("text", text_column)
+        parts.append(part)
+    files = [Path(name) for names in found.values() for name in names]
+    return _joined(parts), [[file.name, _fingerprint(file)] for file in files]
+
+
+def _fingerprint(file: Path) -> str:
+    """SHA-256 over a file's size, beginning and end: tells files apart without reading gigabytes."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        digest.update(opened.read(ENDS))
+        opened.seek(max(0, size - ENDS))
+        digest.update(opened.read())
+    return digest.hexdigest()[:16]
+
+
+def _joined(parts: list[Dataset]) -> Dataset:
+    """One data set of the columns that all parts have, in the types of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    shared = set(parts[0].column_names).intersection(*(part.column_names for part in parts))
+    if not shared:
+        columns = "; ".join(", ".join(part.column_names) for part in parts)
+        raise ValueError(f"data.files: the files have no column in common ({columns}); set data.text_column.")
+    parts = [part.select_columns(sorted(shared)) for part in parts]
+    try:
+        return concatenate_datasets([part.cast(parts[0].features) for part in parts])
+    except Exception as error:  # datasets and pyarrow raise types of their own
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"data.files: columns {sorted(shared)} differ in type between files ({reason}).") from error
+
+
+def read_hub(data: DataSettings) -> AnyDataset:
+    """The split of a hub data set (ValueError: not there, not reachable)."""
+    return _load(repr(data.hub), data.hub, data.config, split=data.split, streaming=data.streaming)
+
+
+def _load(name: str, *arguments: Any, **options: Any) -> AnyDataset:
+    try:
+        return load_dataset(*arguments, **options)
+    except Exception as error:  # datasets, pyarrow, fsspec and the hub raise types of their own
+        reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        raise ValueError(f"data: {name} cannot be read, or is empty ({reason[0]}); check it.") from error
+
+
+class _Rows:
+    """Documents to rows: tokenise, pack, count."""
+
+    def __init__(self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from: int):
+        self.data, self.loss_from = data, loss_from
+        self.read, self.columns = reader_for(tokenizer, data)
+        self.pack: Callable = PACKERS[data.packing]
+
+    def build(self, documents: AnyDataset, kind: str) -> AnyDataset:
+        """Rows with input_ids, labels, position_ids and their number, `row`; see `build_data` for what is refused."""
+        columns = documents.column_names
+        if columns is None:  # a stream knows its columns from its first row
+            columns = list(next(iter(documents), {}))
+        if not columns or (isinstance(documents, Dataset) and len(documents) == 0):
+            raise ValueError(f"data: the {kind} data is empty; give at least one document.")
+        absent = [column for column in self.columns if column not in columns]
+        if absent:
+            raise ValueError(
+                f"data: no column {', '.join(map(repr, absent))}; the {kind} data has {', '.join(columns)}. "
+                "Set text_column, messages, or prompt and completion."
+            )
+        options: dict[str, Any] = {"batched": True, "batch_size": BATCH, "remove_columns": columns}
+        if isinstance(documents, Dataset):
+            # Rows cached by an earlier version of this code would be taken for current ones.
+            options |= {"desc": f"Reading {kind} text", "load_from_cache_file": False}
+        rows = documents.map(self._pack, with_indices=True, features=FEATURES, **options)
+        self._check_length(rows, kind)
+        if isinstance(rows, Dataset):
+            counted = [index for index, count in enumerate(rows["counted"]) if count]
+            rows = rows.select(counted).remove_columns("counted")
+            rows = rows.add_column("row", list(range(len(rows))))
+        else:
+            rows = rows.filter(lambda row: row["counted"] > 0).remove_columns("counted")
+            rows = rows.map(_numbered, with_indices=True)
+        self._check_counted(rows, kind)
+        return rows
+
+    def _pack(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        documents = []
+        for place, index in enumerate(indices):
+            row = {column: batch[column][place] for column in self.columns}
+            document = self.read(row, f"data row {index}")
+            if document is not None:
+                documents.append(document)
+        rows = [count_from(row, self.loss_from) for row in self.pack(documents, self.data.sequence_length)]
+        packed = {name: [row[name] for row in rows] for name in ("input_ids", "labels", "position_ids")}
+        return {**packed, "counted": [sum(label != IGNORED for label in row["labels"]) for row in rows]}
+
+    def _check_length(self, rows: AnyDataset, kind: str) -> None:
+        if next(iter(rows), None) is not None:
+            return
+        hint = "." if kind == "training" else "; or hold out more, or nothing (data.held_out: 0)."
+        raise ValueError(
+            f"data: the {kind} text is shorter than one sequence of {self.data.sequence_length} tokens; give more "
+            f"text, a smaller data.sequence_length, or packing: documents, which pads{hint}"
+        )
+
+    def _check_counted(self, rows: AnyDataset, kind: str) -> None:
+        if next(iter(rows), None) is None:
+            raise ValueError(
+                f"data: no token of the {kind} text counts in the loss (loss_from={self.loss_from}, "
+                f"loss_on={self.data.loss_on!r}); give longer documents, packing: concatenate, or a smaller loss_from."
+            )
+
+
+def _numbered(row: dict[str, list], index: int) -> dict[str, Any]:
+    return {**row, "row": index}

@@ -1,0 +1,155 @@
+"""From settings to a trained checkpoint: what conversion.align and conversion.finetune do.
+
+Order of work: everything that can be refused is checked first (settings, folders, checkpoint, teacher, data); training
+runs in `<output>.training/`, which --resume goes on with; the result is written beside its place and renamed into it.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerState
+
+from .checkpoints import (
+    best_checkpoint,
+    check_recipe,
+    check_work,
+    checkpoints,
+    read_state,
+    recipe_of,
+    remove_incomplete,
+    start_work,
+    step_of,
+    work_folder,
+)
+from .packing import Collator
+from .sources import source_files
+from .staging import check_output, staged_folder
+from .tasks import Task, alignment_task, finetuning_task
+from .trainer import BMojoTrainer, LossNotFiniteError, StopAfterStep, load_trained
+from .training_arguments import training_arguments
+from .training_data import TrainingData, build_data
+from .training_model import find_checkpoint, open_student
+from .training_output import training_entry, write_log
+from .training_settings import AlignSettings, TrainingSettings
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to treat what is there already. finish: "last" or "best", write that checkpoint's result, train nothing."""
+
+    resume: bool = False
+    overwrite: bool = False
+    finish: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did. state: the Trainer's. seconds: of the training itself, 0 where nothing was trained."""
+
+    output: Path
+    state: TrainerState
+    seconds: float
+
+
+def train(settings: TrainingSettings, options: RunOptions) -> Result:
+    """Trains and writes the output folder.
+
+    Raises:
+        ValueError: anything about settings, files or a loss that stops the run. Checkpoints stay.
+        KeyboardInterrupt: it was asked to stop; with a checkpoint unless asked twice.
+    """
+    output, work = Path(settings.output), work_folder(Path(settings.output))
+    replace = options.overwrite or options.resume or options.finish is not None
+    folder = find_checkpoint(settings.source)
+    check_output(output, replace, sources=(folder,))
+    check_work(output, options.resume, options.overwrite, options.finish is not None)
+    arguments = training_arguments(settings, work)
+    set_seed(settings.seed)  # adapters start from random numbers
+    task = _task(settings, arguments)
+    if options.finish is not None:
+        check_recipe(work, recipe_of(settings, {"source_files": source_files(str(folder))}), "--finish")
+        return _finish(task, settings, options.finish)
+    with arguments.main_process_first(desc="reading the data"):
+        data = build_data(settings.data, task.student.tokenizer, task.loss_from, settings.seed)
+    facts = {"source_files": source_files(str(folder)), "data_files": data.files, "processes": arguments.world_size}
+    recipe = recipe_of(settings, facts)
+    PartialState().wait_for_everyone()  # every process has looked at the folders before one changes them
+    if arguments.should_save:
+        if options.resume:
+            check_recipe(work, recipe)
+            remove_incomplete(work)
+        else:
+            start_work(output, recipe)
+    PartialState().wait_for_everyone()
+    trainer, seconds = _run(task, arguments, data, checkpoints(work)[-1] if options.resume else None)
+    tensors = trainer.full_state()
+    if arguments.should_save:
+        _write(task, settings, tensors, trainer.state)
+        shutil.rmtree(work)
+    return Result(output, trainer.state, seconds)
+
+
+def _task(settings: TrainingSettings, arguments: TrainingArguments) -> Task:
+    build = alignment_task if isinstance(settings, AlignSettings) else finetuning_task
+    return build(settings, open_student(settings), arguments)
+
+
+def _run(
+    task: Task, arguments: TrainingArguments, data: TrainingData, checkpoint: Path | None
+) -> tuple[BMojoTrainer, float]:
+    """Trains to the end, or raises."""
+    stop, pad = StopAfterStep(), task.student.config.pad_token_id
+    trainer = BMojoTrainer(
+        model=task.model,
+        args=arguments,
+        data_collator=Collator(0 if pad is None else pad),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        callbacks=[stop],
+        trained=task.trained,
+    )
+    started, work = time.monotonic(), Path(arguments.output_dir)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except LossNotFiniteError as error:
+        raise LossNotFiniteError(f"{error} {_kept(work)}") from error
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}. {_kept(work)}")
+    return trainer, time.monotonic() - started
+
+
+def _kept(work: Path) -> str:
+    """What is left of a run that ended early."""
+    done = checkpoints(work)
+    if not done:
+        return "No checkpoint had been written yet."
+    return (
+        f"The last checkpoint is {str(done[-1])!r} (step {step_of(done[-1])}): --resume goes on from it, --finish last "
+        "writes its result."
+    )
+
+
+def _finish(task: Task, settings: TrainingSettings, which: str) -> Result:
+    """Writes the result of a run's last or best checkpoint; the run can still be resumed."""
+    work = work_folder(Path(settings.output))
+    checkpoint = checkpoints(work)[-1] if which == "last" else best_checkpoint(work)
+    if checkpoint is None:
+        raise ValueError("--finish best: the run has not evaluated with keep: best; use --finish last.")
+    load_trained(task.model, task.trained, checkpoint)
+    state = read_state(checkpoint)
+    _write(task, settings, task.model.state_dict(), state)
+    return Result(Path(settings.output), state, 0.0)
+
+
+def _write(task: Task, settings: TrainingSettings, tensors: dict[str, torch.Tensor], state: TrainerState) -> None:
+    """The output folder, whole or not at all."""
+    entry = training_entry(task.program, settings, task.trained, state)
+    with staged_folder(Path(settings.output)) as folder:
+        task.write(folder, tensors, entry)
+        write_log(folder, state, work_folder(Path(settings.output)) / "runs")
