@@ -50,7 +50,8 @@ def field(row: Mapping[str, Any], column: str, kind: type | tuple[type, ...], na
 
 def read_text(tokenizer: PreTrainedTokenizerBase, data: DataSettings, text: str) -> Document | None:
     """Plain text, as the tokenizer starts a text, with the end-of-sequence token behind it; None for an empty one."""
-    ids = list(tokenizer(text)["input_ids"]) if text.strip() else []
+    # verbose=False: no warning that the text is longer than the model; it is cut into sequences.
+    ids = list(tokenizer(text, verbose=False)["input_ids"]) if text.strip() else []
     return _whole(_ended(ids, tokenizer, data.append_eos)) if ids else None
 
 

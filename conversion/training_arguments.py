@@ -88,7 +88,7 @@ def training_arguments(settings: TrainingSettings, work: Path) -> TrainingArgume
 def _learning_rate(settings: TrainingSettings) -> float:
     if isinstance(settings, FinetuneSettings):
         return 2e-5 if settings.lora is None else 2e-4
-    return 1e-3
+    return 1e-4
 
 
 def _evaluation(settings: TrainingSettings, given: dict[str, Any]) -> dict[str, Any]:

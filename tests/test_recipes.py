@@ -148,7 +148,7 @@ def test_align_recipe(name, tmp_path):
     if name != "smollm2-135m":
         check_precision(model.dtype, arguments)
     trained = choose_trained(model, settings.train, report)
-    assert set(planned(name).initialised) <= set(trained)
+    assert any(".self_attn." in key for key in trained)
     teacher = shared_teacher(model, report["source"], set(trained))
     module = Alignment(model, teacher, settings.losses)
     assert len(module.mixers) == model.config.num_hidden_layers
