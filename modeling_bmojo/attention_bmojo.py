@@ -157,7 +157,7 @@ class BMojoAttention(nn.Module):
         stride, tokens = self.spec.stride, fading.shape[1]
         if stride == 1 or stepping:
             return self._keys_values(fading, *projections, rotary)
-        if cache is None or cache.even:
+        if cache is None or (cache.even and not torch.compiler.is_compiling()):
             part = slice(-(1 if cache is None else cache.columns + 1) % stride, None, stride)
             taken = [value[:, part] for value in (fading, *(rotary or ()))]
         else:

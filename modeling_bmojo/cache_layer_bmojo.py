@@ -160,8 +160,7 @@ class BMojoCacheLayer(CacheLayerMixin):
                 raise ValueError(f"the state {name!r} has shape {list(found)} instead of {list(value.shape)}")
             if states[name].is_floating_point() != value.is_floating_point():
                 raise ValueError(f"the state {name!r} is of dtype {states[name].dtype}")
-        for name, value in states.items():
-            setattr(self, name, value)
+        self._take_in(states)
         self.columns, self.device, self.is_initialized = columns, states["seen"].device, True
         self.even = bool((self.seen == columns).all())
 
@@ -274,8 +273,10 @@ class BMojoCacheLayer(CacheLayerMixin):
 
     def _counts(self, lengths: torch.Tensor | None) -> bool:
         """Whether a number says what every row has read, so that nothing has to be computed to know it. In compiled
-        code it does not: it would compile each number of a step anew."""
-        return self.even and lengths is None and not torch.compiler.is_compiling()
+        code it does not, because each number would compile a step anew; nor in a CUDA graph, which would keep it."""
+        if not self.even or lengths is not None or torch.compiler.is_compiling():
+            return False
+        return not (self.seen.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def _fade(self, rows: torch.Tensor, seen: torch.Tensor | int, fading: tuple, active: torch.Tensor | None) -> None:
         """Where the token at position `seen` makes a fading token: it joins the delay line, and the one that it
@@ -400,8 +401,14 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.columns, self.even, self.is_initialized = 0, True, False
 
     def _map(self, function) -> None:
-        for name, value in self.states().items():
-            setattr(self, name, function(value))
+        self._take_in({name: function(value) for name, value in self.states().items()})
+
+    def _take_in(self, states: dict[str, torch.Tensor]) -> None:
+        """Replaces states; keys and values stand head by head in memory again, as attention reads them."""
+        for name, value in states.items():
+            if name in ("keys", "values") and self.spec.window is not None:
+                value = value.transpose(1, 2).contiguous().transpose(1, 2)
+            setattr(self, name, value)
 
     def to(self, device: torch.device | str) -> "BMojoCacheLayer":
         self._map(lambda value: value.to(device))

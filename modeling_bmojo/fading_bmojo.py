@@ -40,6 +40,9 @@ class CausalConv(nn.Module):
             part = slice(first, first + x.shape[-1])
             weight, bias = weight[part], None if bias is None else bias[part]
             history = None if history is None else history[..., part]
+        if history is not None and torch.is_grad_enabled():
+            # A copy: the cache moves it on in place before a backward pass needs it.
+            history = history.clone()
         op = "conv_step" if x.shape[1] == 1 and history is not None else "conv"
         # k-bit preparation casts 1-D weights to fp32: cast at the call.
         return self.kernels.run(op, x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), history)

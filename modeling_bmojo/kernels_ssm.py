@@ -49,9 +49,7 @@ class _CausalConv(torch.autograd.Function):
         options = _conv_options(x, weight, bias, history, 32)
         programs = _conv_programs(x.shape[1], x, options)
         launch(_conv_kernel, programs, *_conv_arguments(x, weight, bias, history), out, **options)
-        # The history is a state of the cache, which moves on in place before the backward pass needs it.
-        kept = history.clone() if history is not None and any(ctx.needs_input_grad) else history
-        ctx.save_for_backward(x, weight, bias, kept)
+        ctx.save_for_backward(x, weight, bias, history)
         return out
 
     @staticmethod

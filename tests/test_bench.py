@@ -6,6 +6,7 @@ What it measures is judged by its own parity checks; here only that it would not
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,18 @@ def test_child_that_fails_says_why(child):
     with pytest.raises(RuntimeError, match="megabytes_case in a child process: ValueError: this case fails"):
         child(size=1, fail=True)
     assert child(size=50).extra > 0  # the server lives on
+
+
+def telling_case():
+    """Takes 100 MB where every block is mapped afresh, 20 MB in a process like any other."""
+    return megabytes_case(100 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 20)
+
+
+@pytest.mark.parametrize("as_users, expected", [(True, 20e6), (False, 100e6)])
+def test_whole_models_run_in_a_process_like_any_other(as_users, expected):
+    """Mapping every block afresh is exact in bytes but slow: seconds taken so would mean nothing."""
+    found = memory.in_child("tests.test_bench:telling_case", {}, {}, 1, as_users=as_users)
+    assert found.extra == pytest.approx(expected, rel=0.2)
 
 
 # Report --------------------------------------------------------------------------------------------------------------

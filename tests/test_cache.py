@@ -609,3 +609,36 @@ def test_the_recurrent_state_stays_fp32_through_every_operation(autocast, tmp_pa
     }
     assert found == {"ssm": {torch.float32}, "innovations": {torch.float32}}
     assert cache.layers[0].keys.dtype == (torch.float32 if autocast else torch.bfloat16)
+
+
+@torch.no_grad()
+def test_keys_stay_head_by_head_in_memory(tmp_path):
+    """As attention reads them: after beams, selections, copies and a file too."""
+    model = build()
+    cache = read(model, tokens(30))
+
+    def strides(cache):
+        return [layer.keys.transpose(1, 2).is_contiguous() for layer in cache.layers]
+
+    assert all(strides(cache))
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    assert all(strides(cache))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    assert all(strides(cache))
+    cache.save(tmp_path / "cache.safetensors")
+    assert all(strides(BMojoCache.load(tmp_path / "cache.safetensors", model.config)))
+
+
+def test_a_step_in_a_cuda_graph_counts_in_tensors(monkeypatch):
+    """A captured graph would keep the numbers of the step that it saw."""
+    cache = read(build(), tokens(30))
+    layer = cache.layers[0]
+    assert layer._counts(None) and not layer._counts(torch.ones(3))
+
+    class OnGPU:
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    layer.seen = OnGPU()
+    assert not layer._counts(None)

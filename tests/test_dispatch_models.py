@@ -66,6 +66,27 @@ def test_a_model_on_triton_equals_a_model_on_torch(ssm_type):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ssm_type", ["mamba2", "mamba"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
+def test_training_with_a_cache_works_on_every_backend(backend, ssm_type, installed, monkeypatch):
+    """The cache moves its states on in place, though the backward pass of the second chunk needs them as they were."""
+    if backend == "auto":  # on a GPU with the packages: theirs where they can, torch elsewhere
+        monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
+        monkeypatch.setattr(dispatch_bmojo, "_tf32_allowed", lambda: True)
+    model = tiny_model(
+        layer_types=["bmojo"] * 4, ssm_type=ssm_type, **({} if ssm_type == "mamba2" else dict(ssm_state_size=3))
+    )
+    ids, gradients = torch.randint(0, VOCAB, (1, 18)), []
+    for setting in ("torch", backend):
+        model.config.kernel_backend = setting
+        model.zero_grad()
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        model(ids[:, 9:], past_key_values=cache).logits.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_triton_is_passed_over_on_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch_bmojo, "unavailable", lambda device: f"{device} is too old")

@@ -11,7 +11,8 @@ The processes are forked, one per case, from a server that has imported the libr
 
 The peak is VmHWM, reset just before (Linux). Not `ru_maxrss`: in a child that keeps the peak of the parent it was
 forked from. Elsewhere there is only `ru_maxrss`, taken before and after: what building the inputs took at its peak is
-then counted as there before. Large blocks go back to the system as soon as they are freed, for either side.
+then counted as there before. Large blocks go back to the system as soon as they are freed, for either side, unless a
+whole model is measured as its users run it.
 """
 
 import atexit
@@ -34,11 +35,11 @@ from .timing import Action
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+SERVERS: list[subprocess.Popen] = []
 # glibc: blocks from 64 KiB on are mapped one by one, so freed ones do not hide in the heap and new ones are seen.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 # OpenBLAS (numpy's) starts threads when it is imported, and a process with threads must not fork.
 ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
@@ -58,22 +59,28 @@ class Measured(NamedTuple):
         return self.peak - self.before
 
 
-def in_child(case: str, arguments: dict[str, Any], small: dict[str, Any], threads: int) -> Measured:
+def in_child(
+    case: str, arguments: dict[str, Any], small: dict[str, Any], threads: int, as_users: bool = False
+) -> Measured:
     """Measures a case (`"package.module:function"`) in a process of its own.
+
+    Args:
+        as_users: memory is handled as in any process. Else freed blocks go back to the system at once: exact in bytes,
+            but then every block is mapped afresh, so that the seconds mean nothing.
 
     Raises:
         RuntimeError: the process did not end well; with its last words.
     """
     order = {"case": case, "arguments": arguments, "small": small, "threads": threads}
-    found = json.loads(_ask(json.dumps(order)) or '{"error": "the server of child processes has ended"}')
+    found = json.loads(_ask(json.dumps(order), as_users) or '{"error": "the server of child processes has ended"}')
     if "error" in found:
         raise RuntimeError(f"{case} in a child process: {found['error']}")
     return Measured(**found)
 
 
-def _ask(order: str) -> str:
+def _ask(order: str, as_users: bool) -> str:
     """The server's line in answer to a line; empty if it has ended."""
-    server, line = _server(), ""
+    server, line = _server(as_users), ""
     try:
         server.stdin.write(order + "\n")
         server.stdin.flush()
@@ -87,20 +94,22 @@ def _ask(order: str) -> str:
 
 
 @functools.cache
-def _server() -> subprocess.Popen:
-    command, environment = [sys.executable, "-m", "tests.bench.memory"], {**os.environ, **ENVIRONMENT}
+def _server(as_users: bool) -> subprocess.Popen:
+    own = {} if as_users else EXACT
+    command, environment = [sys.executable, "-m", "tests.bench.memory"], {**os.environ, **ENVIRONMENT, **own}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     # A session of its own, so that `close` ends the child that is at work, too.
     server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     atexit.register(_end, server)
+    SERVERS.append(server)
     return server
 
 
 def close() -> None:
-    """Ends the server and whatever it measures; the next `in_child` starts another."""
-    if _server.cache_info().currsize:
-        _end(_server())
-        _server.cache_clear()
+    """Ends the servers and whatever they measure; the next `in_child` starts another."""
+    while SERVERS:
+        _end(SERVERS.pop())
+    _server.cache_clear()
 
 
 def _end(server: subprocess.Popen) -> None:

@@ -100,7 +100,7 @@ def in_children(context: Context, tokens: int, turned: bool = False) -> dict[str
 
     def one(side: str) -> Measured:
         arguments = {"side": side, "path": context.models.path(side), "tokens": tokens}
-        return in_child(CASE, arguments, {"tokens": 32}, context.threads)
+        return in_child(CASE, arguments, {"tokens": 32}, context.threads, as_users=True)
 
     return {side: one(side) for side in (reversed(SIDES) if turned else SIDES)}
 
