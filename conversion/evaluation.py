@@ -45,8 +45,11 @@ class Job:
     def key(self, row: Row, section: str) -> str:
         """Fingerprint of everything that decides a measurement: code, model, texts, and the section's settings."""
         settings = self.settings
+        reading = [fingerprint(self.texts), self.window]
+        if settings.agreement:  # which is with the source, whatever the row itself is made of
+            reading += [settings.greedy_tokens, next(row.facts for row in self.rows if row.kind == "source")]
         of_section = {
-            "reading": [fingerprint(self.texts), self.window, settings.agreement and settings.greedy_tokens],
+            "reading": reading,
             "passkey": [fingerprint([prompt.ids for prompt in self.prompts]), [p.digits for p in self.prompts]],
             "cost": [fingerprint(self.texts[:1]), settings.decode_tokens, settings.cost_rounds],
         }
