@@ -172,6 +172,26 @@ def test_every_tensor_keeps_its_own_dtype(tmp_path):
     assert BMojoForCausalLM.from_pretrained(tmp_path / "graft").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "olmo2_tied_biases"])
+def test_the_check_rounds_each_tensor_as_the_graft_does(name, tmp_path):
+    """Norms in float32 that bfloat16, the dtype of the others, would change by four times the check's tolerance."""
+    between = 1 + 2**-8 - 2**-12  # bfloat16 has 1 and 1 + 2**-7
+    model = randomised(SOURCES[name]).bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    norms = {key: torch.full(value.shape, between) for key, value in tensors.items() if "norm" in key}
+    save_file({**tensors, **norms}, path, {"format": "pt"})
+    assert graft(tmp_path) == 0
+    report = read_report(tmp_path / "graft")
+    assert report["dtype"] == "bfloat16" and report["target_tensors"]["model.norm.weight"]["dtype"] == "float32"
+    assert report["check"]["max_logit_difference"] < 1e-5 * report["check"]["logit_scale"]
+    # A dtype in the settings rounds the norms too, in the graft and in the check.
+    assert graft(tmp_path, output="rounded", dtype="bfloat16") == 0
+    check = read_report(tmp_path / "rounded")["check"]
+    assert check["max_logit_difference"] < 1e-5 * check["logit_scale"]
+
+
 def test_a_tensor_of_a_wider_dtype_is_cast_to_that_of_the_others(tmp_path):
     save_source(tmp_path / "source")
     path = tmp_path / "source" / "model.safetensors"
