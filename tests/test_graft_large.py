@@ -17,6 +17,7 @@ import pytest
 import torch
 from graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, snapshot
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from conversion import pipeline
 from conversion.check import small_memory
@@ -236,6 +237,26 @@ def test_safetensors_go_before_pickles(tmp_path):
     save_source(tmp_path / "source")
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"never read")
     assert graft(tmp_path, "--set", "allow_pickle=true") == 0
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_single_file_goes_before_an_index_as_in_transformers(kind, tmp_path):
+    """A folder that was saved twice has both; the index may name other tensors, or shards that are gone."""
+    folder = tmp_path / "source"
+    tensors = pickled_source(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    used, other = ("model.safetensors", "pytorch_model.bin")[:: 1 if kind == "safetensors" else -1]
+    (folder / other).unlink()
+    stale, index = f"stale.{kind}", folder / f"{used}.index.json"
+    old = {name: tensor + 1 for name, tensor in tensors.items()}
+    (save_file if kind == "safetensors" else torch.save)(old, folder / stale)
+    for weight_map in (dict.fromkeys(old, stale), {**dict.fromkeys(old, stale), "ghost": stale}, {"ghost": "gone"}):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        ours = open_weights(folder, "x", allow_pickle=True)
+        assert set(ours.shapes) == set(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(ours.rows(name), tensor) and torch.equal(theirs[name], tensor)
 
 
 class Malicious:
