@@ -221,7 +221,7 @@ def _measure(job: Job, row: Row, model: torch.nn.Module, section: str, store: St
         with tqdm(total=total, desc=f"{row.name}: passkeys", unit="token") as bar:
             return {"prompts": score_prompts(model, job.prompts, settings.chunk, bar)}
     ids = job.texts[0]
-    with tqdm(total=settings.cost_rounds * ids.shape[1], desc=f"{row.name}: timing", unit="token") as bar:
+    with tqdm(total=(1 + settings.cost_rounds) * ids.shape[1], desc=f"{row.name}: timing", unit="token") as bar:
         return measure_cost(model, ids, settings.chunk, settings.decode_tokens, settings.cost_rounds, bar)
 
 
