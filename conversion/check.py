@@ -6,6 +6,7 @@ time. So the memory is that of the largest matrix of a layer in float32, however
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,11 +27,14 @@ CHECK_TOLERANCE = 1e-3  # of the logits' largest magnitude, float32
 
 
 @torch.no_grad()
-def check_against_source(folder: Path, source: Source, dtype: torch.dtype, seed: int) -> dict[str, float]:
+def check_against_source(
+    folder: Path, source: Source, dtypes: Mapping[str, torch.dtype], seed: int
+) -> dict[str, float]:
     """Compares the logits of a written folder with its source's inside the window, in float32.
 
     Args:
-        dtype: of most of the graft's weights; the source's are rounded to it here. seed: of the tokens.
+        dtypes: in which the graft has the source's tensors, by their names there; they are rounded to it here, so that
+            what the graft's settings round counts as no difference. seed: of the tokens.
 
     Returns:
         `tokens`, `max_logit_difference`, `logit_scale`.
@@ -45,7 +49,7 @@ def check_against_source(folder: Path, source: Source, dtype: torch.dtype, seed:
     written = open_weights(folder, f"the written checkpoint {folder.name!r}")
     check_complete(config, written)
     ours = graft_logits(small_memory(config, tokens), written, ids)
-    theirs = source_logits(source, dtype, ids)
+    theirs = source_logits(source, dtypes, ids)
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= CHECK_TOLERANCE * scale:
         raise ValueError(
@@ -79,7 +83,7 @@ def graft_logits(config: BMojoConfig, weights: Weights, ids: torch.Tensor) -> to
     with init_empty_weights(include_buffers=False):
         model = BMojoForCausalLM(config)
     # With a cache, so that the fading memories run too, although no token is beyond the window yet.
-    out = on_disk(model, weights, torch.float32)(input_ids=ids, use_cache=True)
+    out = on_disk(model, weights, {})(input_ids=ids, use_cache=True)
     for index, layer in enumerate(out.past_key_values.layers):
         wrong = [name for name, state in layer.states().items() if not state.isfinite().all()]
         if wrong:
@@ -89,22 +93,24 @@ def graft_logits(config: BMojoConfig, weights: Weights, ids: torch.Tensor) -> to
     return out.logits
 
 
-def source_logits(source: Source, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[1, T, V]` of the source by transformers' own class, its weights rounded to `dtype`."""
+def source_logits(source: Source, dtypes: Mapping[str, torch.dtype], ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[1, T, V]` of the source by transformers' own class, its weights rounded to `dtypes`."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=torch.float32)
-    return on_disk(model, source, dtype)(input_ids=ids, use_cache=False).logits
+    return on_disk(model, source, dtypes)(input_ids=ids, use_cache=False).logits
 
 
-def on_disk(model: nn.Module, weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """The model in evaluation mode, its parameters read when they are needed, rounded to `dtype`, used in float32.
+def on_disk(model: nn.Module, weights: Weights, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    """The model in evaluation mode, its parameters read when they are needed and used in float32.
 
     Args:
         model: with parameters on the meta device, called as in `weights`; a tied head is that of the embeddings.
+        dtypes: to which the named tensors are rounded; the others are taken as they are.
     """
 
     def rows(name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return weights.rows(name, start, stop).to(dtype).float()
+        found = weights.rows(name, start, stop)
+        return found.to(dtypes.get(name, found.dtype)).float()
 
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -19,7 +19,7 @@ from modeling_bmojo import BMojoConfig
 
 from .baselines import Models, Row, equal_memory_window
 from .evaluation_settings import EvaluationSettings, graft_entries
-from .evaluation_store import Store
+from .evaluation_store import Store, hardware
 from .pipeline import Plan, plan_graft
 from .plotting import require_matplotlib
 from .report import code_fingerprint
@@ -43,14 +43,20 @@ class Job:
     code: str
 
     def key(self, row: Row, section: str) -> str:
-        """Fingerprint of everything that decides a measurement: code, model, texts, and the section's settings."""
-        settings = self.settings
+        """Fingerprint of everything that decides a measurement: code, model, texts, and the section's settings.
+
+        Speeds are those of a machine, so costs count on the one they were measured on, with as many threads, only.
+        """
+        settings, device = self.settings, str(device_of(self.settings))
+        reading = [fingerprint(self.texts), self.window]
+        if settings.agreement:  # which is with the source, whatever the row itself is made of
+            reading += [settings.greedy_tokens, next(row.facts for row in self.rows if row.kind == "source")]
         of_section = {
-            "reading": [fingerprint(self.texts), self.window, settings.agreement and settings.greedy_tokens],
+            "reading": reading,
             "passkey": [fingerprint([prompt.ids for prompt in self.prompts]), [p.digits for p in self.prompts]],
-            "cost": [fingerprint(self.texts[:1]), settings.decode_tokens, settings.cost_rounds],
+            "cost": [fingerprint(self.texts[:1]), settings.decode_tokens, settings.cost_rounds, hardware(device)],
         }
-        parts = [self.code, row.facts, settings.dtype, str(device_of(settings)), settings.chunk, of_section[section]]
+        parts = [self.code, row.facts, settings.dtype, device, settings.chunk, of_section[section]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -215,7 +221,7 @@ def _measure(job: Job, row: Row, model: torch.nn.Module, section: str, store: St
         with tqdm(total=total, desc=f"{row.name}: passkeys", unit="token") as bar:
             return {"prompts": score_prompts(model, job.prompts, settings.chunk, bar)}
     ids = job.texts[0]
-    with tqdm(total=settings.cost_rounds * ids.shape[1], desc=f"{row.name}: timing", unit="token") as bar:
+    with tqdm(total=(1 + settings.cost_rounds) * ids.shape[1], desc=f"{row.name}: timing", unit="token") as bar:
         return measure_cost(model, ids, settings.chunk, settings.decode_tokens, settings.cost_rounds, bar)
 
 

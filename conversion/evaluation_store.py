@@ -1,9 +1,11 @@
 """The folder of an evaluation: every measurement is stored as soon as it is made, whole or not at all.
 
-evaluation.json   settings, machine, and all measurements with the fingerprints under which they count
+evaluation.json   settings, machine, and all measurements, each with the machine it was made on and the fingerprint
+                  under which it counts
 table.md          the table;   evaluation.png   the diagrams (both made from the JSON, at the end)
 """
 
+import functools
 import json
 import os
 import platform
@@ -71,8 +73,8 @@ class Store:
         return self.measurements[row][section]
 
     def put(self, row: str, section: str, key: str, values: Mapping[str, Any]) -> None:
-        """Takes a measurement in, and writes everything measured so far."""
-        self.measurements.setdefault(row, {})[section] = {"key": key, **values}
+        """Takes a measurement in, made on this machine, and writes everything measured so far."""
+        self.measurements.setdefault(row, {})[section] = {"key": key, "machine": self.header["machine"], **values}
         self.write(finished=False)
 
     def write(self, finished: bool, **more: Any) -> None:
@@ -96,16 +98,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """On what the figures were measured."""
+    """On what the figures were measured, and by which commit."""
+    return {"commit": _commit(), **hardware(device)}
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What speeds depend on beside our code: processor or GPU, cores and threads, system, versions."""
     cuda = device != "cpu" and torch.cuda.is_available()
     return {
-        "commit": _commit(),
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": sys.platform,
         "versions": versions(),
     }
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor's name: Linux has it in a file, other systems where Python looks; may be empty."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _commit() -> str:

@@ -65,6 +65,11 @@ class Plan:
         """Where each copied target tensor comes from."""
         return pieces_of(self.copies, self.shapes)
 
+    @property
+    def source_dtypes(self) -> dict[str, torch.dtype]:
+        """In which dtype each copied source tensor is written; the parts of one have the same."""
+        return {piece.source: self.dtypes[name] for name, piece in self.pieces.items()}
+
 
 def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False) -> Path:
     """Writes the checkpoint folder and returns it.
@@ -268,8 +273,9 @@ def write_checkpoint(folder: Path, plan: Plan) -> None:
     tokenizer = plan.source.tokenizer()
     report["tokenizer"] = None if tokenizer is None else save_tokenizer(folder, tokenizer, plan.config.vocab_size)
     report["generation"] = generation
-    check = plan.settings.check
-    report["check"] = check_against_source(folder, plan.source, plan.dtype, plan.settings.seed) if check else None
+    report["check"] = None
+    if plan.settings.check:
+        report["check"] = check_against_source(folder, plan.source, plan.source_dtypes, plan.settings.seed)
     (folder / "README.md").write_text(model_card(plan.config, plan.source.facts(), report), encoding="utf-8")
     write_report(folder, report)
 

@@ -1,6 +1,7 @@
 """What a model costs: tokens per second of reading and of writing, and the bytes of its memory of the text.
 
-Reading is done in pieces, with the logits of the last token only, as generation does it. One run after another in one
+Reading is done in pieces, with the logits of the last token only, as generation does it. A first pass is not timed: it
+pays for kernels that are compiled, pages that are first touched, and caches that are cold. One run after another in one
 process on whatever machine this is: good for orders of magnitude. Ratios to build on come from `make bench`.
 """
 
@@ -15,34 +16,40 @@ import torch
 def measure_cost(
     model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, rounds: int, bar: Any = None
 ) -> dict:
-    """Medians over `rounds` of reading `ids` `[1, T]` and of writing `steps` tokens behind it.
+    """Medians over `rounds` of reading `ids` `[1, T]` and of writing `steps` tokens behind it, after one untimed pass.
 
     Returns:
         `prefill` and `decode` in tokens per second, `cache_bytes` after both, and `tokens`, how many were read.
     """
-    device = next(model.parameters()).device
-    ids = ids.to(device)
-    prefill, decode, cache = [], [], None
-    for _ in range(rounds):
-        cache, start = None, _now(device)
-        for piece in ids.split(chunk, dim=1):
-            out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            if bar is not None:
-                bar.update(piece.shape[1])
-        token = out.logits[:, -1:].argmax(-1)
-        middle = _now(device)
-        for _ in range(steps):
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-        prefill.append(ids.shape[1] / (middle - start))
-        decode.append(steps / (_now(device) - middle))
+    ids = ids.to(next(model.parameters()).device)
+    prefill, decode = [], []
+    for turn in range(1 + rounds):
+        reading, writing, cache = _pass(model, ids, chunk, steps, bar)
+        if turn > 0:
+            prefill.append(ids.shape[1] / reading)
+            decode.append(steps / writing)
     return {
         "prefill": statistics.median(prefill),
         "decode": statistics.median(decode),
         "cache_bytes": cache_bytes(cache),
         "tokens": ids.shape[1],
     }
+
+
+def _pass(model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, bar: Any) -> tuple[float, float, Any]:
+    """Seconds of reading `ids` and of writing `steps` tokens, and the cache after both."""
+    cache, start = None, _now(ids.device)
+    for piece in ids.split(chunk, dim=1):
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        if bar is not None:
+            bar.update(piece.shape[1])
+    token = out.logits[:, -1:].argmax(-1)
+    middle = _now(ids.device)
+    for _ in range(steps):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return middle - start, _now(ids.device) - middle, cache
 
 
 def cache_bytes(cache: Any) -> int:

@@ -95,7 +95,7 @@ def open_weights(path: Path, what: str, allow_pickle: bool = False) -> Weights:
 
 
 class SafetensorsFiles:
-    """The tensors of a folder's `model.safetensors`, or of the shards that its index names."""
+    """The tensors of a folder's `model.safetensors`, or else of the shards that its index names."""
 
     def __init__(self, path: Path, what: str):
         self._what, self._file_of = what, {}
@@ -108,7 +108,7 @@ class SafetensorsFiles:
                 raise ValueError(
                     f"{what}: {file.name} is damaged or truncated ({error}); fetch or write it again."
                 ) from error
-        check_index(path / INDEX_FILE, self._file_of, what)
+        check_index(path, WEIGHTS_FILE, INDEX_FILE, self._file_of, what)
 
     def _read_header(self, file: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
@@ -138,7 +138,7 @@ class PickledFiles:
                     raise ValueError(f"{what}: {file.name} holds {name!r}, which is no tensor; give a state dict.")
                 self._file_of[name], self.shapes[name] = file, tuple(tensor.shape)
                 self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-        check_index(path / PICKLE_INDEX_FILE, self._file_of, what)
+        check_index(path, PICKLE_FILE, PICKLE_INDEX_FILE, self._file_of, what)
 
     def _load(self, file: Path) -> dict[str, Any]:
         try:
@@ -159,12 +159,14 @@ class PickledFiles:
 
 
 def shard_files(path: Path, single: str, index: str, what: str) -> list[Path]:
-    """The files that hold a folder's weights: those that its index names, or the single one.
+    """The files that hold a folder's weights: the single one, or those that its index names.
+
+    Where a folder has both, transformers reads the single one and never looks at the index; so do we.
 
     Raises:
         ValueError: the index is damaged, or names a file that is not there.
     """
-    if not (path / index).is_file():
+    if (path / single).is_file():
         return [path / single]
     weight_map = read_json(path / index, what).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -176,11 +178,13 @@ def shard_files(path: Path, single: str, index: str, what: str) -> list[Path]:
     return files
 
 
-def check_index(index: Path, found: Mapping[str, Path], what: str) -> None:
-    """Refuses an index that names tensors which no shard holds (ValueError)."""
-    absent = sorted(set(read_json(index, what)["weight_map"]) - set(found)) if index.is_file() else []
+def check_index(path: Path, single: str, index: str, found: Mapping[str, Path], what: str) -> None:
+    """Refuses an index that names tensors which no shard holds (ValueError); beside a single file it is not read."""
+    if (path / single).is_file():
+        return
+    absent = sorted(set(read_json(path / index, what)["weight_map"]) - set(found))
     if absent:
-        raise ValueError(f"{what}: {index.name} names tensors that no shard holds: {absent}.")
+        raise ValueError(f"{what}: {index} names tensors that no shard holds: {absent}.")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

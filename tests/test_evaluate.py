@@ -5,11 +5,12 @@ import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from evaluation_sources import READER, character_tokenizer, save_reader
-from graft_sources import graft
+from graft_sources import graft, randomised
 
-from conversion import baselines, evaluation
+from conversion import baselines, evaluation, evaluation_store
 from conversion.baselines import ROWS, Row
 from conversion.evaluate import main
 from conversion.evaluation_report import summarise
@@ -142,6 +143,45 @@ def test_measuring_goes_on_where_it_stopped(tmp_path, source, capsys, monkeypatc
     again.clear()
     assert evaluate(tmp_path, source, "--reuse", "--set", "eidetic_size=5", "--set", "decode_tokens=3", **options) == 0
     assert again == [("fresh graft", "reading"), ("fresh graft", "cost")]
+
+
+def test_agreement_is_measured_again_with_another_source(tmp_path, source):
+    """The row of a graft is made of its own folder only, but what it is compared with is the source."""
+    assert graft(tmp_path, source=str(source), output="mine", window_size=8, eidetic_size=4) == 0
+    options = {"rows": ["source"], "grafts": [str(tmp_path / "mine")], "passkey": False, "cost": False, "texts": 1}
+    assert evaluate(tmp_path, source, **options) == 0
+    before = stored(tmp_path)
+    assert before["summary"][1]["equal"]["inside W"][0] == 1.0
+    shutil.copytree(source, tmp_path / "other")
+    other = randomised(READER)
+    other.lm_head.weight.data.neg_()  # what the source finds likeliest, this one finds least likely
+    other.save_pretrained(tmp_path / "other")
+    assert evaluate(tmp_path, tmp_path / "other", "--reuse", **options) == 0
+    after = stored(tmp_path)
+    assert after["summary"][1]["equal"]["inside W"][0] == 0.0
+    assert after["measurements"]["mine"]["reading"]["nll"] == before["measurements"]["mine"]["reading"]["nll"]
+    # Without agreement nothing of the source is in a graft's reading.
+    assert evaluate(tmp_path, source, "--overwrite", "--set", "agreement=false", **options) == 0
+    key = stored(tmp_path)["measurements"]["mine"]["reading"]["key"]
+    assert evaluate(tmp_path, tmp_path / "other", "--reuse", "--set", "agreement=false", **options) == 0
+    assert stored(tmp_path)["measurements"]["mine"]["reading"]["key"] == key
+
+
+def test_costs_of_another_machine_are_measured_again(tmp_path, source, monkeypatch):
+    real, again = evaluation._measure, []
+    monkeypatch.setattr(evaluation, "_measure", lambda *a: again.append(a[3]) or real(*a))
+    options = {"rows": ["source"], "agreement": False, "passkey": False, "texts": 1}
+    assert evaluate(tmp_path, source, **options) == 0
+    assert evaluate(tmp_path, source, "--reuse", **options) == 0 and again == ["reading", "cost"]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert evaluate(tmp_path, source, "--reuse", **options) == 0 and again[2:] == ["cost"]
+    monkeypatch.setattr(evaluation_store, "_processor", lambda: "another processor")
+    assert evaluate(tmp_path, source, "--reuse", **options) == 0 and again[2:] == ["cost", "cost"]
+    result = stored(tmp_path)
+    measured = result["measurements"]["source"]
+    assert measured["cost"]["machine"] == result["machine"] and result["machine"]["threads"] == threads + 1
+    assert measured["reading"]["machine"]["threads"] == threads, "which was made before"
 
 
 def test_chunks_change_no_figure(tmp_path, source):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, snapshot
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from conversion import pipeline
 from conversion.check import small_memory
@@ -172,6 +173,26 @@ def test_every_tensor_keeps_its_own_dtype(tmp_path):
     assert BMojoForCausalLM.from_pretrained(tmp_path / "graft").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "olmo2_tied_biases"])
+def test_the_check_rounds_each_tensor_as_the_graft_does(name, tmp_path):
+    """Norms in float32 that bfloat16, the dtype of the others, would change by four times the check's tolerance."""
+    between = 1 + 2**-8 - 2**-12  # bfloat16 has 1 and 1 + 2**-7
+    model = randomised(SOURCES[name]).bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    norms = {key: torch.full(value.shape, between) for key, value in tensors.items() if "norm" in key}
+    save_file({**tensors, **norms}, path, {"format": "pt"})
+    assert graft(tmp_path) == 0
+    report = read_report(tmp_path / "graft")
+    assert report["dtype"] == "bfloat16" and report["target_tensors"]["model.norm.weight"]["dtype"] == "float32"
+    assert report["check"]["max_logit_difference"] < 1e-5 * report["check"]["logit_scale"]
+    # A dtype in the settings rounds the norms too, in the graft and in the check.
+    assert graft(tmp_path, output="rounded", dtype="bfloat16") == 0
+    check = read_report(tmp_path / "rounded")["check"]
+    assert check["max_logit_difference"] < 1e-5 * check["logit_scale"]
+
+
 def test_a_tensor_of_a_wider_dtype_is_cast_to_that_of_the_others(tmp_path):
     save_source(tmp_path / "source")
     path = tmp_path / "source" / "model.safetensors"
@@ -216,6 +237,26 @@ def test_safetensors_go_before_pickles(tmp_path):
     save_source(tmp_path / "source")
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"never read")
     assert graft(tmp_path, "--set", "allow_pickle=true") == 0
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_single_file_goes_before_an_index_as_in_transformers(kind, tmp_path):
+    """A folder that was saved twice has both; the index may name other tensors, or shards that are gone."""
+    folder = tmp_path / "source"
+    tensors = pickled_source(folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    used, other = ("model.safetensors", "pytorch_model.bin")[:: 1 if kind == "safetensors" else -1]
+    (folder / other).unlink()
+    stale, index = f"stale.{kind}", folder / f"{used}.index.json"
+    old = {name: tensor + 1 for name, tensor in tensors.items()}
+    (save_file if kind == "safetensors" else torch.save)(old, folder / stale)
+    for weight_map in (dict.fromkeys(old, stale), {**dict.fromkeys(old, stale), "ghost": stale}, {"ghost": "gone"}):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        ours = open_weights(folder, "x", allow_pickle=True)
+        assert set(ours.shapes) == set(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(ours.rows(name), tensor) and torch.equal(theirs[name], tensor)
 
 
 class Malicious:

@@ -8,6 +8,7 @@ import torch
 from evaluation_sources import CHARACTERS, READER, character_tokenizer
 from graft_sources import randomised, tiny_tokenizer
 
+from conversion import scores_cost
 from conversion.families import bmojo_config_for
 from conversion.scores_agreement import continue_greedily, equal_prefix, equal_share
 from conversion.scores_cost import measure_cost
@@ -192,3 +193,14 @@ def test_costs_count_tokens_and_bytes(model):
     cache = read(model, ids_of(TOKENS + 3), 20).cache
     ours = type(cache).__name__ == "BMojoCache"
     assert found["cache_bytes"] == (cache.nbytes if ours else 3 * 2 * 2 * 8 * 4 * (TOKENS + 3))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_first_pass_is_not_timed(rounds, monkeypatch):
+    """A clock that a call of the model moves: by 100 s in the first pass, of 3 pieces and 3 tokens, then by 1 s."""
+    reader, calls = randomised(READER), []
+    reader.register_forward_hook(lambda *_: calls.append(100.0 if len(calls) < 6 else 1.0))
+    monkeypatch.setattr(scores_cost, "_now", lambda device: sum(calls))
+    found = measure_cost(reader, ids_of(), chunk=20, steps=3, rounds=rounds)
+    assert found["prefill"] == pytest.approx(TOKENS / 3) and found["decode"] == 1.0
+    assert len(calls) == 6 * (1 + rounds)
