@@ -12,7 +12,7 @@ from training_setup import letters, log_of, recipe, run_align, run_finetune, tin
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conversion import trainer as trainer_module
-from conversion.checkpoints import checkpoints, work_folder
+from conversion.checkpoints import checkpoints, start_work, work_folder
 from conversion.report import read_report
 from modeling_bmojo import BMojoForCausalLM
 
@@ -430,6 +430,32 @@ def test_outputs_are_not_replaced_unless_asked(tmp_path, capsys):
     assert snapshot_of_weights(tmp_path / "out") == before
     assert run_align(tmp_path, "--overwrite", trainer={"learning_rate": 0.1}) == 0
     assert snapshot_of_weights(tmp_path / "out") != before
+
+
+def test_a_work_folder_with_other_files_is_never_emptied(tmp_path, capsys):
+    work = work_folder(tmp_path / "out")
+    work.mkdir()
+    (work / "thesis.txt").write_text("ten years")
+    for recipe_of_others in (None, '{"flour": 500}', "[]", "half a reci"):
+        if recipe_of_others is not None:
+            (work / "recipe.json").write_text(recipe_of_others)
+        before = snapshot(work)
+        for flags in ((), ("--overwrite",)):
+            assert run_align(tmp_path, *flags) == 2
+            told = capsys.readouterr().err
+            assert "output=" in told and "no work folder of ours" in told and "move it away" in told
+            assert snapshot(work) == before
+        with pytest.raises(ValueError, match="no work folder of ours"):
+            start_work(tmp_path / "out", {})
+        assert snapshot(work) == before
+
+
+def test_work_folders_of_ours_are_started_anew(tmp_path):
+    output, recipe_of_ours = tmp_path / "out", {"source": "a", "seed": 0, "data.packing": "none"}
+    work_folder(output).mkdir()
+    work = start_work(output, recipe_of_ours)
+    (work / "checkpoint-2").mkdir()
+    assert [path.name for path in start_work(output, recipe_of_ours).iterdir()] == ["recipe.json"]
 
 
 def snapshot_of_weights(folder):
