@@ -356,7 +356,15 @@ def test_lora_writes_an_adapter_and_the_merged_model(tmp_path):
     assert (adapted - plain).abs().max() > 1e-3
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
     assert "fine-tuned on next tokens for 4 steps" in (out / "README.md").read_text()
-    assert read_report(out)["adapter"] and read_report(out / "merged")["training"][0]["program"] == "finetune"
+    report = read_report(out / "merged")
+    assert read_report(out)["adapter"] and report["training"][0]["program"] == "finetune"
+    before, after = tensors(tiny_graft()), tensors(out / "merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    told = {name for name, item in report["target_tensors"].items() if item.get("trained-by") == ["finetune"]}
+    assert changed <= told and "model.layers.0.self_attn.q_proj.weight" in changed
+    assert all(name.endswith("_proj.weight") or ".scalars." in name for name in told)
+    assert report["identical_up_to"] == 0
+    assert "still those of the source" not in (out / "merged" / "README.md").read_text()
     assert run_finetune(tmp_path, lora=lora) == 2  # the folder is ours, and not replaced unless asked
     assert run_finetune(tmp_path, "--overwrite", lora=lora) == 0
 
