@@ -105,6 +105,8 @@ def test_memory_fields_may_change_and_are_kept(tmp_path):
     assert run_align(tmp_path, losses={"mixer": 1.0}, memory=memory, data={"sequence_length": W + 3}) == 0
     config = BMojoForCausalLM.from_pretrained(tmp_path / "out").config
     assert (config.window_size, config.eidetic_size) == (W // 2, 3)
+    assert read_report(tmp_path / "out")["identical_up_to"] == W // 2
+    assert f"Up to {W // 2} tokens its logits are still" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_narrow_weights_with_mixed_precision(tmp_path):
