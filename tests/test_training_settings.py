@@ -133,6 +133,7 @@ def test_refused_adapters(lora, message):
         ({"trainer": {"eval_strategy": "steps"}, "data": {"builtin": "pydoc", "held_out": 0}}, "nothing is held out"),
         ({"keep": "best", "trainer": {"eval_strategy": "no"}}, "keep='best': goes by the loss on held-out text"),
         ({"keep": "best", "trainer": {"eval_strategy": "epoch"}}, "trainer: .*match"),
+        ({"keep": "best", "trainer": {"save_total_limit": 1}}, r"trainer\.save_total_limit=1: with keep='best'"),
         ({"data": {"hub": "x", "streaming": True, "held_out": 2}}, r"trainer\.max_steps: a stream has no known length"),
     ],
 )
