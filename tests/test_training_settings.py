@@ -121,6 +121,14 @@ def test_refused_adapters(lora, message):
         build(FinetuneSettings, lora={}, train="new")
 
 
+def test_an_adapter_alone_cannot_carry_memory_fields():
+    with pytest.raises(
+        ValueError, match=r"memory=\{'window_size': 8\}: an adapter is loaded onto its source.*merge: true"
+    ):
+        build(FinetuneSettings, lora={}, memory={"window_size": 8})
+    assert build(FinetuneSettings, lora={"merge": True}, memory={"window_size": 8}).memory == {"window_size": 8}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
