@@ -99,7 +99,7 @@ def check_recipe(work: Path, recipe: Mapping[str, Any], flag: str = "--resume") 
         before = json.loads((work / RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{flag}: {work / RECIPE_FILE} cannot be read ({error}); start anew with --overwrite."
+            f"{flag}: {work / RECIPE_FILE} cannot be read ({error}); move {str(work)!r} away and start anew."
         ) from error
     looked_at = before.keys() | recipe.keys() if flag == "--resume" else recipe.keys()
     keys = [key for key in sorted(looked_at) if before.get(key) != recipe.get(key)]
@@ -112,8 +112,9 @@ def check_recipe(work: Path, recipe: Mapping[str, Any], flag: str = "--resume") 
 
 
 def check_work(output: Path, resume: bool, overwrite: bool, finish: bool) -> None:
-    """Refuses what would lose an unfinished run, or go on with one that is not there (ValueError)."""
+    """Refuses what would lose an unfinished run or other files, or go on with a run that is not there (ValueError)."""
     work = work_folder(output)
+    _check_ours(output, work)
     done = checkpoints(work)
     if (resume or finish) and not done:
         flag = "--resume" if resume else "--finish"
@@ -125,10 +126,33 @@ def check_work(output: Path, resume: bool, overwrite: bool, finish: bool) -> Non
         )
 
 
+def _check_ours(output: Path, work: Path) -> None:
+    """Refuses a work folder that holds something, but no recipe of ours: it would be emptied (ValueError)."""
+    if not work.exists() and not work.is_symlink():
+        return
+    if work.is_dir() and not work.is_symlink() and (not any(work.iterdir()) or _holds_recipe(work)):
+        return
+    raise ValueError(
+        f"output={str(output)!r}: a run would empty {str(work)!r} and work there, which is no work folder of ours (it "
+        f"has no {RECIPE_FILE} of ours); move it away, or give another output."
+    )
+
+
+def _holds_recipe(work: Path) -> bool:
+    """Whether there is a recipe as `recipe_of` makes it, and not just a file of that name."""
+    try:
+        found = json.loads((work / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"source", "seed", "data.packing"} <= found.keys()
+
+
 def start_work(output: Path, recipe: Mapping[str, Any]) -> Path:
-    """An empty work folder with the recipe in it."""
+    """An empty work folder with the recipe in it, in place of an earlier run's (ValueError: of anything else)."""
     work = work_folder(output)
-    shutil.rmtree(work, ignore_errors=True)
+    _check_ours(output, work)  # once more: reading the data took a while
+    if work.exists():
+        shutil.rmtree(work)
     work.mkdir(parents=True)
     (work / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     return work

@@ -126,12 +126,29 @@ def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Stude
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
         write_adapter(folder, adapted, student, entry)
         if lora.merge:
+            merged = merged_names(adapted)  # merging leaves no trace of what it changed
             whole = adapted.merge_and_unload()
-            merged = [name for name, value in whole.named_parameters() if value.requires_grad]
             (folder / "merged").mkdir()
             write_checkpoint(folder / "merged", student, whole.state_dict(), merged, entry, settings.max_shard_size)
 
     return Task("finetune", student, adapted, trained, 0, write)
+
+
+def merged_names(adapted: torch.nn.Module) -> list[str]:
+    """The parameters that merging will change, as the merged model names them.
+
+    These are the weights of the adapted modules and all of those that train in full (`modules_to_save`).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    found = []
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            found += [f"{name}.{part}" for part, _ in module.original_module.named_parameters()]
+        elif isinstance(module, BaseTunerLayer):
+            found.append(f"{name}.weight")
+    return found
 
 
 def lora_config(model: torch.nn.Module, lora: LoraSettings):

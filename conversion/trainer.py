@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .checkpoints import TENSORS_FILE, read_state
+from .packing import IGNORED
 
 
 class LossNotFiniteError(ValueError):
@@ -35,8 +36,9 @@ class BMojoTrainer(Trainer):
     def __init__(self, *arguments: Any, trained: list[str], **options: Any):
         super().__init__(*arguments, **options)
         self.trained = trained
-        self._parts: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        self._evaluated = 0
+        self._parts: dict[str, torch.Tensor] = {}
+        self._held_out: dict[str, float] = {}
+        self._counted_rows: set[int] = set()
         self._parts_from = None
         self._reached = False
         self._rows: deque[torch.Tensor] = deque(maxlen=self.args.gradient_accumulation_steps)
@@ -47,11 +49,8 @@ class BMojoTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # Divided by the tokens of all processes, a part is that process's share, as the Trainer knows of the loss.
         share = self.accelerator.num_processes if num_items_in_batch is not None else 1
-        sums = self._parts["train" if model.training else "eval"]
         for name, value in outputs.get("parts", {}).items():
-            sums[name] = sums.get(name, 0.0) + value * share
-        if not model.training:
-            self._evaluated += 1
+            self._parts[name] = self._parts.get(name, 0.0) + value * share
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -91,22 +90,57 @@ class BMojoTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Adds the loss parts to the Trainer's numbers: means over the steps or evaluation batches that they are of."""
+        """Adds the loss parts to the Trainer's numbers: means over the steps that they are of."""
         if "loss" in logs and self._parts_from is not None:
             steps = max(self.state.global_step - self._parts_from, 1)
-            logs = {**logs, **self._drain("train", steps)}
+            logs = {**logs, **self._drain(steps)}
             self._parts_from = self.state.global_step
-        elif "eval_loss" in logs:
-            parts = self._drain("eval", max(self._evaluated, 1))
-            logs = {**logs, **{f"eval_{name}": value for name, value in parts.items()}}
-            self._evaluated = 0
         super().log(logs, *arguments, **options)
 
-    def _drain(self, mode: str, count: int) -> dict[str, float]:
-        sums = self._parts[mode]
-        parts = {name: self.accelerator.reduce(value, "mean").item() / count for name, value in sums.items()}
-        self._parts[mode].clear()
+    def _drain(self, count: int) -> dict[str, float]:
+        parts = {name: self.accelerator.reduce(value, "mean").item() / count for name, value in self._parts.items()}
+        self._parts.clear()
         return parts
+
+    # Held-out loss ---------------------------------------------------------------------------------------------------
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """The Trainer's own, with means over all counted tokens as loss and parts.
+
+        The Trainer's is a mean of batch means: it depends on the batch size, and on which rows share a batch.
+        """
+        self._held_out, self._counted_rows = {"tokens": 0.0}, set()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        sums = torch.tensor(list(self._held_out.values()), device=self.args.device)
+        tokens, *sums = self.accelerator.reduce(sums, "sum").tolist()
+        names = list(self._held_out)[1:]
+        means = {f"{metric_key_prefix}_{name}": value / max(tokens, 1) for name, value in zip(names, sums)}
+        output.metrics.update(means)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Adds a batch's losses, as sums over its counted tokens, and their number to those of this evaluation."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"].masked_fill(~self._not_counted_yet(inputs.pop("row"))[:, None], IGNORED)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # Divided by one token, a mean over the tokens is their sum.
+            outputs = model(**{**inputs, "labels": labels, "num_items_in_batch": 1})
+        found = {"tokens": labels[:, 1:].ne(IGNORED).sum(), "loss": outputs["loss"], **outputs.get("parts", {})}
+        for name, value in found.items():
+            self._held_out[name] = self._held_out.get(name, 0.0) + float(value)
+        return outputs["loss"].detach(), None, None
+
+    def _not_counted_yet(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of the rows `[B]` no process has counted: the last batches are filled up with rows from the start."""
+        everyone = self.accelerator.gather(rows).tolist()
+        start = self.accelerator.process_index * len(rows)
+        fresh = [
+            row not in self._counted_rows and everyone.index(row) == start + place
+            for place, row in enumerate(rows.tolist())
+        ]
+        self._counted_rows.update(everyone)
+        return torch.tensor(fresh, device=rows.device)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
     @property

@@ -99,6 +99,12 @@ def _evaluation(settings: TrainingSettings, given: dict[str, Any]) -> dict[str, 
         raise ValueError(f"trainer.eval_strategy={strategy!r}: nothing is held out; set data.held_out or eval_files.")
     if settings.keep == "best" and strategy == "no":
         raise ValueError("keep='best': goes by the loss on held-out text; set data.held_out or data.eval_files.")
+    if settings.keep == "best" and given.get("save_total_limit") == 1:
+        # The Trainer would delete all but the best one, also what it has just written when it was asked to stop.
+        raise ValueError(
+            "trainer.save_total_limit=1: with keep='best' the best and the last checkpoint are needed; set it to 2 or "
+            "more, or keep: last."
+        )
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     steps = given.get("save_steps", DEFAULTS["save_steps"])
     return {"eval_strategy": strategy, "eval_steps": steps, **(best if settings.keep == "best" else {})}

@@ -65,7 +65,7 @@ def write_checkpoint(
         name: value.detach().to("cpu", torch.float32 if ".scalars." in name else dtype).contiguous()
         for name, value in keep.items()
     }
-    report = updated_report(student.report, whole, trained, entry)
+    report = updated_report(student.report, whole, trained, entry, student.config.window_size)
     report["dtype"] = dtype_name(dtype)
     _save_model(folder, student, whole, max_shard_size)
     report["tokenizer"] = save_tokenizer(folder, student.tokenizer, student.config.vocab_size)
@@ -107,16 +107,22 @@ def write_log(folder: Path, state: TrainerState, runs: Path) -> None:
 
 
 def updated_report(
-    report: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], trained: list[str], entry: dict[str, Any]
+    report: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    trained: list[str],
+    entry: dict[str, Any],
+    window: int,
 ) -> dict[str, Any]:
     """The graft's report with this run in it.
 
-    Inside the window the logits stay the source's as long as only new tensors train.
+    Inside the window the logits stay the source's as long as only new tensors train. window: the result's, which
+    `memory` may have made smaller than the graft's.
     """
     updated = copy.deepcopy(dict(report))
     updated["training"] = [*updated.get("training", []), entry]
-    if "identical_up_to" in updated and not set(trained) <= initialised(report):
-        updated["identical_up_to"] = 0
+    if "identical_up_to" in updated:
+        only_new = set(trained) <= initialised(report)
+        updated["identical_up_to"] = min(updated["identical_up_to"], window) if only_new else 0
     accounts = updated.setdefault("target_tensors", {})
     for name, value in tensors.items():
         account = accounts.setdefault(name, {"shape": list(value.shape)})

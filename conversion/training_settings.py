@@ -268,6 +268,11 @@ def check_settings(settings: TrainingSettings) -> None:
         check_lora(settings.lora)
         if settings.train != "all":
             raise ValueError(f"train={settings.train!r}: with a lora section the adapter trains; remove `train`.")
+        if settings.memory and not settings.lora.merge:
+            raise ValueError(
+                f"memory={settings.memory!r}: an adapter is loaded onto its source, whose config would not have these "
+                "values; set lora.merge: true, whose result has them, or remove `memory`."
+            )
 
 
 def _check_choice(name: str, value: Any, choices: tuple) -> None:

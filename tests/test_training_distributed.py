@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training_setup import log_of, recipe, run_align
+from training_setup import T, log_of, recipe, run_align, write_text
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +28,11 @@ def launch(settings: Path) -> subprocess.CompletedProcess:
 def test_two_processes_compute_what_one_does(tmp_path):
     losses = {"kl": 1.0, "hidden": 1.0, "mixer": 1.0}
     trainer = {"use_cpu": True, "max_steps": 3}
-    options = {"losses": losses, "trainer": {**trainer, "per_device_train_batch_size": 2}}
+    # Three rows held out: one of the processes gets a row a second time, which must not count.
+    data = {"eval_files": write_text(tmp_path / "held-out", 1, 3 * T), "append_eos": False, "held_out": 0}
+    options = {"losses": losses, "data": data, "trainer": {**trainer, "per_device_train_batch_size": 2}}
     assert run_align(tmp_path, **options) == 0
-    options = {"losses": losses, "trainer": {**trainer, "ddp_backend": "gloo"}, "output": str(tmp_path / "two")}
+    options |= {"trainer": {**trainer, "ddp_backend": "gloo"}, "output": str(tmp_path / "two")}
     settings = tmp_path / "two.yaml"
     settings.write_text(yaml.safe_dump(recipe(tmp_path, **options)))
     done = launch(settings)

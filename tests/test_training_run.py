@@ -12,7 +12,7 @@ from training_setup import letters, log_of, recipe, run_align, run_finetune, tin
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conversion import trainer as trainer_module
-from conversion.checkpoints import checkpoints, work_folder
+from conversion.checkpoints import checkpoints, start_work, work_folder
 from conversion.report import read_report
 from modeling_bmojo import BMojoForCausalLM
 
@@ -105,6 +105,8 @@ def test_memory_fields_may_change_and_are_kept(tmp_path):
     assert run_align(tmp_path, losses={"mixer": 1.0}, memory=memory, data={"sequence_length": W + 3}) == 0
     config = BMojoForCausalLM.from_pretrained(tmp_path / "out").config
     assert (config.window_size, config.eidetic_size) == (W // 2, 3)
+    assert read_report(tmp_path / "out")["identical_up_to"] == W // 2
+    assert f"Up to {W // 2} tokens its logits are still" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_narrow_weights_with_mixed_precision(tmp_path):
@@ -356,7 +358,15 @@ def test_lora_writes_an_adapter_and_the_merged_model(tmp_path):
     assert (adapted - plain).abs().max() > 1e-3
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
     assert "fine-tuned on next tokens for 4 steps" in (out / "README.md").read_text()
-    assert read_report(out)["adapter"] and read_report(out / "merged")["training"][0]["program"] == "finetune"
+    report = read_report(out / "merged")
+    assert read_report(out)["adapter"] and report["training"][0]["program"] == "finetune"
+    before, after = tensors(tiny_graft()), tensors(out / "merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    told = {name for name, item in report["target_tensors"].items() if item.get("trained-by") == ["finetune"]}
+    assert changed <= told and "model.layers.0.self_attn.q_proj.weight" in changed
+    assert all(name.endswith("_proj.weight") or ".scalars." in name for name in told)
+    assert report["identical_up_to"] == 0
+    assert "still those of the source" not in (out / "merged" / "README.md").read_text()
     assert run_finetune(tmp_path, lora=lora) == 2  # the folder is ours, and not replaced unless asked
     assert run_finetune(tmp_path, "--overwrite", lora=lora) == 0
 
@@ -430,6 +440,32 @@ def test_outputs_are_not_replaced_unless_asked(tmp_path, capsys):
     assert snapshot_of_weights(tmp_path / "out") == before
     assert run_align(tmp_path, "--overwrite", trainer={"learning_rate": 0.1}) == 0
     assert snapshot_of_weights(tmp_path / "out") != before
+
+
+def test_a_work_folder_with_other_files_is_never_emptied(tmp_path, capsys):
+    work = work_folder(tmp_path / "out")
+    work.mkdir()
+    (work / "thesis.txt").write_text("ten years")
+    for recipe_of_others in (None, '{"flour": 500}', "[]", "half a reci"):
+        if recipe_of_others is not None:
+            (work / "recipe.json").write_text(recipe_of_others)
+        before = snapshot(work)
+        for flags in ((), ("--overwrite",)):
+            assert run_align(tmp_path, *flags) == 2
+            told = capsys.readouterr().err
+            assert "output=" in told and "no work folder of ours" in told and "move it away" in told
+            assert snapshot(work) == before
+        with pytest.raises(ValueError, match="no work folder of ours"):
+            start_work(tmp_path / "out", {})
+        assert snapshot(work) == before
+
+
+def test_work_folders_of_ours_are_started_anew(tmp_path):
+    output, recipe_of_ours = tmp_path / "out", {"source": "a", "seed": 0, "data.packing": "none"}
+    work_folder(output).mkdir()
+    work = start_work(output, recipe_of_ours)
+    (work / "checkpoint-2").mkdir()
+    assert [path.name for path in start_work(output, recipe_of_ours).iterdir()] == ["recipe.json"]
 
 
 def snapshot_of_weights(folder):

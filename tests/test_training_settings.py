@@ -121,6 +121,14 @@ def test_refused_adapters(lora, message):
         build(FinetuneSettings, lora={}, train="new")
 
 
+def test_an_adapter_alone_cannot_carry_memory_fields():
+    with pytest.raises(
+        ValueError, match=r"memory=\{'window_size': 8\}: an adapter is loaded onto its source.*merge: true"
+    ):
+        build(FinetuneSettings, lora={}, memory={"window_size": 8})
+    assert build(FinetuneSettings, lora={"merge": True}, memory={"window_size": 8}).memory == {"window_size": 8}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -133,6 +141,7 @@ def test_refused_adapters(lora, message):
         ({"trainer": {"eval_strategy": "steps"}, "data": {"builtin": "pydoc", "held_out": 0}}, "nothing is held out"),
         ({"keep": "best", "trainer": {"eval_strategy": "no"}}, "keep='best': goes by the loss on held-out text"),
         ({"keep": "best", "trainer": {"eval_strategy": "epoch"}}, "trainer: .*match"),
+        ({"keep": "best", "trainer": {"save_total_limit": 1}}, r"trainer\.save_total_limit=1: with keep='best'"),
         ({"data": {"hub": "x", "streaming": True, "held_out": 2}}, r"trainer\.max_steps: a stream has no known length"),
     ],
 )
