@@ -6,17 +6,7 @@ from typing import Any
 import torch
 import yaml
 
-from modeling_bmojo import BMojoCache, BMojoConfig
-
-
-def memory_bytes(config: BMojoConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes of the graft's memory of one sequence after `tokens` tokens."""
-    cache, probe = BMojoCache(config), torch.empty(1, 1, 1, dtype=dtype, device="meta")
-    growing = 0
-    for layer in cache.layers:
-        layer.lazy_initialization(probe)
-        growing += layer.spec.kind == "full_attention"
-    return cache.nbytes + growing * tokens * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+from modeling_bmojo import BMojoConfig, memory_bytes
 
 
 def source_bytes(config: BMojoConfig, source: Mapping[str, Any], dtype: torch.dtype, tokens: int) -> int:
@@ -50,7 +40,7 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     which = f"all {count} layers" if len(layers) == count else f"layers {layers} of {count}"
     dtype = getattr(torch, report["dtype"])
     rows = [
-        f"| {tokens:,} | {memory_bytes(config, dtype, tokens) / 1e6:,.1f} MB "
+        f"| {tokens:,} | {memory_bytes(config, tokens, dtype)[0] / 1e6:,.1f} MB "
         f"| {source_bytes(config, report['source'], dtype, tokens) / 1e6:,.1f} MB |"
         for tokens in (4096, 32768)
     ]

@@ -4,7 +4,6 @@ Keys are the fields of `EvaluationSettings` plus the memory fields of `BMojoConf
 What can only be checked against the source, the grafts and the texts is checked in `evaluation.py`.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from .baselines import ROWS
 from .families import MEMORY_FIELDS
-from .settings import DTYPES, GraftSettings, build_settings, read_yaml
+from .settings import DTYPES, GraftSettings, build_settings, read_yaml, unknown_key
 from .texts import BUILTINS
 
 
@@ -94,9 +93,7 @@ def load_evaluation(path: str | Path, overrides: Mapping[str, Any] | None = None
     values = {**read_yaml(path), **(overrides or {})}
     for key in values:
         if key not in KNOWN_KEYS:
-            close = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"{key}: no such setting; {hint}Known settings: {', '.join(KNOWN_KEYS)}.")
+            raise unknown_key(key, KNOWN_KEYS)
     for key in ("source", "output"):
         if not isinstance(values.get(key), str) or not values[key].strip():
             raise ValueError(f"{key}={values.get(key)!r}: must be given, in the YAML file or as --{key}.")

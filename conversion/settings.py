@@ -102,6 +102,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def unknown_key(key: object, known: Sequence[str], prefix: str = "") -> ValueError:
+    """The error for a key that is none of `known`, with the closest one."""
+    close = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"did you mean {prefix + close[0]!r}? " if close else ""
+    return ValueError(f"{prefix}{key}: no such setting; {hint}Known settings: {', '.join(known)}.")
+
+
 def load_settings(path: str | Path, overrides: dict[str, Any] | None = None) -> GraftSettings:
     """Settings of a YAML file with `overrides` on top, checked.
 
@@ -117,9 +124,7 @@ def build_settings(values: dict[str, Any]) -> GraftSettings:
         if key not in KNOWN_KEYS:
             if key in BMojoConfig.__dataclass_fields__:
                 raise ValueError(f"{key}: is a fact of the source and cannot be set; remove it.")
-            close = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"{key}: no such setting; {hint}Known settings: {', '.join(KNOWN_KEYS)}.")
+            raise unknown_key(key, KNOWN_KEYS)
     for key in ("source", "output"):
         if not isinstance(values.get(key), str) or not values[key].strip():
             raise ValueError(f"{key}={values.get(key)!r}: must be given, in the YAML file or as --{key}.")

@@ -7,7 +7,6 @@
 `--set key=value` replaces a value, with a dot for one inside a section: `--set trainer.max_steps=20`.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from .families import MEMORY_FIELDS
-from .settings import DTYPES, read_yaml
+from .settings import DTYPES, read_yaml, unknown_key
 
 
 PACKINGS = ("documents", "concatenate", "none")
@@ -213,9 +212,7 @@ def _mapping(value: Any, name: str) -> Mapping[str, Any]:
 def _refuse_unknown(values: Mapping[str, Any], known: list[str], prefix: str) -> None:
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise ValueError(f"{prefix}{key}: no such setting; {hint}Known settings: {', '.join(known)}.")
+            raise unknown_key(key, known, prefix)
 
 
 def _typed(kind: type, key: str, value: Any, section: str) -> Any:

@@ -24,7 +24,7 @@ from .modeling_bmojo import (
 from .peft_bmojo import bmojo_lora_config
 from .plots_bmojo import plot_expiry, plot_innovation, plot_memory_growth
 from .show_bmojo import MemoryView, show_memory
-from .trace_bmojo import InnovationTrace, trace_innovation
+from .trace_bmojo import InnovationTrace, memory_bytes, trace_innovation
 
 
 __version__ = "0.1.0"
@@ -62,6 +62,7 @@ __all__ = [
     "check_adapter",
     "explain_kernels",
     "lora_coverage",
+    "memory_bytes",
     "plot_expiry",
     "plot_innovation",
     "plot_memory_growth",

@@ -149,7 +149,7 @@ class BMojoAttention(nn.Module):
         """Keys and values `[B, n, G, D]` of the fading tokens that are made of SSM outputs `[B, T, E]`, or None.
 
         They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which
-        `_line` gives no position. A single step makes one of its only output, and the cache knows whether to take it.
+        pads alone see. A single step makes one of its only output, and the cache knows whether to take it.
         """
         if fading is None or not self.spec.fading or (stepping and not cache.makes_fading(lengths)):
             return None

@@ -58,8 +58,8 @@ def test_numbers_that_yaml_reads_as_text():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sorce": "x"}, "sorce: no such setting; did you mean source"),
-        ({"data": {"bultin": "pydoc"}}, r"data\.bultin: no such setting; did you mean data\.builtin"),
+        ({"sorce": "x"}, "sorce: no such setting; did you mean 'source'"),
+        ({"data": {"bultin": "pydoc"}}, r"data\.bultin: no such setting; did you mean 'data\.builtin'"),
         ({"losses": {"kld": 1}}, r"losses\.kld: no such setting; .*Known settings: hidden, mixer, kl, ce"),
         ({"lora": {"r": 1}}, "lora: no such setting"),
         ({"source": None}, "source=None: must be given"),
