@@ -19,10 +19,11 @@ HAVE_PACKAGE := $(VENV)/.have-package
 HAVE_SMOLLM2 := $(VENV)/.have-smollm2
 HAVE_TEST := $(VENV)/.have-test
 HAVE_BENCH := $(VENV)/.have-bench
+HAVE_NOTEBOOKS := $(VENV)/.have-notebooks
 HAVE_RUFF := $(VENV)/.have-ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -32,6 +33,8 @@ help:
 	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
 	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
+	@echo "make notebooks  run the notebooks in place with the real model (a quarter of an hour); then, to read and change"
+	@echo "                them: .venv/bin/jupyter lab notebooks"
 	@echo "make lint     check style with ruff    (make format mends what can be mended)"
 	@echo "make clean    remove .venv and caches; models under outputs/ stay"
 	@echo ""
@@ -52,6 +55,11 @@ test: $(HAVE_TEST) $(HAVE_SMOLLM2)
 bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)
 	@echo "==> bench: every figure against what a user would take instead"
 	@HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m tests.bench.speed --json outputs/bench/speed.json $(ARGS)
+
+# A notebook that fails stays as it was. ARGS='notebooks/03_lora.ipynb' runs one of them.
+notebooks: $(HAVE_NOTEBOOKS) $(HAVE_SMOLLM2)
+	@echo "==> notebooks: every cell of each, in a fresh kernel; outputs are written into the files"
+	@$(PY) notebooks/run.py $(ARGS)
 
 lint: $(HAVE_RUFF)
 	@echo "==> lint: ruff"
@@ -106,6 +114,11 @@ $(HAVE_TEST): $(HAVE_PACKAGE)
 $(HAVE_BENCH): $(HAVE_PACKAGE)
 	@echo "==> set-up: what the benchmark needs (matplotlib)"
 	@$(PIP) install $(QUIET) -c constraints.txt -e ".[bench]"
+	@touch $@
+
+$(HAVE_NOTEBOOKS): $(HAVE_PACKAGE)
+	@echo "==> set-up: what the notebooks need (jupyter, matplotlib, peft, ...)"
+	@$(PIP) install $(QUIET) -c constraints.txt -e ".[notebooks]"
 	@touch $@
 
 $(HAVE_RUFF): $(HAVE_VENV) constraints.txt

@@ -130,9 +130,9 @@ def test_dependencies_are_open_ranges_and_constraints_pin_them():
 def test_extras_name_their_test_tools_in_constraints():
     pinned = {canonicalize_name(pin.name) for pin in constraints()}
     extras = pyproject()["project"]["optional-dependencies"]
-    for text in extras["convert"] + extras["bench"] + extras["test"]:
+    for text in extras["convert"] + extras["bench"] + extras["notebooks"] + extras["test"]:
         name = canonicalize_name(Requirement(text).name)
-        assert name in pinned | {"modeling-bmojo"}, f"constraints.txt does not pin {name}, which `make test` installs"
+        assert name in pinned | {"modeling-bmojo"}, f"constraints.txt does not pin {name}, which make installs"
 
 
 def test_pre_commit_uses_the_pinned_ruff():
