@@ -96,7 +96,9 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None, folder: Pat
     # This Python's own kernel, whatever kernel is installed under the name "python3" on this machine.
     specs = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
     with tempfile.TemporaryDirectory() as private:
-        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
+        # Sockets in a folder of our own where there are such: nobody else's port, and nothing that others can reach.
+        transport = "ipc" if os.name == "posix" else "tcp"
+        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs, transport=transport)
         manager.connection_file = str(Path(private, "kernel.json"))
         client = NotebookClient(
             notebook,
@@ -117,7 +119,9 @@ def kernel_environment(private: str) -> dict[str, str]:
         private: a folder that goes when the kernel goes.
     """
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    return environment | {"IPYTHONDIR": private, "TQDM_DISABLE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # tqdm warns, with a path of this machine, where ipywidgets is missing; the bars are off anyway.
+    quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return environment | quiet | {"IPYTHONDIR": private}
 
 
 def tidied(notebook: NotebookNode) -> NotebookNode:
