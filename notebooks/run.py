@@ -89,6 +89,7 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None, folder: Pat
 
     Raises:
         ValueError: it cannot be read, or does not have these parameters. CellExecutionError: a cell failed.
+        KeyboardInterrupt: asked to stop, by Ctrl-C or SIGTERM; the kernel is gone.
     """
     notebook = read(path)
     if parameters:
@@ -108,7 +109,13 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None, folder: Pat
             record_timing=False,
             coalesce_streams=True,
         )
-        client.execute(cleanup_kc=True, env=kernel_environment(private))
+        try:
+            client.execute(cleanup_kc=True, env=kernel_environment(private))
+        except AssertionError as error:
+            if client.km is not None:
+                raise
+            # Asked to stop, nbclient ends the kernel, and stumbles when it wants to end it again.
+            raise KeyboardInterrupt from error
     return tidied(notebook)
 
 

@@ -9,7 +9,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -247,7 +250,9 @@ def test_in_a_checkout_it_goes_to_its_root(monkeypatch):
 def saved(path: Path, *sources: str) -> Path:
     cells = [nbformat.v4.new_code_cell(source, id=f"c{index}") for index, source in enumerate(sources)]
     cells[0].metadata = {"tags": ["parameters"], "execution": {"iopub.execute_input": "yesterday"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"version": "2.7"}}), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python", "version": "2.7"}}), path
+    )
     return path
 
 
@@ -274,6 +279,23 @@ def test_a_failing_notebook_stays_as_it_was(tmp_path, capsys):
     assert main([str(path)]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.ipynb"]
+
+
+def test_asked_to_stop_it_ends_the_kernel_and_leaves_the_file(tmp_path):
+    mark = tmp_path / "kernel"
+    wait = f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)"
+    path = saved(tmp_path / "a.ipynb", "X = 3", wait)
+    before = path.read_bytes()
+    command = [sys.executable, str(ROOT / "notebooks" / "run.py"), str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        while program.poll() is None and not (mark.exists() and mark.read_text()):
+            time.sleep(0.1)
+        program.send_signal(signal.SIGINT)
+        said = program.communicate(timeout=120)[1]
+    assert program.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+    assert path.read_bytes() == before
 
 
 def test_files_that_are_no_notebooks_are_refused(tmp_path, capsys):
