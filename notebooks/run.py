@@ -120,14 +120,14 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None, folder: Pat
 
 
 def kernel_environment(private: str) -> dict[str, str]:
-    """The environment of the kernel: figures become outputs, progress bars do not, and no history is kept.
+    """The environment of the kernel: figures become outputs, bars and warnings do not, no history is kept.
 
     Args:
         private: a folder that goes when the kernel goes.
     """
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    # tqdm warns, with a path of this machine, where ipywidgets is missing; the bars are off anyway.
-    quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # Warnings name files of this machine. Whoever runs a notebook in Jupyter sees them.
+    quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return environment | quiet | {"IPYTHONDIR": private}
 
 
