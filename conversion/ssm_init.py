@@ -18,8 +18,9 @@ Tensors (K the last, current tap of the convolution):
     conv      x: (1 - exp(-dt_h)) / dt_h at tap K, bias 0;  B and C: 1 at tap K, bias e_1
     scalars   A_log = 0,  dt_bias = softplus^-1(1 / tau_h),  D = 0
 
-C never reads the random B rows, so they leave y_t alone, and give the rows of C a gradient. They are for training alone,
-and each costs P_ssm Hs numbers of cache per layer, in fp32: hence N = 16 (as Mamba has it) unless the settings say another.
+C never reads the random B rows, so they leave y_t alone, and give the rows of C a gradient. They are for training
+alone, and each costs P_ssm Hs numbers of cache per layer, in fp32: hence N = 16, as in Mamba, where the settings leave
+it open.
 
 That is all where inner = Hs * P_ssm equals hidden: x is u itself (`ssm_projected=False`), because identity matrices are
 not stored, let alone multiplied by. `lean_memory` therefore gives the SSM as many heads as make it so wide, whatever
@@ -80,7 +81,7 @@ class SSMInit:
 
 
 def lean_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
-    """`memory` completed so that the SSM is small and needs no projections, as far as it leaves that open and sizes allow.
+    """`memory` completed so that the SSM is small and needs no projections, as far as settings and sizes leave it open.
 
     Args:
         backbone: fields of `BMojoConfig` that the source implies. memory: fields that are set. Sizes of the SSM that
