@@ -60,7 +60,9 @@ SMOOTHER_FIELDS = {
     "ssm_proj_bias": False,
     "ssm_conv_bias": True,
 }
-SMOOTHER_STATE = 16  # N, state channels, of which a fresh smoother reads one
+# What the settings may leave open. N state channels, of which a fresh smoother reads one; the innovation test that
+# keeps the most useful tokens of a fresh graft (docs/log.md).
+SMOOTHER_DEFAULTS = {"ssm_state_size": 16, "innovation": "key"}
 SSM_SIZES = ("ssm_num_heads", "ssm_head_dim", "ssm_num_groups")
 
 
@@ -87,9 +89,9 @@ def lean_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[
         backbone: fields of `BMojoConfig` that the source implies. memory: fields that are set. Sizes of the SSM that
             are None are left open, as in `BMojoConfig`; with `ssm_projected=True` they follow the attention.
     """
-    state = {} if memory.get("ssm_state_size") is not None else {"ssm_state_size": SMOOTHER_STATE}
+    memory = {**memory, **{name: value for name, value in SMOOTHER_DEFAULTS.items() if memory.get(name) is None}}
     if memory.get("ssm_projected") is True:
-        return {**memory, **state}
+        return memory
     hidden, attention_heads = backbone["hidden_size"], backbone["num_attention_heads"]
     head_dim = backbone.get("head_dim") or hidden // attention_heads
     given = {name: memory[name] for name in SSM_SIZES if memory.get(name) is not None}
@@ -99,7 +101,7 @@ def lean_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[
         given = {"ssm_num_heads": heads, "ssm_num_groups": groups, **given}
     sizes = given.get("ssm_num_heads", attention_heads), given.get("ssm_head_dim", head_dim)
     fits = all(type(size) is int for size in sizes) and math.prod(sizes) == hidden
-    return {"ssm_projected": not fits, **memory, **given, **state}
+    return {"ssm_projected": not fits, **memory, **given}
 
 
 def inner_projection(config: BMojoConfig, layer: Mapping[str, torch.Tensor]) -> torch.Tensor:
