@@ -385,6 +385,15 @@ REFUSED = {
     "an impossible value": ({"trainer": {"lr_scheduler_type": "sideways"}}, "error: trainer: "),
     "a teacher that is not there": ({"teacher": "no/where"}, "teacher='no/where': does not load"),
 }
+SHARDED = {
+    "a shared teacher": ({}, "FSDP", "teacher: FSDP spreads the student's tensors"),
+    "a shared teacher, DeepSpeed": ({}, "DEEPSPEED", "teacher: DeepSpeed spreads the student's tensors"),
+    "mixers by themselves": (
+        {"teacher": "another", "losses": {"mixer": 1.0}},
+        "FSDP",
+        "losses.mixer_inputs='teacher': runs the student's mixers by themselves",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -394,6 +403,14 @@ def test_refused_before_anything_is_written(case, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "error: " in told and message in told
     assert is_fresh(tmp_path)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_what_needs_whole_tensors_is_refused_where_they_are_spread(case, tmp_path, capsys, monkeypatch):
+    values, kind, message = SHARDED[case]
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    assert run_align(tmp_path, **values) == 2
+    assert f"error: {message}" in capsys.readouterr().err and is_fresh(tmp_path)
 
 
 def test_sources_that_are_no_checkpoint_of_ours(tmp_path, capsys):
