@@ -249,11 +249,16 @@ def _load_parts(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
             "FULL_STATE_DICT or zero3_save_16bit_model: true in accelerate's settings."
         )
     try:
-        dist_cp.load({"model": tensors}, storage_reader=dist_cp.FileSystemReader(folder))
-    except Exception as error:  # torch raises types of its own
+        reader = dist_cp.FileSystemReader(folder)
+        missing = [name for name in tensors if f"model.{name}" not in reader.read_metadata().state_dict_metadata]
+        if missing:
+            raise ValueError(f"no {missing[0]!r} in it: adapters are saved under names of their own")
+        dist_cp.load({"model": tensors}, storage_reader=reader)
+    except (Exception, dist_cp.api.CheckpointException) as error:  # torch raises types of its own
+        reason = str(error).splitlines()[-1]
         raise ValueError(
-            f"checkpoint {str(folder)!r}: FSDP has saved it in parts that cannot be put together here "
-            f"({type(error).__name__}: {error}); --resume under the same `accelerate launch` command goes on from it."
+            f"checkpoint {str(folder)!r}: FSDP has saved it in parts that cannot be put together here ({reason}); "
+            "--resume under the same `accelerate launch` command goes on from it and writes the result."
         ) from error
     return tensors
 

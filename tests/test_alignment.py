@@ -318,7 +318,7 @@ def test_a_long_document_does_not_pad_the_short_ones():
         assert sum(lengths) <= sum(computed) < 2 * sum(lengths)
         start = 0
         for length in lengths:
-            alone = teacher.model(batch["input_ids"][:, start : start + length]).last_hidden_state
+            alone = teacher.model(input_ids=batch["input_ids"][:, start : start + length]).last_hidden_state
             torch.testing.assert_close(found[:, start : start + length], alone, rtol=1e-5, atol=1e-5)
             start += length
 

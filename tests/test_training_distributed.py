@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dist_cp
 import yaml
 from safetensors.torch import load_file
 from training_setup import T, log_of, recipe, run_align, run_finetune, tiny_graft, write_text
 
 from conversion.checkpoints import checkpoints, work_folder
+from conversion.trainer import load_trained
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +113,19 @@ def test_alignment_under_fsdp_is_finished_by_one_process(tmp_path):
     assert run_align(tmp_path, "--finish", "last", **options) == 0
     files = [folder / "model.safetensors" for folder in (tmp_path / "out", tmp_path / "alone", graft)]
     same_tensors(*files)
+
+
+def test_parts_that_cannot_be_put_together(tmp_path):
+    """As FSDP saves adapters, under names of their own; and as DeepSpeed saves, in files of its own."""
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"has no trained\.safetensors: several processes .* --resume under the same"):
+        load_trained(model, ["weight"], tmp_path)
+    writer = dist_cp.FileSystemWriter(tmp_path / "pytorch_model_fsdp_0")
+    dist_cp.save({"model": {"another": torch.ones(2)}}, storage_writer=writer)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"cannot be put together here \(.*weight.*\); --resume under the same"):
+        load_trained(model, ["weight"], tmp_path)
+    assert torch.equal(model.weight, before)
 
 
 def test_lora_under_fsdp_writes_what_one_process_does(tmp_path):
