@@ -386,11 +386,9 @@ REFUSED = {
     "a teacher that is not there": ({"teacher": "no/where"}, "teacher='no/where': does not load"),
 }
 SHARDED = {
-    "a shared teacher": ({}, "FSDP", "teacher: FSDP spreads the student's tensors"),
-    "a shared teacher, DeepSpeed": ({}, "DEEPSPEED", "teacher: DeepSpeed spreads the student's tensors"),
+    "a shared teacher": ({}, "teacher: FSDP spreads the student's tensors"),
     "mixers by themselves": (
         {"teacher": "another", "losses": {"mixer": 1.0}},
-        "FSDP",
         "losses.mixer_inputs='teacher': runs the student's mixers by themselves",
     ),
 }
@@ -407,8 +405,8 @@ def test_refused_before_anything_is_written(case, tmp_path, capsys):
 
 @pytest.mark.parametrize("case", SHARDED)
 def test_what_needs_whole_tensors_is_refused_where_they_are_spread(case, tmp_path, capsys, monkeypatch):
-    values, kind, message = SHARDED[case]
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    values, message = SHARDED[case]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert run_align(tmp_path, **values) == 2
     assert f"error: {message}" in capsys.readouterr().err and is_fresh(tmp_path)
 
