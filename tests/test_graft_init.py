@@ -139,7 +139,25 @@ def test_groups_divide_the_heads_of_the_ssm_and_the_key_value_heads():
     """12 attention heads of 8 and 6 key/value heads at 32 channels: 4 heads of 8, in gcd(4, 6) = 2 groups."""
     source = Qwen3Config(**{**SIZES, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 8})
     memory = lean_memory(backbone_fields(source), {})
-    assert memory == {"ssm_projected": False, "ssm_num_heads": 4, "ssm_num_groups": 2}
+    assert memory == {"ssm_projected": False, "ssm_num_heads": 4, "ssm_num_groups": 2, "ssm_state_size": 16}
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_the_smoother_has_a_small_state_unless_the_settings_say_another(projected):
+    backbone = backbone_fields(SOURCES["llama"])
+    assert lean_memory(backbone, {"ssm_projected": projected})["ssm_state_size"] == 16
+    assert lean_memory(backbone, {"ssm_projected": projected, "ssm_state_size": None})["ssm_state_size"] == 16
+    assert lean_memory(backbone, {"ssm_projected": projected, "ssm_state_size": 5})["ssm_state_size"] == 5
+
+
+def test_the_size_of_the_state_changes_nothing_before_training(tmp_path):
+    """The smoother reads one state channel: the same outputs with 2 and with 9, far beyond the window."""
+    save_source(tmp_path / "source")
+    outputs = []
+    for state in (2, 9):
+        assert graft(tmp_path, output=f"state-{state}", ssm_state_size=state) == 0
+        outputs.append(logits(BMojoForCausalLM.from_pretrained(tmp_path / f"state-{state}"), 6 * W))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
 
 
 def test_a_graft_with_and_without_projections_is_the_same_model(tmp_path):
