@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from modeling_bmojo import bmojo_lora_config
-
+from . import four_bit
+from .adapters import check_names, lora_config, merged_names
 from .alignment import Alignment
 from .teacher import check_head, check_teacher, load_teacher, shared_teacher
 from .training_arguments import check_precision
@@ -25,7 +25,8 @@ Tensors = dict[str, torch.Tensor]
 class Task:
     """A model for the Trainer. trained: names of its parameters that train. loss_from: first position that counts.
 
-    write: `(folder, state dict, report entry)`, fills an output folder.
+    write: `(folder, state dict, report entry)`, fills an output folder. sizes: numbers of values that train, and of all
+    (a 4-bit weight counts as what it stands for).
     """
 
     program: str
@@ -34,6 +35,7 @@ class Task:
     trained: list[str]
     loss_from: int
     write: Callable[[Path, Tensors, dict[str, Any]], None]
+    sizes: tuple[int, int]
 
 
 def alignment_task(settings: AlignSettings, student: Student, arguments: TrainingArguments) -> Task:
@@ -49,7 +51,11 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
     if "bmojo" not in student.config.layer_types:
         raise ValueError(f"source={settings.source!r}: has no B'MOJO layer, so there is nothing to align.")
     if settings.teacher is None:
-        _check_not_sharded(arguments)
+        _check_not_sharded(
+            arguments,
+            "teacher: FSDP and DeepSpeed spread the student's tensors over devices, where a teacher cannot share them; "
+            "name the teacher (teacher: a folder or hub id)",
+        )
         teacher = shared_teacher(model, student.report.get("source"), set(trained))
     else:
         teacher, tokenizer = load_teacher(settings.teacher, model.dtype)
@@ -66,7 +72,13 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
         write_checkpoint(folder, student, whole, trained, entry, settings.max_shard_size)
 
     return Task(
-        "align", student, Alignment(model, teacher, losses), [prefix + name for name in trained], loss_from, write
+        "align",
+        student,
+        Alignment(model, teacher, losses),
+        [prefix + name for name in trained],
+        loss_from,
+        write,
+        _sizes(model),
     )
 
 
@@ -79,13 +91,10 @@ def _check_learns(student: Student, trained: list[str]) -> None:
         )
 
 
-def _check_not_sharded(arguments: TrainingArguments) -> None:
-    plugins = arguments.fsdp or arguments.deepspeed or _launched_sharded()
-    if plugins:
-        raise ValueError(
-            "teacher: FSDP and DeepSpeed spread the student's tensors over devices, where a teacher cannot share them; "
-            "name the teacher (teacher: a folder or hub id), or launch without sharding."
-        )
+def _check_not_sharded(arguments: TrainingArguments, reason: str) -> None:
+    """Refuses FSDP and DeepSpeed (ValueError)."""
+    if arguments.fsdp or arguments.deepspeed or _launched_sharded():
+        raise ValueError(f"{reason}, or launch without sharding.")
 
 
 def _launched_sharded() -> bool:
@@ -102,7 +111,7 @@ def finetuning_task(settings: FinetuneSettings, student: Student, arguments: Tra
         ValueError: an adapter that fits nothing, or narrow weights that train without mixed precision.
     """
     if settings.lora is not None:
-        return _adapter_task(settings, settings.lora, student)
+        return _adapter_task(settings, settings.lora, student, arguments)
     check_precision(student.model.dtype, arguments)
     trained = choose_trained(student.model, settings.train, student.report)
     _check_learns(student, trained)
@@ -111,12 +120,24 @@ def finetuning_task(settings: FinetuneSettings, student: Student, arguments: Tra
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
         write_checkpoint(folder, student, tensors, trained, entry, settings.max_shard_size)
 
-    return Task("finetune", student, student.model, trained, 0, write)
+    return Task("finetune", student, student.model, trained, 0, write, _sizes(student.model))
 
 
-def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Student) -> Task:
+def _sizes(model: torch.nn.Module) -> tuple[int, int]:
+    return model.num_parameters(only_trainable=True), model.num_parameters()
+
+
+def _adapter_task(
+    settings: FinetuneSettings, lora: LoraSettings, student: Student, arguments: TrainingArguments
+) -> Task:
     from peft import get_peft_model
 
+    if lora.quantize is not None:
+        _check_not_sharded(
+            arguments, f"lora.quantize={lora.quantize!r}: a base in 4 bits cannot be sharded here; remove it"
+        )
+        four_bit.prepare(student.model)
+    check_names(student.model, lora)
     try:
         adapted = get_peft_model(student.model, lora_config(student.model, lora))
     except ValueError as error:
@@ -131,36 +152,4 @@ def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Stude
             (folder / "merged").mkdir()
             write_checkpoint(folder / "merged", student, whole.state_dict(), merged, entry, settings.max_shard_size)
 
-    return Task("finetune", student, adapted, trained, 0, write)
-
-
-def merged_names(adapted: torch.nn.Module) -> list[str]:
-    """The parameters that merging will change, as the merged model names them.
-
-    These are the weights of the adapted modules and all of those that train in full (`modules_to_save`).
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    found = []
-    for name, module in adapted.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            found += [f"{name}.{part}" for part, _ in module.original_module.named_parameters()]
-        elif isinstance(module, BaseTunerLayer):
-            found.append(f"{name}.weight")
-    return found
-
-
-def lora_config(model: torch.nn.Module, lora: LoraSettings):
-    """peft's LoraConfig of the `lora:` section for this model (ValueError: what fits no module)."""
-    chosen = {"lora_alpha": lora.alpha, "target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
-    return bmojo_lora_config(
-        model,
-        lora.recipe,
-        ssm_scalars=lora.ssm_scalars,
-        r=lora.r,
-        lora_dropout=lora.dropout,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
+    return Task("finetune", student, adapted, trained, 0, write, adapted.get_nb_trainable_parameters())

@@ -4,31 +4,22 @@ Documents are tokenised (chat.py), packed into rows of at most T tokens (packing
 about a batch can say which rows it held. Held-out documents are set aside before anything is packed.
 """
 
-import glob
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import reader_for
 from .packing import IGNORED, PACKERS, count_from
 from .texts import pydoc_topics
+from .training_files import NUMBER, AnyDataset, Place, read_files, read_hub
 from .training_settings import DataSettings
 
 
-BUILDERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
 FEATURES = Features(
     {
         "input_ids": [Value("int32")],
@@ -37,9 +28,7 @@ FEATURES = Features(
         "counted": Value("int32"),
     }
 )
-ENDS = 2**20  # bytes at either end of a file that its fingerprint covers
 BATCH = 1000  # documents that are packed together
-AnyDataset = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)
@@ -123,75 +112,6 @@ def _spread(rows: Dataset, count: int) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
 
 
-def read_files(patterns: str | list[str], text_column: str) -> tuple[Dataset, list[list[str]]]:
-    """All rows of the files that match, in one data set, and the files' names and fingerprints.
-
-    Raises:
-        ValueError: a pattern that matches nothing, a kind of file that cannot be read, or a damaged file.
-    """
-    found: dict[str, list[str]] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [
-            name for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) if Path(name).is_file()
-        ]
-        if not names:
-            raise ValueError(f"data.files: {pattern!r} matches no file; the path counts from {str(Path.cwd())!r}.")
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if suffix not in BUILDERS:
-                raise ValueError(f"data.files: {name!r} is of no kind that is read; known: {', '.join(BUILDERS)}.")
-            found.setdefault(BUILDERS[suffix], []).append(name)
-    parts = []
-    for builder, names in found.items():
-        options = {"sample_by": "document"} if builder == "text" else {}
-        part = _load(", ".join(names[:3]), builder, data_files=names, split="train", **options)
-        if builder == "text" and text_column != "text":
-            part = part.rename_column("text", text_column)
-        parts.append(part)
-    files = [Path(name) for names in found.values() for name in names]
-    return _joined(parts), [[file.name, _fingerprint(file)] for file in files]
-
-
-def _fingerprint(file: Path) -> str:
-    """SHA-256 over a file's size, beginning and end: tells files apart without reading gigabytes."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        digest.update(opened.read(ENDS))
-        opened.seek(max(0, size - ENDS))
-        digest.update(opened.read())
-    return digest.hexdigest()[:16]
-
-
-def _joined(parts: list[Dataset]) -> Dataset:
-    """One data set of the columns that all parts have, in the types of the first."""
-    if len(parts) == 1:
-        return parts[0]
-    shared = set(parts[0].column_names).intersection(*(part.column_names for part in parts))
-    if not shared:
-        columns = "; ".join(", ".join(part.column_names) for part in parts)
-        raise ValueError(f"data.files: the files have no column in common ({columns}); set data.text_column.")
-    parts = [part.select_columns(sorted(shared)) for part in parts]
-    try:
-        return concatenate_datasets([part.cast(parts[0].features) for part in parts])
-    except Exception as error:  # datasets and pyarrow raise types of their own
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"data.files: columns {sorted(shared)} differ in type between files ({reason}).") from error
-
-
-def read_hub(data: DataSettings) -> AnyDataset:
-    """The split of a hub data set (ValueError: not there, not reachable)."""
-    return _load(repr(data.hub), data.hub, data.config, split=data.split, streaming=data.streaming)
-
-
-def _load(name: str, *arguments: Any, **options: Any) -> AnyDataset:
-    try:
-        return load_dataset(*arguments, **options)
-    except Exception as error:  # datasets, pyarrow, fsspec and the hub raise types of their own
-        reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        raise ValueError(f"data: {name} cannot be read, or is empty ({reason[0]}); check it.") from error
-
-
 class _Rows:
     """Documents to rows: tokenise, pack, count."""
 
@@ -205,19 +125,22 @@ class _Rows:
         columns = documents.column_names
         if columns is None:  # a stream knows its columns from its first row
             columns = list(next(iter(documents), {}))
+        source = self._source(kind)
         if not columns or (isinstance(documents, Dataset) and len(documents) == 0):
             raise ValueError(f"data: the {kind} data is empty; give at least one document.")
         absent = [column for column in self.columns if column not in columns]
         if absent:
             raise ValueError(
-                f"data: no column {', '.join(map(repr, absent))}; the {kind} data has {', '.join(columns)}. "
-                "Set text_column, messages, or prompt and completion."
+                f"data: no column {', '.join(map(repr, absent))}; the {kind} data ({source or self.data.hub}) has "
+                f"{', '.join(column for column in columns if column != NUMBER)}. Set text_column, messages, or prompt "
+                "and completion."
             )
         options: dict[str, Any] = {"batched": True, "batch_size": BATCH, "remove_columns": columns}
         if isinstance(documents, Dataset):
             # Rows cached by an earlier version of this code would be taken for current ones.
             options |= {"desc": f"Reading {kind} text", "load_from_cache_file": False}
-        rows = documents.map(self._pack, with_indices=True, features=FEATURES, **options)
+        pack = partial(self._pack, source=source, skipped=self._skipped(documents, kind))
+        rows = documents.map(pack, with_indices=True, features=FEATURES, **options)
         self._check_length(rows, kind)
         if isinstance(rows, Dataset):
             counted = [index for index, count in enumerate(rows["counted"]) if count]
@@ -229,11 +152,23 @@ class _Rows:
         self._check_counted(rows, kind)
         return rows
 
-    def _pack(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def _source(self, kind: str) -> str | list[str] | None:
+        """Patterns of the files that these rows are of."""
+        held_out_elsewhere = kind == "held-out" and self.data.eval_files is not None
+        return self.data.eval_files if held_out_elsewhere else self.data.files
+
+    def _skipped(self, documents: AnyDataset, kind: str) -> int:
+        """First documents of a stream, which are held out and not among these."""
+        return int(self.data.held_out) if isinstance(documents, IterableDataset) and kind == "training" else 0
+
+    def _pack(
+        self, batch: dict[str, list], indices: list[int], source: str | list[str] | None, skipped: int
+    ) -> dict[str, list]:
         documents = []
-        for place, index in enumerate(indices):
-            row = {column: batch[column][place] for column in self.columns}
-            document = self.read(row, f"data row {index}")
+        numbers = batch[NUMBER] if NUMBER in batch else [skipped + index for index in indices]
+        for place, number in enumerate(numbers):
+            row = {column: values[place] for column, values in batch.items() if column != NUMBER}
+            document = self.read(row, Place(source, number))
             if document is not None:
                 documents.append(document)
         rows = [count_from(row, self.loss_from) for row in self.pack(documents, self.data.sequence_length)]

@@ -17,10 +17,10 @@ from training_setup import QUIET, T, write_text
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, SmolLM3Config
 
 from conversion import align, finetune, graft, pipeline
+from conversion.adapters import lora_config
 from conversion.alignment import Alignment
 from conversion.report import read_report
 from conversion.settings import load_settings
-from conversion.tasks import lora_config
 from conversion.teacher import shared_teacher
 from conversion.training_arguments import check_precision, training_arguments
 from conversion.training_cli import parse_arguments, settings_of
