@@ -126,7 +126,9 @@ def test_a_run_prepares_the_model_and_writes_an_ordinary_adapter(tmp_path, monke
 
     def recorded(model, **options):
         prepared.append(options)
-        return prepare(model, **options)
+        model = prepare(model, **options)
+        model.is_loaded_in_4bit = False  # transformers would count parameters with bitsandbytes
+        return model
 
     monkeypatch.setattr(four_bit, "check_machine", lambda settings: None)
     monkeypatch.setattr(BMojoForCausalLM, "from_pretrained", classmethod(from_pretrained))
@@ -159,6 +161,6 @@ def test_sharded_launches_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("conversion.training_model.loading_options", lambda settings: {})
     monkeypatch.setattr("conversion.tasks._launched_sharded", lambda: True)
     assert run_finetune(tmp_path, lora=QLORA) == 2
-    assert "lora.quantize='nf4': a 4-bit base cannot be sharded here; remove it, or launch without sharding" in (
+    assert "lora.quantize='nf4': a base in 4 bits cannot be sharded here; remove it, or launch without sharding" in (
         capsys.readouterr().err
     )
