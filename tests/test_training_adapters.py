@@ -16,7 +16,11 @@ def is_fresh(tmp_path):
 
 
 # What is told at the end -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("lora", [{"r": 2}, {"r": 2, "recipe": "hylora"}, {"r": 2, "use_dora": True}], ids=str)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+DORA = {"r": 4, "use_dora": True, "target_modules": ATTENTION}
+
+
+@pytest.mark.parametrize("lora", [{"r": 2}, {"r": 2, "recipe": "hylora"}, DORA], ids=str)
 def test_losses_before_and_after_sizes_and_time(lora, tmp_path, capsys):
     """Four steps, evaluated before the first and after the last one."""
     assert run_finetune(tmp_path, lora=lora, trainer={"save_steps": 3}) == 0
@@ -48,7 +52,7 @@ def test_whole_models_have_no_adapter_to_tell_of(tmp_path, capsys):
 def test_the_first_loss_on_held_out_text_is_the_sources(tmp_path):
     """An adapter starts as nothing: two adapters, one loss before training."""
     assert run_finetune(tmp_path, lora={"r": 2}) == 0
-    assert run_finetune(tmp_path, lora={"r": 4, "use_dora": True}, output=str(tmp_path / "other")) == 0
+    assert run_finetune(tmp_path, lora=DORA, output=str(tmp_path / "other")) == 0
     first, other = (log_of(tmp_path / name, "eval_loss")[0] for name in ("out", "other"))
     assert first == pytest.approx(other, rel=1e-4)
 
@@ -67,6 +71,10 @@ REFUSED = {
     "no pattern": ({"target_modules": "*_proj"}, "lora.target_modules='*_proj': is no regular expression"),
     "a convolution": ({"target_modules": ["conv"]}, "'conv' matches nothing in the model; known names: "),
     "modules in full": ({"modules_to_save": ["scalar"]}, "lora.modules_to_save=['scalar']: 'scalar' matches nothing"),
+    "DoRA on rows of zeros": (
+        {"use_dora": True},
+        "lora: use_dora=True: DoRA divides by the length of every row of a weight, and in_proj has rows of zeros",
+    ),
     "an unknown recipe": ({"recipe": "dora"}, "lora: recipe='dora': must be one of ['lora', 'hylora']; DoRA is"),
     "an unknown setting": ({"rank": 4}, "lora.rank: no such setting"),
 }
