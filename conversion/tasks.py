@@ -142,6 +142,7 @@ def _adapter_task(
         adapted = get_peft_model(student.model, lora_config(student.model, lora))
     except ValueError as error:
         raise ValueError(f"lora: {error}") from error
+    hold_in_float32(adapted)  # PEFT does so for low-rank pairs, not for what trains in full
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
 
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:

@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from training_setup import letters, log_of, run_finetune, tiny_graft, write_rows
 
 from conversion import finetune
@@ -39,6 +41,20 @@ def test_losses_before_and_after_sizes_and_time(lora, tmp_path, capsys):
     entry = read_report(out)["training"][-1]
     assert entry["parameters"] == {"trained": trained, "all": parameters}
     assert re.search(r"[\d,]+ s \([\d,]+ s of CPU time\); .* at the peak\.", told)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_on_a_narrow_base_what_trains_is_float32(mixed, tmp_path):
+    """Convolutions and scalars too: the steps of an optimiser are lost in the rounding of bfloat16."""
+    lora = {"r": 2, "recipe": "hylora", "ssm_scalars": True, "merge": True}
+    trainer = {"bf16": mixed, "use_cpu": True}
+    assert run_finetune(tmp_path, lora=lora, dtype="bfloat16", trainer=trainer) == 0
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
+    assert any(".conv." in name for name in adapter) and any(".scalars." in name for name in adapter)
+    merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    kinds = {".scalars." in name: value.dtype for name, value in merged.items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
 
 
 def test_whole_models_have_no_adapter_to_tell_of(tmp_path, capsys):
