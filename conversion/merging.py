@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .adapters import merged_names
 from .running import assembled
 from .training_model import Student
 from .weights import open_weights
@@ -52,20 +53,3 @@ def merge_adapter(student: Student, folder: Path) -> Merged:
         tensors["lm_head.weight"], embeddings
     )
     return Merged(student._replace(config=config), tensors, changed)
-
-
-def merged_names(adapted: torch.nn.Module) -> list[str]:
-    """The parameters that merging will change, as the merged model names them.
-
-    These are the weights of the adapted modules and all of those that train in full (`modules_to_save`).
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    found = []
-    for name, module in adapted.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            found += [f"{name}.{part}" for part, _ in module.original_module.named_parameters()]
-        elif isinstance(module, BaseTunerLayer):
-            found.append(f"{name}.weight")
-    return found

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from modeling_bmojo import bmojo_lora_config
-
+from . import four_bit
+from .adapters import check_names, lora_config
 from .alignment import Alignment
 from .merging import merge_adapter
 from .teacher import check_head, check_teacher, load_teacher, shared_teacher
@@ -27,7 +27,8 @@ Tensors = dict[str, torch.Tensor]
 class Task:
     """A model for the Trainer. trained: names of its parameters that train. loss_from: first position that counts.
 
-    write: `(folder, state dict, report entry)`, fills an output folder.
+    write: `(folder, state dict, report entry)`, fills an output folder. sizes: numbers of values that train, and of all
+    (a 4-bit weight counts as what it stands for).
     """
 
     program: str
@@ -36,6 +37,7 @@ class Task:
     trained: list[str]
     loss_from: int
     write: Callable[[Path, Tensors, dict[str, Any]], None]
+    sizes: tuple[int, int]
 
 
 def alignment_task(settings: AlignSettings, student: Student, arguments: TrainingArguments) -> Task:
@@ -68,7 +70,13 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
         write_checkpoint(folder, student, whole, trained, entry, settings.max_shard_size)
 
     return Task(
-        "align", student, Alignment(model, teacher, losses), [prefix + name for name in trained], loss_from, write
+        "align",
+        student,
+        Alignment(model, teacher, losses),
+        [prefix + name for name in trained],
+        loss_from,
+        write,
+        _sizes(model),
     )
 
 
@@ -112,7 +120,7 @@ def finetuning_task(settings: FinetuneSettings, student: Student, arguments: Tra
         ValueError: an adapter that fits nothing, or narrow weights that train without mixed precision.
     """
     if settings.lora is not None:
-        return _adapter_task(settings, settings.lora, student)
+        return _adapter_task(settings, settings.lora, student, arguments)
     check_precision(student.model.dtype, arguments)
     trained = choose_trained(student.model, settings.train, student.report)
     _check_learns(student, trained)
@@ -121,16 +129,31 @@ def finetuning_task(settings: FinetuneSettings, student: Student, arguments: Tra
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
         write_checkpoint(folder, student, tensors, trained, entry, settings.max_shard_size)
 
-    return Task("finetune", student, student.model, trained, 0, write)
+    return Task("finetune", student, student.model, trained, 0, write, _sizes(student.model))
 
 
-def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Student) -> Task:
+def _sizes(model: torch.nn.Module) -> tuple[int, int]:
+    return model.num_parameters(only_trainable=True), model.num_parameters()
+
+
+def _adapter_task(
+    settings: FinetuneSettings, lora: LoraSettings, student: Student, arguments: TrainingArguments
+) -> Task:
     from peft import get_peft_model
 
+    if lora.quantize is not None:
+        if sharding(arguments):
+            raise ValueError(
+                f"lora.quantize={lora.quantize!r}: a base in 4 bits cannot be sharded here; remove it, or launch "
+                f"without {sharding(arguments)}."
+            )
+        four_bit.prepare(student.model)
+    check_names(student.model, lora)
     try:
         adapted = get_peft_model(student.model, lora_config(student.model, lora))
     except ValueError as error:
         raise ValueError(f"lora: {error}") from error
+    hold_in_float32(adapted)  # PEFT does so for low-rank pairs, not for what trains in full
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
 
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
@@ -140,19 +163,4 @@ def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Stude
             (folder / "merged").mkdir()
             write_checkpoint(folder / "merged", whole, values, changed, entry, settings.max_shard_size)
 
-    return Task("finetune", student, adapted, trained, 0, write)
-
-
-def lora_config(model: torch.nn.Module, lora: LoraSettings):
-    """peft's LoraConfig of the `lora:` section for this model (ValueError: what fits no module)."""
-    chosen = {"lora_alpha": lora.alpha, "target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
-    return bmojo_lora_config(
-        model,
-        lora.recipe,
-        ssm_scalars=lora.ssm_scalars,
-        r=lora.r,
-        lora_dropout=lora.dropout,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
+    return Task("finetune", student, adapted, trained, 0, write, adapted.get_nb_trainable_parameters())

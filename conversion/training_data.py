@@ -4,32 +4,23 @@ Documents are tokenised (chat.py), packed into rows of at most T tokens (packing
 about a batch can say which rows it held. Held-out documents are set aside before anything is packed.
 """
 
-import glob
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import reader_for
 from .packing import IGNORED, PACKERS, count_from
 from .texts import pydoc_topics
+from .training_files import NUMBER, AnyDataset, Place, read_files, read_hub
 from .training_settings import DataSettings
 
 
-BUILDERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
 FEATURES = Features(
     {
         "input_ids": [Value("int32")],
@@ -38,11 +29,9 @@ FEATURES = Features(
         "counted": Value("int32"),
     }
 )
-READ = 2**20  # bytes of a file that are read at a time for its fingerprint
 GROUP = 1000  # documents that are packed together, at most,
 GROUP_BYTES = 2**22  # and their size, about: a million tokens of plain text
 SAMPLE = 16  # first documents of a stream that tell how large its documents are
-AnyDataset = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ def _build_stream(data: DataSettings, rows: "_Rows", seed: int) -> TrainingData:
         held_out, files = read_files(data.eval_files, data.text_column)
     elif count:
         held_out = Dataset.from_list(list(islice(reader, count)))
-    train = rows.build_stream(documents.skip(count) if count else documents, reader)
+    train = rows.build_stream(documents.skip(count) if count else documents, reader, count)
     evaluation = None if held_out is None else _spread(rows.build(held_out, "held-out"), data.eval_sequences)
     return TrainingData(train.shuffle(seed=seed, buffer_size=data.shuffle_buffer), evaluation, files)
 
@@ -138,74 +127,6 @@ def _spread(rows: Dataset, count: int) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
 
 
-def read_files(patterns: str | list[str], text_column: str) -> tuple[Dataset, list[list[str]]]:
-    """All rows of the files that match, in one data set, and the files' names and fingerprints.
-
-    Raises:
-        ValueError: a pattern that matches nothing, a kind of file that cannot be read, or a damaged file.
-    """
-    found: dict[str, list[str]] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [
-            name for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) if Path(name).is_file()
-        ]
-        if not names:
-            raise ValueError(f"data.files: {pattern!r} matches no file; the path counts from {str(Path.cwd())!r}.")
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if suffix not in BUILDERS:
-                raise ValueError(f"data.files: {name!r} is of no kind that is read; known: {', '.join(BUILDERS)}.")
-            found.setdefault(BUILDERS[suffix], []).append(name)
-    parts = []
-    for builder, names in found.items():
-        options = {"sample_by": "document"} if builder == "text" else {}
-        part = _load(", ".join(names[:3]), builder, data_files=names, split="train", **options)
-        if builder == "text" and text_column != "text":
-            part = part.rename_column("text", text_column)
-        parts.append(part)
-    files = [Path(name) for names in found.values() for name in names]
-    return _joined(parts), [[file.name, _fingerprint(file)] for file in files]
-
-
-def _fingerprint(file: Path) -> str:
-    """SHA-256 of a file: that it was changed in the middle must not go unnoticed, and all of it is read for the rows
-    anyway."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(READ):
-            digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def _joined(parts: list[Dataset]) -> Dataset:
-    """One data set of the columns that all parts have, in the types of the first."""
-    if len(parts) == 1:
-        return parts[0]
-    shared = set(parts[0].column_names).intersection(*(part.column_names for part in parts))
-    if not shared:
-        columns = "; ".join(", ".join(part.column_names) for part in parts)
-        raise ValueError(f"data.files: the files have no column in common ({columns}); set data.text_column.")
-    parts = [part.select_columns(sorted(shared)) for part in parts]
-    try:
-        return concatenate_datasets([part.cast(parts[0].features) for part in parts])
-    except Exception as error:  # datasets and pyarrow raise types of their own
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"data.files: columns {sorted(shared)} differ in type between files ({reason}).") from error
-
-
-def read_hub(data: DataSettings) -> AnyDataset:
-    """The split of a hub data set (ValueError: not there, not reachable)."""
-    return _load(repr(data.hub), data.hub, data.config, split=data.split, streaming=data.streaming)
-
-
-def _load(name: str, *arguments: Any, **options: Any) -> AnyDataset:
-    try:
-        return load_dataset(*arguments, **options)
-    except Exception as error:  # datasets, pyarrow, fsspec and the hub raise types of their own
-        reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        raise ValueError(f"data: {name} cannot be read, or is empty ({reason[0]}); check it.") from error
-
-
 class _Rows:
     """Documents to rows: tokenise, pack, count."""
 
@@ -221,7 +142,8 @@ class _Rows:
         size = table.nbytes / table.num_rows
         options = self._options(documents.column_names, size)
         # Rows cached by an earlier version of this code would be taken for current ones.
-        rows = documents.map(self._pack, desc=f"Reading {kind} text", load_from_cache_file=False, **options)
+        pack = partial(self._pack, source=self._source(kind))
+        rows = documents.map(pack, desc=f"Reading {kind} text", load_from_cache_file=False, **options)
         if not len(rows):
             raise self._too_short(kind)
         counted = [index for index, count in enumerate(rows["counted"]) if count]
@@ -230,19 +152,23 @@ class _Rows:
         rows = rows.select(counted).remove_columns("counted")
         return rows.add_column("row", list(range(len(rows))))
 
-    def build_stream(self, documents: IterableDataset, reader: Iterator[dict[str, Any]]) -> IterableDataset:
+    def build_stream(
+        self, documents: IterableDataset, reader: Iterator[dict[str, Any]], skipped: int
+    ) -> IterableDataset:
         """The same as a stream.
 
         Args:
             reader: over these documents; it is read until a row counts, so that what is refused is refused now.
+            skipped: documents of the data set before these.
         """
         sample = list(islice(reader, SAMPLE))
         columns = list(sample[0]) if sample else []
         self._check_columns(columns, "training")
         size = sum(len(str(document.get(column))) for document in sample for column in self.columns) / len(sample)
         options = self._options(columns, size)
-        self._check_stream(chain(sample, reader), options["batch_size"])
-        rows = documents.map(self._pack, **options)
+        pack = partial(self._pack, source=None, skipped=skipped)
+        self._check_stream(pack, chain(sample, reader), columns, options["batch_size"])
+        rows = documents.map(pack, **options)
         rows = rows.filter(lambda row: row["counted"] > 0).remove_columns("counted")
         return rows.map(_numbered, with_indices=True)
 
@@ -262,17 +188,21 @@ class _Rows:
             raise ValueError(f"data: the {kind} data is empty; give at least one document.")
         absent = [column for column in self.columns if column not in columns]
         if absent:
+            source = self._source(kind) or self.data.hub
             raise ValueError(
-                f"data: no column {', '.join(map(repr, absent))}; the {kind} data has {', '.join(columns)}. "
-                "Set text_column, messages, or prompt and completion."
+                f"data: no column {', '.join(map(repr, absent))}; the {kind} data ({source}) has "
+                f"{', '.join(column for column in columns if column != NUMBER)}. Set text_column, messages, or prompt "
+                "and completion."
             )
 
-    def _check_stream(self, documents: Iterator[dict[str, Any]], group: int) -> None:
+    def _check_stream(
+        self, pack: Callable, documents: Iterator[dict[str, Any]], columns: list[str], group: int
+    ) -> None:
         """Refuses a stream of which no row counts."""
         found, start = False, 0
         while batch := list(islice(documents, group)):
-            packed = self._pack(
-                {column: [document.get(column) for document in batch] for column in self.columns},
+            packed = pack(
+                {column: [document.get(column) for document in batch] for column in columns},
                 list(range(start, start + len(batch))),
             )
             if any(packed["counted"]):
@@ -280,11 +210,19 @@ class _Rows:
             found, start = found or bool(packed["counted"]), start + len(batch)
         raise self._none_counts("training") if found else self._too_short("training")
 
-    def _pack(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def _source(self, kind: str) -> str | list[str] | None:
+        """Patterns of the files that these rows are of."""
+        held_out_elsewhere = kind == "held-out" and self.data.eval_files is not None
+        return self.data.eval_files if held_out_elsewhere else self.data.files
+
+    def _pack(
+        self, batch: dict[str, list], indices: list[int], source: str | list[str] | None, skipped: int = 0
+    ) -> dict[str, list]:
         documents = []
-        for place, index in enumerate(indices):
-            row = {column: batch[column][place] for column in self.columns}
-            document = self.read(row, f"data row {index}")
+        numbers = batch[NUMBER] if NUMBER in batch else [skipped + index for index in indices]
+        for place, number in enumerate(numbers):
+            row = {column: values[place] for column, values in batch.items() if column != NUMBER}
+            document = self.read(row, Place(source, number))
             if document is not None:
                 documents.append(document)
         rows = [count_from(row, self.loss_from) for row in self.pack(documents, self.data.sequence_length)]

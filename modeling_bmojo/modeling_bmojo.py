@@ -35,7 +35,7 @@ from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
-from .linear_bmojo import BMojoLinear
+from .linear_bmojo import BMojoLinear, make_plain
 from .peft_bmojo import NoPrompts
 
 
@@ -213,6 +213,11 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if not config.ssm_scalars_in_fp32:
             self._keep_in_fp32_modules_strict = None
+
+    def post_init(self) -> None:
+        if getattr(self.config, "quantization_config", None) is not None:
+            make_plain(self)
+        super().post_init()
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
         """transformers' method, which `from_pretrained(..., use_kernels=True)` and `train()` call: hub kernels that it

@@ -7,7 +7,7 @@ import pytest
 from graft_sources import tiny_tokenizer
 from training_setup import letters, write_rows, write_text
 
-from conversion import training_data
+from conversion import training_data, training_files
 from conversion.packing import IGNORED
 from conversion.training_data import SAMPLE, _Rows, build_data
 from conversion.training_settings import DataSettings
@@ -80,7 +80,9 @@ def small_groups(monkeypatch):
     """Documents of 1,000 tokens that are packed together ten at a time; yields the sizes of the groups."""
     sizes, pack = [], _Rows._pack
     monkeypatch.setattr(training_data, "GROUP_BYTES", 20_200)
-    monkeypatch.setattr(_Rows, "_pack", lambda self, *given: sizes.append(len(given[1])) or pack(self, *given))
+    monkeypatch.setattr(
+        _Rows, "_pack", lambda self, *given, **more: sizes.append(len(given[1])) or pack(self, *given, **more)
+    )
     return sizes
 
 
@@ -125,7 +127,7 @@ def test_a_change_in_the_middle_of_a_large_file_is_noticed(tmp_path):
     for letter in b"ae":
         text[len(text) // 2] = letter
         (tmp_path / "a.txt").write_bytes(text)
-        prints.append(training_data._fingerprint(tmp_path / "a.txt"))
+        prints.append(training_files._fingerprint(tmp_path / "a.txt"))
     assert prints[0] != prints[1]
 
 
@@ -261,12 +263,14 @@ def test_empty_files(tmp_path):
 
 def test_unknown_columns(tmp_path):
     files = write_rows(tmp_path / "a.jsonl", [{"body": "a b", "id": 1}])
-    refuse("no column 'text'; the training data has body, id", files=files)
+    refuse(r"no column 'text'; the training data \(.*a\.jsonl\) has body, id\.", files=files)
     refuse("no column 'talk'", files=files, messages="talk")
     refuse("no column 'q', 'r'", files=files, prompt="q", completion="r")
     (tmp_path / "set").mkdir()
     write_rows(tmp_path / "set" / "train.jsonl", [{"body": "a b"}])
-    refuse("no column 'text'; the training data has body", hub=str(tmp_path / "set"), streaming=True)
+    refuse(r"no column 'text'; the training data \(.*set\) has body\.", hub=str(tmp_path / "set"), streaming=True)
+    other = write_rows(tmp_path / "b.jsonl", [{"text": "a b"}])
+    refuse(r"the held-out data \(.*a\.jsonl\) has body, id\.", files=other, eval_files=files)
 
 
 def test_too_little_text(tmp_path):
@@ -284,18 +288,43 @@ def test_too_little_text(tmp_path):
 def test_rows_without_the_needed_field_are_named(value, tmp_path):
     table = [{"text": "a b", "other": "x"}, {"text": None, "other": "y"}]
     files = write_rows(tmp_path / "a.jsonl", table)
-    refuse("data row 1: its 'text' is missing, must be str", files=files)
+    refuse(r"row 2 of '.*a\.jsonl' .*: its 'text' is missing, must be str; the row has other\. Correct", files=files)
     if value is not None:
         refuse(
-            r"data row 0: its 'text' is (int|list), must be str",
+            r"row 1 of '.*b\.jsonl' \(the first is 1\): its 'text' is (int|list), must be str; the row has text\.",
             files=write_rows(tmp_path / "b.jsonl", [{"text": value}]),
         )
 
 
+@pytest.mark.parametrize("bad", range(0, 9, 2))
+def test_a_faulty_row_is_named_by_its_file_wherever_the_split_puts_it(bad, tmp_path):
+    """Held-out rows are drawn at random, and rows of other files come before."""
+    rows = [{"text": letters(12, seed), "id": seed} for seed in range(9)]
+    rows[bad]["text"] = None
+    (tmp_path / "0.txt").write_text("a b")
+    parts = {"1.jsonl": rows[:4], "2.jsonl": rows[4:]}
+    files = [str(tmp_path / "*.txt"), *(write_rows(tmp_path / name, part) for name, part in parts.items())]
+    name, number = ("1.jsonl", bad + 1) if bad < 4 else ("2.jsonl", bad - 3)
+    refuse(rf"row {number} of '.*{name}' .*: its 'text' is missing", files=files[1:], held_out=0.4)
+    refuse(rf"row {number} of '.*{name}' ", files=files[:1], eval_files=files[1:])
+
+
+def test_a_faulty_row_of_a_stream_is_named_by_its_number(tmp_path):
+    (tmp_path / "set").mkdir()
+    table = [{"text": None if index == 5 else letters(12, index)} for index in range(8)]
+    write_rows(tmp_path / "set" / "train.jsonl", table)
+    for held_out in (0, 2):
+        with pytest.raises(ValueError, match=r"data row 6 \(the first is 1\): its 'text' is missing"):
+            list(build(hub=str(tmp_path / "set"), streaming=True, held_out=held_out).train)
+    refuse(r"data row 6 \(the first is 1\)", hub=str(tmp_path / "set"), held_out=0.5)
+
+
 def test_chats_that_are_none(tmp_path):
-    refuse("data row 0: its 'talk' is str, must be list", files=chat_file(tmp_path, "hello"), messages="talk")
+    refuse(r"row 1 of .*: its 'talk' is str, must be list", files=chat_file(tmp_path, "hello"), messages="talk")
     files = chat_file(tmp_path, [{"role": "user", "text": "a"}])
     refuse("is no message; each needs a role and a content", files=files, messages="talk")
+    files = chat_file(tmp_path, CHAT, [{"role": "user"}])  # Arrow fills in the content: None
+    refuse(r"row 2 of .*is no message; each needs a role and a content", files=files, messages="talk")
     tokenizer = with_template(None)
     refuse("has no chat template", files=chat_file(tmp_path, CHAT), messages="talk", tokenizer=tokenizer)
     moody = with_template("{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}")
