@@ -9,6 +9,7 @@ TEST_FAIL=N: every process fails at the end of step N.
 import os
 import sys
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -65,5 +66,7 @@ if __name__ == "__main__":
     status = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
+    if torch.distributed.is_initialized():  # the launcher ends the others as soon as one process has failed
+        torch.distributed.barrier()
     # Nothing is taken down: torch joins gloo's threads while it holds the GIL, which now and then never ends.
     os._exit(status)
