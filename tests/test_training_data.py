@@ -316,6 +316,7 @@ def test_a_faulty_row_of_a_stream_is_named_by_its_number(tmp_path):
     for held_out in (0, 2):
         with pytest.raises(ValueError, match=r"data row 6 \(the first is 1\): its 'text' is missing"):
             list(build(hub=str(tmp_path / "set"), streaming=True, held_out=held_out).train)
+    refuse(r"data row 6 \(the first is 1\)", hub=str(tmp_path / "set"), streaming=True, held_out=7)
     refuse(r"data row 6 \(the first is 1\)", hub=str(tmp_path / "set"), held_out=0.5)
 
 
