@@ -16,11 +16,12 @@ from .training_settings import DataSettings
 
 
 GENERATION_MARK = "{% generation %}"
-Reader = Callable[[Mapping[str, Any], str], Document | None]
+Reader = Callable[[Mapping[str, Any], object], Document | None]
 
 
 def reader_for(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> tuple[Reader, list[str]]:
-    """The function from a data row (and its name for messages) to a document, and the columns that it reads.
+    """The function from a data row (and what `str` makes its name of, for messages) to a document, and the columns that
+    it reads.
 
     Raises:
         ValueError: chats without a chat template.
@@ -36,14 +37,15 @@ def reader_for(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> tuple[
     return lambda row, name: read_text(tokenizer, data, field(row, data.text_column, str, name)), [data.text_column]
 
 
-def field(row: Mapping[str, Any], column: str, kind: type | tuple[type, ...], name: str) -> Any:
+def field(row: Mapping[str, Any], column: str, kind: type | tuple[type, ...], name: object) -> Any:
     """`row[column]`, refused where it is missing, null or of another type (ValueError)."""
     value = row.get(column)
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
+        there = ", ".join(key for key, found in row.items() if found is not None)
         raise ValueError(
             f"{name}: its {column!r} is {'missing' if value is None else type(value).__name__}, must be "
-            f"{' or '.join(item.__name__ for item in kinds)}; correct or remove the row."
+            f"{' or '.join(item.__name__ for item in kinds)}; the row has {there or 'nothing'}. Correct or remove it."
         )
     return value
 
@@ -65,7 +67,7 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, append: bool) -> 
 
 
 def read_pair(
-    tokenizer: PreTrainedTokenizerBase, data: DataSettings, row: Mapping[str, Any], name: str
+    tokenizer: PreTrainedTokenizerBase, data: DataSettings, row: Mapping[str, Any], name: object
 ) -> Document | None:
     """A prompt and its completion: texts that are joined as they are, or lists of messages that make a chat."""
     prompt = field(row, data.prompt, (str, list), name)
@@ -86,7 +88,7 @@ def read_pair(
 
 
 def read_chat(
-    tokenizer: PreTrainedTokenizerBase, data: DataSettings, messages: list, name: str, first: int = 0
+    tokenizer: PreTrainedTokenizerBase, data: DataSettings, messages: list, name: object, first: int = 0
 ) -> Document | None:
     """A chat in the tokenizer's template; answers before message `first` are not trained on.
 
@@ -94,8 +96,9 @@ def read_chat(
         ValueError: an entry that is no message, or a template that changes earlier text as a chat grows.
     """
     for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"{name}: {message!r} is no message; each needs a role and a content.")
+        # Where another row's message has a field, Arrow gives it to this one too, as None.
+        if not isinstance(message, Mapping) or message.get("role") is None or message.get("content") is None:
+            raise ValueError(f"{name}: {message!r} is no message; each needs a role and a content. Correct it.")
     if not messages:
         return None
     ids = _chat_ids(tokenizer, messages)
@@ -110,7 +113,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list, prompt: bool =
 
 
 def answer_mask(
-    tokenizer: PreTrainedTokenizerBase, messages: list, ids: list[int], name: str, first: int = 0
+    tokenizer: PreTrainedTokenizerBase, messages: list, ids: list[int], name: object, first: int = 0
 ) -> list[bool]:
     """Which of the chat's tokens an assistant wrote; see the module's text."""
     if GENERATION_MARK in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}") and first == 0:

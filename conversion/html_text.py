@@ -60,7 +60,8 @@ class _Text(HTMLParser):
             self.depth -= tag == self.dropped
             return
         self.verbatim -= tag == "pre" and self.verbatim > 0
-        self._break(tag)
+        if tag in BLOCKS:
+            self._break(tag)
 
     def handle_data(self, data: str) -> None:
         if not self.depth:

@@ -1,5 +1,6 @@
 """What trains: a student against its teacher (align), or a model on next tokens, whole or by an adapter (finetune)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from modeling_bmojo import bmojo_lora_config
-
+from . import four_bit
+from .adapters import check_names, lora_config
 from .alignment import Alignment
+from .merging import merge_adapter
 from .teacher import check_head, check_teacher, load_teacher, shared_teacher
 from .training_arguments import check_precision
 from .training_model import Student, choose_trained, hold_in_float32
@@ -25,7 +27,8 @@ Tensors = dict[str, torch.Tensor]
 class Task:
     """A model for the Trainer. trained: names of its parameters that train. loss_from: first position that counts.
 
-    write: `(folder, state dict, report entry)`, fills an output folder.
+    write: `(folder, state dict, report entry)`, fills an output folder. sizes: numbers of values that train, and of all
+    (a 4-bit weight counts as what it stands for).
     """
 
     program: str
@@ -34,6 +37,7 @@ class Task:
     trained: list[str]
     loss_from: int
     write: Callable[[Path, Tensors, dict[str, Any]], None]
+    sizes: tuple[int, int]
 
 
 def alignment_task(settings: AlignSettings, student: Student, arguments: TrainingArguments) -> Task:
@@ -48,8 +52,8 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
     _check_learns(student, trained)
     if "bmojo" not in student.config.layer_types:
         raise ValueError(f"source={settings.source!r}: has no B'MOJO layer, so there is nothing to align.")
+    _check_sharding(arguments, settings)
     if settings.teacher is None:
-        _check_not_sharded(arguments)
         teacher = shared_teacher(model, student.report.get("source"), set(trained))
     else:
         teacher, tokenizer = load_teacher(settings.teacher, model.dtype)
@@ -66,7 +70,13 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
         write_checkpoint(folder, student, whole, trained, entry, settings.max_shard_size)
 
     return Task(
-        "align", student, Alignment(model, teacher, losses), [prefix + name for name in trained], loss_from, write
+        "align",
+        student,
+        Alignment(model, teacher, losses),
+        [prefix + name for name in trained],
+        loss_from,
+        write,
+        _sizes(model),
     )
 
 
@@ -79,20 +89,28 @@ def _check_learns(student: Student, trained: list[str]) -> None:
         )
 
 
-def _check_not_sharded(arguments: TrainingArguments) -> None:
-    plugins = arguments.fsdp or arguments.deepspeed or _launched_sharded()
-    if plugins:
+def _check_sharding(arguments: TrainingArguments, settings: AlignSettings) -> None:
+    """Refuses what needs the student's tensors whole where they are spread over devices (ValueError)."""
+    kind, losses = sharding(arguments), settings.losses
+    if kind and settings.teacher is None:
         raise ValueError(
-            "teacher: FSDP and DeepSpeed spread the student's tensors over devices, where a teacher cannot share them; "
+            f"teacher: {kind} spreads the student's tensors over devices, where a teacher cannot share them; "
             "name the teacher (teacher: a folder or hub id), or launch without sharding."
+        )
+    if kind == "FSDP" and losses.mixer and losses.mixer_inputs == "teacher":
+        raise ValueError(
+            "losses.mixer_inputs='teacher': runs the student's mixers by themselves, but FSDP puts the tensors of a "
+            "layer together only for a pass through the whole layer; set losses.mixer_inputs: student, or launch "
+            "without FSDP."
         )
 
 
-def _launched_sharded() -> bool:
-    """Whether `accelerate launch` asked for sharding."""
-    import os
-
-    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+def sharding(arguments: TrainingArguments) -> str | None:
+    """What spreads the model's tensors over devices: "FSDP", "DeepSpeed" or None; also as `accelerate launch` asks."""
+    for kind, given in (("FSDP", arguments.fsdp), ("DeepSpeed", arguments.deepspeed)):
+        if given or os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
+            return kind
+    return None
 
 
 def finetuning_task(settings: FinetuneSettings, student: Student, arguments: TrainingArguments) -> Task:
@@ -102,7 +120,7 @@ def finetuning_task(settings: FinetuneSettings, student: Student, arguments: Tra
         ValueError: an adapter that fits nothing, or narrow weights that train without mixed precision.
     """
     if settings.lora is not None:
-        return _adapter_task(settings, settings.lora, student)
+        return _adapter_task(settings, settings.lora, student, arguments)
     check_precision(student.model.dtype, arguments)
     trained = choose_trained(student.model, settings.train, student.report)
     _check_learns(student, trained)
@@ -111,56 +129,38 @@ def finetuning_task(settings: FinetuneSettings, student: Student, arguments: Tra
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
         write_checkpoint(folder, student, tensors, trained, entry, settings.max_shard_size)
 
-    return Task("finetune", student, student.model, trained, 0, write)
+    return Task("finetune", student, student.model, trained, 0, write, _sizes(student.model))
 
 
-def _adapter_task(settings: FinetuneSettings, lora: LoraSettings, student: Student) -> Task:
+def _sizes(model: torch.nn.Module) -> tuple[int, int]:
+    return model.num_parameters(only_trainable=True), model.num_parameters()
+
+
+def _adapter_task(
+    settings: FinetuneSettings, lora: LoraSettings, student: Student, arguments: TrainingArguments
+) -> Task:
     from peft import get_peft_model
 
+    if lora.quantize is not None:
+        if sharding(arguments):
+            raise ValueError(
+                f"lora.quantize={lora.quantize!r}: a base in 4 bits cannot be sharded here; remove it, or launch "
+                f"without {sharding(arguments)}."
+            )
+        four_bit.prepare(student.model)
+    check_names(student.model, lora)
     try:
         adapted = get_peft_model(student.model, lora_config(student.model, lora))
     except ValueError as error:
         raise ValueError(f"lora: {error}") from error
+    hold_in_float32(adapted)  # PEFT does so for low-rank pairs, not for what trains in full
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
 
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
-        write_adapter(folder, adapted, student, entry)
+        write_adapter(folder, adapted, tensors, student, entry)
         if lora.merge:
-            merged = merged_names(adapted)  # merging leaves no trace of what it changed
-            whole = adapted.merge_and_unload()
+            whole, values, changed = merge_adapter(student, folder)
             (folder / "merged").mkdir()
-            write_checkpoint(folder / "merged", student, whole.state_dict(), merged, entry, settings.max_shard_size)
+            write_checkpoint(folder / "merged", whole, values, changed, entry, settings.max_shard_size)
 
-    return Task("finetune", student, adapted, trained, 0, write)
-
-
-def merged_names(adapted: torch.nn.Module) -> list[str]:
-    """The parameters that merging will change, as the merged model names them.
-
-    These are the weights of the adapted modules and all of those that train in full (`modules_to_save`).
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    found = []
-    for name, module in adapted.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            found += [f"{name}.{part}" for part, _ in module.original_module.named_parameters()]
-        elif isinstance(module, BaseTunerLayer):
-            found.append(f"{name}.weight")
-    return found
-
-
-def lora_config(model: torch.nn.Module, lora: LoraSettings):
-    """peft's LoraConfig of the `lora:` section for this model (ValueError: what fits no module)."""
-    chosen = {"lora_alpha": lora.alpha, "target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
-    return bmojo_lora_config(
-        model,
-        lora.recipe,
-        ssm_scalars=lora.ssm_scalars,
-        r=lora.r,
-        lora_dropout=lora.dropout,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
+    return Task("finetune", student, adapted, trained, 0, write, adapted.get_nb_trainable_parameters())

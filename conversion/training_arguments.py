@@ -92,7 +92,7 @@ def _learning_rate(settings: TrainingSettings) -> float:
 
 
 def _evaluation(settings: TrainingSettings, given: dict[str, Any]) -> dict[str, Any]:
-    """Evaluates as often as it saves, where anything is held out."""
+    """Evaluates as often as it saves, where anything is held out; fine-tuning also before its first step."""
     held_out = bool(settings.data.held_out) or settings.data.eval_files is not None
     strategy = given.get("eval_strategy", given.get("save_strategy", "steps") if held_out else "no")
     if strategy != "no" and not held_out:
@@ -107,7 +107,14 @@ def _evaluation(settings: TrainingSettings, given: dict[str, Any]) -> dict[str, 
         )
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     steps = given.get("save_steps", DEFAULTS["save_steps"])
-    return {"eval_strategy": strategy, "eval_steps": steps, **(best if settings.keep == "best" else {})}
+    # Losses are compared with the model as it was; an alignment's own first loss says that already.
+    start = isinstance(settings, FinetuneSettings) and strategy != "no"
+    return {
+        "eval_strategy": strategy,
+        "eval_steps": steps,
+        "eval_on_start": start,
+        **(best if settings.keep == "best" else {}),
+    }
 
 
 def _loggers() -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from accelerate import PartialState
 
 from .settings import parse_assignments
+from .training_output import ADAPTER_FILE
 from .training_run import Result, RunOptions, train
 from .training_settings import TrainingSettings, load_training_settings
 
@@ -54,18 +55,30 @@ def run(program: str, kind: type[TrainingSettings], purpose: str, argv: Sequence
 
 
 def summary(result: Result) -> str:
-    """What to print at the end: steps, time, memory, losses."""
+    """What to print at the end: steps, what trained, losses, size, time, memory."""
     state = result.state
-    lines = [f"{result.output}: step {state.global_step} of {state.max_steps}."]
+    share = result.trained / max(result.parameters, 1)
+    lines = [
+        f"{result.output}: step {state.global_step} of {state.max_steps}.",
+        f"{result.trained:,} of {result.parameters:,} parameters trained ({share:.2%}).",
+    ]
+    adapter = result.output / ADAPTER_FILE
+    if adapter.is_file():
+        lines[-1] += f" The adapter takes {adapter.stat().st_size / 1e6:.1f} MB."
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     if losses:
         lines.append(f"Training loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last.")
-    held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    held_out = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
     if held_out:
-        lines.append(f"Loss on held-out text {held_out[0]:.4g} at first, {held_out[-1]:.4g} at last.")
+        told = ", ".join(f"{loss:.4g} {_moment(step)}" for loss, step in dict.fromkeys((held_out[0], held_out[-1])))
+        lines.append(f"Loss on held-out text {told}.")
     if result.seconds:
-        lines.append(f"{result.seconds:,.0f} s; {peak_memory()} at the peak.")
+        lines.append(f"{result.seconds:,.0f} s ({result.cpu_seconds:,.0f} s of CPU time); {peak_memory()} at the peak.")
     return "\n".join(lines)
+
+
+def _moment(step: int) -> str:
+    return f"after step {step}" if step else "before training"
 
 
 def peak_memory() -> str:

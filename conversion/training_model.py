@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 from .export import meta_model
+from .four_bit import loading_options
 from .report import REPORT_FILE, read_report
 from .sources import HUB_ID
 from .training_settings import TrainingSettings
@@ -45,6 +46,7 @@ def find_checkpoint(source: str) -> Path:
         if not HUB_ID.fullmatch(source) or folder.exists():
             raise ValueError(f"source={source!r}: no such folder; graft one first: python -m conversion.graft.")
         folder = _download(source)
+    _refuse_adapter(source, folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -55,6 +57,21 @@ def find_checkpoint(source: str) -> Path:
             "python -m conversion.graft."
         )
     return folder
+
+
+def _refuse_adapter(source: str, folder: Path) -> None:
+    """An adapter is no model, and only its own base becomes one with it (ValueError)."""
+    file = folder / "adapter_config.json"
+    if not file.is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"source={source!r}: is an adapter with an unreadable {file.name} ({error}).") from error
+    raise ValueError(
+        f"source={source!r}: is an adapter, not a model; give its base, {base!r}, or train it with lora.merge: true "
+        "and give the folder merged/ inside it."
+    )
 
 
 def _download(source: str) -> Path:
@@ -78,7 +95,9 @@ def open_student(settings: TrainingSettings) -> Student:
     dtype = getattr(torch, settings.dtype or report.get("dtype") or "float32")
     _check_memory(folder, settings.memory)
     try:
-        model, info = BMojoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings.memory)
+        model, info = BMojoForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **settings.memory, **loading_options(settings)
+        )
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"source={settings.source!r}: does not load ({error}).") from error
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])

@@ -23,13 +23,16 @@ from .training_settings import TrainingSettings
 
 
 LOG_FILE = "training_log.json"
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 BEGIN, END = "<!-- training -->", "<!-- end of training -->"
 # In a card: what a graft says of itself, or an earlier training.
 PLACE = re.compile(rf"It is a fresh graft: nothing was trained\..*?(?=\n\n## |\Z)|{BEGIN}.*?{END}", flags=re.DOTALL)
 
 
-def training_entry(program: str, settings: TrainingSettings, trained: list[str], state: TrainerState) -> dict[str, Any]:
-    """One run, as the report tells it."""
+def training_entry(
+    program: str, settings: TrainingSettings, trained: list[str], sizes: tuple[int, int], state: TrainerState
+) -> dict[str, Any]:
+    """One run, as the report tells it. sizes: numbers of values that train, and of all."""
     losses = [entry for entry in state.log_history if "loss" in entry]
     held_out = [entry for entry in state.log_history if "eval_loss" in entry]
     return {
@@ -38,6 +41,7 @@ def training_entry(program: str, settings: TrainingSettings, trained: list[str],
         "steps": state.global_step,
         "steps_planned": state.max_steps,
         "trained_tensors": len(trained),
+        "parameters": dict(zip(("trained", "all"), sizes)),
         "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "held_out": {"first": held_out[0], "last": held_out[-1], "best": state.best_metric} if held_out else None,
         "versions": versions(),
@@ -89,9 +93,20 @@ def _save_model(folder: Path, student: Student, tensors: dict[str, torch.Tensor]
         shutil.copyfile(student.folder / "generation_config.json", folder / "generation_config.json")
 
 
-def write_adapter(folder: Path, adapter: torch.nn.Module, student: Student, entry: dict[str, Any]) -> None:
-    """Fills `folder` with an adapter (peft's files), the tokenizer, a card and a report."""
-    adapter.save_pretrained(folder)
+def write_adapter(
+    folder: Path,
+    adapter: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    student: Student,
+    entry: dict[str, Any],
+) -> None:
+    """Fills `folder` with an adapter (peft's files), the tokenizer, a card and a report.
+
+    Args:
+        adapter: peft's model, for its settings and names. tensors: its state dict, whole: the model's own tensors may
+            lie in parts on several devices.
+    """
+    adapter.save_pretrained(folder, state_dict=dict(tensors))
     student.tokenizer.save_pretrained(folder)
     card = trained_card(_read_text(folder / "README.md"), {}, [entry])
     (folder / "README.md").write_text(card, encoding="utf-8")

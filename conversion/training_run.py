@@ -14,6 +14,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 
+from . import four_bit
 from .checkpoints import (
     best_checkpoint,
     check_recipe,
@@ -29,7 +30,7 @@ from .checkpoints import (
 from .packing import Collator
 from .sources import source_files
 from .staging import check_output, staged_folder
-from .tasks import Task, alignment_task, finetuning_task
+from .tasks import Task, alignment_task, finetuning_task, sharding
 from .trainer import BMojoTrainer, LossNotFiniteError, StopAfterStep, load_trained
 from .training_arguments import training_arguments
 from .training_data import TrainingData, build_data
@@ -49,11 +50,18 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. state: the Trainer's. seconds: of the training itself, 0 where nothing was trained."""
+    """What a run did.
+
+    state: the Trainer's. trained, parameters: numbers of values that train, and of all. seconds, cpu_seconds: of the
+    training itself and its evaluations, 0 where nothing was trained; the latter are this process's, over all threads.
+    """
 
     output: Path
     state: TrainerState
-    seconds: float
+    trained: int
+    parameters: int
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def train(settings: TrainingSettings, options: RunOptions) -> Result:
@@ -64,11 +72,13 @@ def train(settings: TrainingSettings, options: RunOptions) -> Result:
         KeyboardInterrupt: it was asked to stop; with a checkpoint unless asked twice.
     """
     output, work = Path(settings.output), work_folder(Path(settings.output))
+    four_bit.check_machine(settings)
     replace = options.overwrite or options.resume or options.finish is not None
     folder = find_checkpoint(settings.source)
     check_output(output, replace, sources=(folder,))
     check_work(output, options.resume, options.overwrite, options.finish is not None)
     arguments = training_arguments(settings, work)
+    arguments.eval_on_start = arguments.eval_on_start and not options.resume  # a resumed run has it in its log
     set_seed(settings.seed)  # adapters start from random numbers
     task = _task(settings, arguments)
     if options.finish is not None:
@@ -76,7 +86,12 @@ def train(settings: TrainingSettings, options: RunOptions) -> Result:
         return _finish(task, settings, options.finish)
     with arguments.main_process_first(desc="reading the data"):
         data = build_data(settings.data, task.student.tokenizer, task.loss_from, settings.seed)
-    facts = {"source_files": source_files(str(folder)), "data_files": data.files, "processes": arguments.world_size}
+    facts = {
+        "source_files": source_files(str(folder)),
+        "data_files": data.files,
+        "processes": arguments.world_size,
+        "sharding": sharding(arguments),
+    }
     recipe = recipe_of(settings, facts)
     PartialState().wait_for_everyone()  # every process has looked at the folders before one changes them
     if arguments.should_save:
@@ -86,12 +101,14 @@ def train(settings: TrainingSettings, options: RunOptions) -> Result:
         else:
             start_work(output, recipe)
     PartialState().wait_for_everyone()
-    trainer, seconds = _run(task, arguments, data, checkpoints(work)[-1] if options.resume else None)
+    clock = time.monotonic(), time.process_time()
+    trainer = _run(task, arguments, data, checkpoints(work)[-1] if options.resume else None)
+    seconds, cpu_seconds = time.monotonic() - clock[0], time.process_time() - clock[1]
     tensors = trainer.full_state()
     if arguments.should_save:
         _write(task, settings, tensors, trainer.state)
         shutil.rmtree(work)
-    return Result(output, trainer.state, seconds)
+    return Result(output, trainer.state, *task.sizes, seconds, cpu_seconds)
 
 
 def _task(settings: TrainingSettings, arguments: TrainingArguments) -> Task:
@@ -99,9 +116,7 @@ def _task(settings: TrainingSettings, arguments: TrainingArguments) -> Task:
     return build(settings, open_student(settings), arguments)
 
 
-def _run(
-    task: Task, arguments: TrainingArguments, data: TrainingData, checkpoint: Path | None
-) -> tuple[BMojoTrainer, float]:
+def _run(task: Task, arguments: TrainingArguments, data: TrainingData, checkpoint: Path | None) -> BMojoTrainer:
     """Trains to the end, or raises."""
     stop, pad = StopAfterStep(), task.student.config.pad_token_id
     trainer = BMojoTrainer(
@@ -113,7 +128,7 @@ def _run(
         callbacks=[stop],
         trained=task.trained,
     )
-    started, work = time.monotonic(), Path(arguments.output_dir)
+    work = Path(arguments.output_dir)
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -121,7 +136,7 @@ def _run(
         raise LossNotFiniteError(f"{error} {_kept(work)}") from error
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}. {_kept(work)}")
-    return trainer, time.monotonic() - started
+    return trainer
 
 
 def _kept(work: Path) -> str:
@@ -143,13 +158,14 @@ def _finish(task: Task, settings: TrainingSettings, which: str) -> Result:
         raise ValueError("--finish best: the run has not evaluated with keep: best; use --finish last.")
     load_trained(task.model, task.trained, checkpoint)
     state = read_state(checkpoint)
-    _write(task, settings, task.model.state_dict(), state)
-    return Result(Path(settings.output), state, 0.0)
+    if PartialState().is_main_process:
+        _write(task, settings, task.model.state_dict(), state)
+    return Result(Path(settings.output), state, *task.sizes)
 
 
 def _write(task: Task, settings: TrainingSettings, tensors: dict[str, torch.Tensor], state: TrainerState) -> None:
     """The output folder, whole or not at all."""
-    entry = training_entry(task.program, settings, task.trained, state)
+    entry = training_entry(task.program, settings, task.trained, task.sizes, state)
     with staged_folder(Path(settings.output)) as folder:
         task.write(folder, tensors, entry)
         write_log(folder, state, work_folder(Path(settings.output)) / "runs")

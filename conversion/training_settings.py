@@ -19,6 +19,7 @@ from .settings import DTYPES, read_yaml, unknown_key
 
 PACKINGS = ("documents", "concatenate", "none")
 BUILTIN = ("pydoc",)
+FOUR_BIT = ("nf4", "fp4")
 Section = TypeVar("Section")
 
 
@@ -90,6 +91,7 @@ class LoraSettings:
 
     Others are fields of `peft.LoraConfig`; `alpha`, `dropout` are its `lora_alpha` (None: 2 r), `lora_dropout`.
     target_modules: None leaves them to the recipe. merge: also write the merged model, in `merged/`.
+    quantize: "nf4" or "fp4" loads the frozen base in 4 bits (QLoRA; needs bitsandbytes and a CUDA GPU); None: as it is.
     """
 
     recipe: str = "lora"
@@ -103,6 +105,7 @@ class LoraSettings:
     use_dora: bool = False
     use_rslora: bool = False
     merge: bool = False
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,12 @@ def check_lora(lora: LoraSettings) -> None:
         raise ValueError(f"lora.r={lora.r!r}: must be a rank >= 1; e.g. 16.")
     if not 0 <= lora.dropout < 1:
         raise ValueError(f"lora.dropout={lora.dropout!r}: must lie in [0, 1).")
+    _check_choice("lora.quantize", lora.quantize, (None, *FOUR_BIT))
+    if lora.quantize is not None and lora.merge:
+        raise ValueError(
+            f"lora.merge=True: with lora.quantize={lora.quantize!r} the merged model would keep the rounding of a "
+            "4-bit base; remove lora.merge, load the base in full width, put the adapter on it and merge there."
+        )
 
 
 def check_data(data: DataSettings) -> None:

@@ -40,6 +40,17 @@ class BMojoLinear(nn.Linear):
         )
 
 
+def make_plain(model: nn.Module) -> None:
+    """Turns every `BMojoLinear` into `nn.Linear` itself, in place.
+
+    For models that are about to be quantised: transformers' replacement for bitsandbytes (and for fine-grained fp8)
+    takes `nn.Linear` alone and passes over its subclasses without a word, so nothing would be in 4 bits.
+    """
+    for module in model.modules():
+        if type(module) is BMojoLinear:
+            module.__class__ = nn.Linear  # the subclass adds a forward pass and no state
+
+
 @cache
 def parts_for(size: int, threads: int) -> int:
     """Equal parts of `size` rows that keep `threads` threads busy; 1 if there are none, or there is one thread."""

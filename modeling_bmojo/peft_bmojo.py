@@ -16,6 +16,7 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .configuration_bmojo import BMojoConfig
@@ -143,8 +144,8 @@ def bmojo_lora_config(
 
     Raises:
         ImportError: without PEFT.
-        ValueError: for an unknown recipe, a rank below 1, something that is no B'MOJO, or full training of modules
-            that it does not have.
+        ValueError: for an unknown recipe, a rank below 1, something that is no B'MOJO, full training of modules that
+            it does not have, or DoRA on weights with rows of zeros, if a model is given.
         TypeError: from PEFT, for options that `LoraConfig` does not have.
     """
     if recipe not in RECIPES:
@@ -159,6 +160,7 @@ def bmojo_lora_config(
         raise ValueError(f"{wish}: trains {in_full} of the SSMs in full, and this model has no SSM; use recipe='lora'.")
     try:
         from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
     except ImportError as error:
         raise ImportError(f"bmojo_lora_config needs PEFT ({error}): pip install 'modeling-bmojo[train]'.") from error
     defaults = {
@@ -168,7 +170,33 @@ def bmojo_lora_config(
         "task_type": TASKS.get(type(_unwrapped(model_or_config)).__name__, "CAUSAL_LM"),
     }
     in_full += [name for name in options.pop("modules_to_save", None) or [] if name not in in_full]
-    return LoraConfig(**{**defaults, **options, "modules_to_save": in_full or None})
+    built = LoraConfig(**{**defaults, **options, "modules_to_save": in_full or None})
+    if built.use_dora and isinstance(model_or_config, nn.Module):
+        modules = _unwrapped(model_or_config).named_modules()
+        linear = {name.removesuffix(".base_layer"): each for name, each in modules if isinstance(each, nn.Linear)}
+        _check_rows({name: each for name, each in linear.items() if check_target_module_exists(built, name)})
+    return built
+
+
+def _check_rows(targets: dict[str, nn.Linear]) -> None:
+    """Refuses DoRA where a target has a row of zeros (ValueError): divided by its length, 0, all is NaN.
+
+    The SSMs of a fresh graft are such: they start with nothing to say, with rows of zeros in in_proj.
+    """
+    empty = {name.rpartition(".")[2] for name, module in targets.items() if _has_empty_row(module.weight)}
+    if empty:
+        rest = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
+        raise ValueError(
+            f"use_dora=True: DoRA divides by the length of every row of a weight, and {', '.join(sorted(empty))} has "
+            "rows of zeros, as in a fresh graft, so all would be NaN; train the graft first (conversion.align), "
+            f"or leave them out: target_modules={[name for name in rest if name not in empty]}."
+        )
+
+
+def _has_empty_row(weight: torch.Tensor) -> bool:
+    if weight.device.type == "meta" or not weight.is_floating_point() or weight.ndim != 2:
+        return False  # no values to look at, or packed ones
+    return bool((weight.detach().abs().amax(dim=1) == 0).any())
 
 
 def _unwrapped(model: Any) -> Any:

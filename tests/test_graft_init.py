@@ -10,7 +10,14 @@ from transformers import LlamaConfig, Qwen3Config
 
 from conversion.families import FAMILIES, MEMORY_FIELDS, backbone_fields, bmojo_config_for, targets_of
 from conversion.settings import KNOWN_KEYS, load_settings
-from conversion.ssm_init import SMOOTHER_FIELDS, inner_projection, lean_memory, smoother, smoother_time_constants
+from conversion.ssm_init import (
+    SMOOTHER_DEFAULTS,
+    SMOOTHER_FIELDS,
+    inner_projection,
+    lean_memory,
+    smoother,
+    smoother_time_constants,
+)
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
@@ -139,15 +146,16 @@ def test_groups_divide_the_heads_of_the_ssm_and_the_key_value_heads():
     """12 attention heads of 8 and 6 key/value heads at 32 channels: 4 heads of 8, in gcd(4, 6) = 2 groups."""
     source = Qwen3Config(**{**SIZES, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 8})
     memory = lean_memory(backbone_fields(source), {})
-    assert memory == {"ssm_projected": False, "ssm_num_heads": 4, "ssm_num_groups": 2, "ssm_state_size": 16}
+    assert memory == {"ssm_projected": False, "ssm_num_heads": 4, "ssm_num_groups": 2, **SMOOTHER_DEFAULTS}
 
 
 @pytest.mark.parametrize("projected", [False, True])
-def test_the_smoother_has_a_small_state_unless_the_settings_say_another(projected):
+@pytest.mark.parametrize(("name", "default", "other"), [("ssm_state_size", 16, 5), ("innovation", "key", "output")])
+def test_the_smoother_fills_in_what_the_settings_leave_open(projected, name, default, other):
     backbone = backbone_fields(SOURCES["llama"])
-    assert lean_memory(backbone, {"ssm_projected": projected})["ssm_state_size"] == 16
-    assert lean_memory(backbone, {"ssm_projected": projected, "ssm_state_size": None})["ssm_state_size"] == 16
-    assert lean_memory(backbone, {"ssm_projected": projected, "ssm_state_size": 5})["ssm_state_size"] == 5
+    for given, used in ((None, default), (other, other)):
+        assert lean_memory(backbone, {"ssm_projected": projected, name: given})[name] == used
+    assert lean_memory(backbone, {"ssm_projected": projected})[name] == default
 
 
 def test_the_size_of_the_state_changes_nothing_before_training(tmp_path):

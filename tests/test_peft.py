@@ -167,6 +167,28 @@ def test_unknown_recipes_and_other_models_are_refused():
             bmojo_lora_config(other)
 
 
+def test_dora_is_refused_on_rows_of_zeros_and_nowhere_else():
+    """A row without a length has no direction: PEFT's division would make every logit NaN."""
+    model = build("mixed")
+    bmojo_lora_config(model, use_dora=True)
+    with torch.no_grad():
+        model.model.layers[3].fading.in_proj.weight[2] = 0
+    rest = [name for name in peft_bmojo.projections(model.config) if name != "in_proj"]
+    with pytest.raises(
+        ValueError, match=r"use_dora=True: .* in_proj has rows of zeros, .*target_modules=\["
+    ) as refused:
+        bmojo_lora_config(model, use_dora=True)
+    targets = str(refused.value).partition("target_modules=")[2].rstrip(".")
+    assert set(eval(targets)) == set(rest)
+    config = bmojo_lora_config(model, use_dora=True, target_modules=rest, r=2)
+    wrapped = get_peft_model(model, config)
+    assert wrapped(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    with pytest.raises(ValueError, match="in_proj has rows of zeros"):  # a second adapter
+        bmojo_lora_config(wrapped, use_dora=True)
+    bmojo_lora_config(model)
+    bmojo_lora_config(model.config, use_dora=True)  # no weights to look at
+
+
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"needs PEFT .*: pip install 'modeling-bmojo\[train\]'"):

@@ -1,9 +1,10 @@
-"""Every recipe under configs/{graft,align,finetune}: parsed by its program, and its model built without memory.
+"""Every recipe under configs/{graft,align,finetune,peft}: parsed by its program, and its model built without memory.
 
 No hub is asked: sources are transformers' own classes at their published sizes, on the meta device. The smoke recipe
 then runs the programs one after the other on a tiny model.
 """
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -16,21 +17,23 @@ from graft_sources import W, save_source, settings_file, tiny_tokenizer
 from training_setup import QUIET, T, write_text
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, SmolLM3Config
 
-from conversion import align, finetune, graft, pipeline
+from conversion import align, evaluate, finetune, graft, pipeline
+from conversion.adapters import check_names, lora_config
 from conversion.alignment import Alignment
 from conversion.report import read_report
 from conversion.settings import load_settings
-from conversion.tasks import lora_config
 from conversion.teacher import shared_teacher
 from conversion.training_arguments import check_precision, training_arguments
 from conversion.training_cli import parse_arguments, settings_of
 from conversion.training_model import choose_trained
 from conversion.training_settings import AlignSettings, FinetuneSettings
-from modeling_bmojo import BMojoForCausalLM
+from modeling_bmojo import BMojoForCausalLM, lora_coverage
 
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("llama-3.2-1b", "qwen3-0.6b", "qwen3-8b", "smollm2-135m", "smollm3-3b")
+ADAPTERS = ("dora-smollm2-135m", "hylora-smollm2-135m", "lora-smollm2-135m", "qlora-smollm2-135m")
+FOLDERS = {"graft": "graft", "align": "align", "finetune": "finetune", "peft": "finetune"}  # folder to program
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -76,12 +79,14 @@ def recipes(program: str) -> list[Path]:
 def test_every_model_has_its_recipes():
     for program in ("graft", "align", "finetune"):
         assert tuple(path.stem for path in recipes(program)) == MODELS, program
+    assert tuple(path.stem for path in recipes("peft")) == ADAPTERS
 
 
-@pytest.mark.parametrize("path", [p for program in ("graft", "align", "finetune") for p in recipes(program)], ids=str)
+@pytest.mark.parametrize("path", [path for folder in FOLDERS for path in recipes(folder)], ids=str)
 def test_headers_say_how_on_what_and_how_long(path):
     header = re.match(r"(?:#[^\n]*\n)+", path.read_text())[0]
-    assert f"python -m conversion.{path.parent.name} configs/{path.parent.name}/{path.name}" in header
+    folder = path.parent.name
+    assert f"python -m conversion.{FOLDERS[folder]} configs/{folder}/{path.name}\n" in header
     assert "Hardware: " in header and ("Time: " in header)
 
 
@@ -126,10 +131,10 @@ def student_of(name: str):
     return model, report
 
 
-def parsed(program, kind, name: str):
-    """A recipe's settings through the program's own command line."""
-    argv = [str(ROOT / "configs" / program / f"{name}.yaml"), "--set", "trainer.use_cpu=true"]
-    return settings_of(kind, parse_arguments(program, "", argv))
+def parsed(folder, kind, name: str):
+    """A recipe's settings through its program's own command line."""
+    argv = [str(ROOT / "configs" / folder / f"{name}.yaml"), "--set", "trainer.use_cpu=true"]
+    return settings_of(kind, parse_arguments(FOLDERS[folder], "", argv))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,8 +177,36 @@ def test_finetune_recipe(name, tmp_path):
     assert len(layers) == model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapter_recipe(name, tmp_path):
+    from peft import get_peft_model
+
+    settings = parsed("peft", FinetuneSettings, name)
+    method, model_name = name.split("-", 1)
+    assert settings.source == planned(model_name).settings.output
+    assert settings.output == f"outputs/{model_name}-bmojo-{method}"
+    arguments = training_arguments(settings, tmp_path)
+    assert arguments.eval_on_start
+    assert (settings.lora.recipe == "hylora", settings.lora.use_dora, settings.lora.quantize) == (
+        method == "hylora",
+        method == "dora",
+        "nf4" if method == "qlora" else None,
+    )
+    for pattern in (settings.data.files, settings.data.eval_files):
+        rows = [json.loads(line) for line in (ROOT / pattern).read_text().splitlines()]
+        assert rows and all(row[settings.data.messages] for row in rows)
+    model, _ = student_of(model_name)
+    assert settings.data.sequence_length == 2 * model.config.window_size
+    check_names(model, settings.lora)
+    adapted = get_peft_model(model, lora_config(model, settings.lora))
+    rows = [row for row in lora_coverage(adapted) if row.layer != "outside"]
+    expected = 7 if method == "dora" else 8  # without in_proj
+    assert len(rows) == model.config.num_hidden_layers and all(len(row.adapted) == expected for row in rows)
+    assert all(row.in_full == (("conv",) if method == "hylora" else ()) for row in rows)
+
+
 def test_smoke_recipe(tmp_path):
-    """Graft, align, fine-tune: three programs on one tiny model, each on the folder of the one before."""
+    """Graft, align, fine-tune, evaluate: four programs on one tiny model, each on the folders of those before."""
     save_source(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     fresh, aligned, tuned = (str(tmp_path / name) for name in ("graft", "aligned", "tuned"))
@@ -191,3 +224,21 @@ def test_smoke_recipe(tmp_path):
     model = BMojoForCausalLM.from_pretrained(tuned)
     out = model.generate(torch.arange(2 * W)[None] + 3, max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 2 * W + 4)
+    settings = {"source": str(tmp_path / "source"), "output": str(tmp_path / "table")}
+    settings |= {"grafts": [fresh, aligned, tuned], "rows": ["source", "window", "sinks"], "files": [data["files"]]}
+    settings |= {
+        "tokens": 4 * W,
+        "texts": 2,
+        "window_size": W,
+        "passkey": False,
+        "greedy_tokens": 2,
+        "decode_tokens": 2,
+        "plot": False,
+    }
+    path.write_text(yaml.safe_dump(settings))
+    assert evaluate.main([str(path)]) == 0
+    rows = json.loads((tmp_path / "table" / "evaluation.json").read_text())["summary"]
+    assert [row["model"] for row in rows][-3:] == ["graft", "aligned", "tuned"]
+    inside, beyond = ({row["model"]: row["nll"][part][0] for row in rows} for part in ("inside W", "beyond W"))
+    assert inside["graft"] == pytest.approx(inside["source"], abs=1e-5) and inside["tuned"] != inside["graft"]
+    assert beyond["graft"] != pytest.approx(beyond["source"], abs=1e-5)

@@ -7,8 +7,9 @@ import pytest
 from graft_sources import tiny_tokenizer
 from training_setup import letters, write_rows, write_text
 
+from conversion import training_data, training_files
 from conversion.packing import IGNORED
-from conversion.training_data import _Rows, build_data
+from conversion.training_data import SAMPLE, _Rows, build_data
 from conversion.training_settings import DataSettings
 
 
@@ -72,6 +73,62 @@ def test_hub_data_sets_also_as_a_stream(tmp_path):
     assert data.evaluation[0]["input_ids"] == rows[0] and streamed[0].keys() == whole[0].keys()
     again = build(hub=str(tmp_path / "set"), packing="concatenate", streaming=True, held_out=2)
     assert list(again.train) == streamed
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Documents of 1,000 tokens that are packed together ten at a time; yields the sizes of the groups."""
+    sizes, pack = [], _Rows._pack
+    monkeypatch.setattr(training_data, "GROUP_BYTES", 20_200)
+    monkeypatch.setattr(
+        _Rows, "_pack", lambda self, *given, **more: sizes.append(len(given[1])) or pack(self, *given, **more)
+    )
+    return sizes
+
+
+def test_of_a_stream_little_is_read_before_training_and_nothing_twice(monkeypatch, small_groups):
+    read = []
+
+    def books():
+        for seed in range(300):
+            read.append(seed)
+            yield {"text": letters(1000, seed)}
+
+    stream = datasets.IterableDataset.from_generator(books)
+    monkeypatch.setattr(training_data, "read_hub", lambda data: stream)
+    data = build(hub="books", packing="concatenate", streaming=True, held_out=3, shuffle_buffer=1)
+    assert read == list(range(3 + SAMPLE)) and small_groups == [10, 3]
+    assert next(iter(data.train))["row"] == 0
+    assert len(read) < 3 + SAMPLE + 25 and small_groups == [10, 3, 10]
+
+
+def test_a_stream_is_read_until_a_row_counts(tmp_path):
+    (tmp_path / "set").mkdir()
+    rows = [{"text": letters(size, size)} for size in [3] * 20 + [15]]
+    write_rows(tmp_path / "set" / "train.jsonl", rows)
+    options = dict(hub=str(tmp_path / "set"), packing="none", streaming=True)
+    (row,) = build(8, **options).train
+    assert len(row["input_ids"]) == 16
+    write_rows(tmp_path / "set" / "train.jsonl", rows[:-1])
+    refuse("no token of the training text counts", loss_from=8, **options)
+    refuse("shorter than one sequence", sequence_length=100, **{**options, "packing": "concatenate"})
+
+
+def test_large_documents_are_packed_few_at_a_time(tmp_path, small_groups):
+    write_rows(tmp_path / "a.jsonl", [{"text": letters(1000, seed), "other": "x" * 9000} for seed in range(25)])
+    rows = build(files=str(tmp_path / "a.jsonl"), packing="concatenate").train
+    assert max(small_groups) == 10 and sum(small_groups) == 25
+    assert len(rows) == 2 * (10 * 1001 // 16) + 5 * 1001 // 16
+
+
+def test_a_change_in_the_middle_of_a_large_file_is_noticed(tmp_path):
+    text = bytearray(b"a b c d " * 2**19)
+    prints = []
+    for letter in b"ae":
+        text[len(text) // 2] = letter
+        (tmp_path / "a.txt").write_bytes(text)
+        prints.append(training_files._fingerprint(tmp_path / "a.txt"))
+    assert prints[0] != prints[1]
 
 
 def test_rows_are_numbered_and_end_with_the_end_token(tmp_path):
@@ -206,12 +263,14 @@ def test_empty_files(tmp_path):
 
 def test_unknown_columns(tmp_path):
     files = write_rows(tmp_path / "a.jsonl", [{"body": "a b", "id": 1}])
-    refuse("no column 'text'; the training data has body, id", files=files)
+    refuse(r"no column 'text'; the training data \(.*a\.jsonl\) has body, id\.", files=files)
     refuse("no column 'talk'", files=files, messages="talk")
     refuse("no column 'q', 'r'", files=files, prompt="q", completion="r")
     (tmp_path / "set").mkdir()
     write_rows(tmp_path / "set" / "train.jsonl", [{"body": "a b"}])
-    refuse("no column 'text'; the training data has body", hub=str(tmp_path / "set"), streaming=True)
+    refuse(r"no column 'text'; the training data \(.*set\) has body\.", hub=str(tmp_path / "set"), streaming=True)
+    other = write_rows(tmp_path / "b.jsonl", [{"text": "a b"}])
+    refuse(r"the held-out data \(.*a\.jsonl\) has body, id\.", files=other, eval_files=files)
 
 
 def test_too_little_text(tmp_path):
@@ -229,18 +288,44 @@ def test_too_little_text(tmp_path):
 def test_rows_without_the_needed_field_are_named(value, tmp_path):
     table = [{"text": "a b", "other": "x"}, {"text": None, "other": "y"}]
     files = write_rows(tmp_path / "a.jsonl", table)
-    refuse("data row 1: its 'text' is missing, must be str", files=files)
+    refuse(r"row 2 of '.*a\.jsonl' .*: its 'text' is missing, must be str; the row has other\. Correct", files=files)
     if value is not None:
         refuse(
-            r"data row 0: its 'text' is (int|list), must be str",
+            r"row 1 of '.*b\.jsonl' \(the first is 1\): its 'text' is (int|list), must be str; the row has text\.",
             files=write_rows(tmp_path / "b.jsonl", [{"text": value}]),
         )
 
 
+@pytest.mark.parametrize("bad", range(0, 9, 2))
+def test_a_faulty_row_is_named_by_its_file_wherever_the_split_puts_it(bad, tmp_path):
+    """Held-out rows are drawn at random, and rows of other files come before."""
+    rows = [{"text": letters(12, seed), "id": seed} for seed in range(9)]
+    rows[bad]["text"] = None
+    (tmp_path / "0.txt").write_text("a b")
+    parts = {"1.jsonl": rows[:4], "2.jsonl": rows[4:]}
+    files = [str(tmp_path / "*.txt"), *(write_rows(tmp_path / name, part) for name, part in parts.items())]
+    name, number = ("1.jsonl", bad + 1) if bad < 4 else ("2.jsonl", bad - 3)
+    refuse(rf"row {number} of '.*{name}' .*: its 'text' is missing", files=files[1:], held_out=0.4)
+    refuse(rf"row {number} of '.*{name}' ", files=files[:1], eval_files=files[1:])
+
+
+def test_a_faulty_row_of_a_stream_is_named_by_its_number(tmp_path):
+    (tmp_path / "set").mkdir()
+    table = [{"text": None if index == 5 else letters(12, index)} for index in range(8)]
+    write_rows(tmp_path / "set" / "train.jsonl", table)
+    for held_out in (0, 2):
+        with pytest.raises(ValueError, match=r"data row 6 \(the first is 1\): its 'text' is missing"):
+            list(build(hub=str(tmp_path / "set"), streaming=True, held_out=held_out).train)
+    refuse(r"data row 6 \(the first is 1\)", hub=str(tmp_path / "set"), streaming=True, held_out=7)
+    refuse(r"data row 6 \(the first is 1\)", hub=str(tmp_path / "set"), held_out=0.5)
+
+
 def test_chats_that_are_none(tmp_path):
-    refuse("data row 0: its 'talk' is str, must be list", files=chat_file(tmp_path, "hello"), messages="talk")
+    refuse(r"row 1 of .*: its 'talk' is str, must be list", files=chat_file(tmp_path, "hello"), messages="talk")
     files = chat_file(tmp_path, [{"role": "user", "text": "a"}])
     refuse("is no message; each needs a role and a content", files=files, messages="talk")
+    files = chat_file(tmp_path, CHAT, [{"role": "user"}])  # Arrow fills in the content: None
+    refuse(r"row 2 of .*is no message; each needs a role and a content", files=files, messages="talk")
     tokenizer = with_template(None)
     refuse("has no chat template", files=chat_file(tmp_path, CHAT), messages="talk", tokenizer=tokenizer)
     moody = with_template("{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}")

@@ -112,6 +112,8 @@ def test_refused(values, message):
         ({"dropout": 1.0}, r"lora\.dropout=1\.0: must lie in"),
         ({"rank": 4}, r"lora\.rank: no such setting"),
         ({"target_modules": 3}, r"lora\.target_modules=3"),
+        ({"quantize": "int4"}, r"lora\.quantize='int4': must be one of \[None, 'nf4', 'fp4'\]"),
+        ({"quantize": "nf4", "merge": True}, r"lora\.merge=True: with lora\.quantize='nf4' .* merge there"),
     ],
 )
 def test_refused_adapters(lora, message):
