@@ -257,7 +257,7 @@ def plot_memory_growth(
     top = max(theirs[-1], ours[-1]) / scale
     ends = {"Transformer": (theirs[-1], inks["other"]), "B'MOJO": (ours[-1], inks["kept"])}
     for name, (value, ink) in ends.items():
-        text = f" {name}\n {value / scale:,.3g} {unit}"
+        text = f" {name}\n {_short(value / scale)} {unit}"
         ax.annotate(text, (tokens, value / scale), color=ink, va="center", annotation_clip=False)
     if lengths:
         found = [value / scale for value in measure_bytes(model_or_config, lengths)]
@@ -280,6 +280,11 @@ def _crossing(config: BMojoConfig, tokens: int, dtype: torch.dtype) -> int:
         ours, theirs = memory_bytes(config, middle, dtype)
         low, high = (low, middle) if ours < theirs else (middle, high)
     return low
+
+
+def _short(value: float) -> str:
+    """Three digits, and all that stand before the point: 0.034, 1.51, 30.6, 1,510."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 __all__ = ["plot_expiry", "plot_innovation", "plot_memory_growth"]

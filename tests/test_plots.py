@@ -187,6 +187,11 @@ def test_expiry_diagram_draws_every_kept_token():
     assert [(x, low, high) for (x, low), (_, high) in columns] == expected
 
 
+@pytest.mark.parametrize(("value", "text"), [(0.0341, "0.0341"), (30.62, "30.6"), (99.96, "100"), (999.6, "1,000"), (1509.9, "1,510")])
+def test_sizes_are_written_without_exponents(value, text):
+    assert plots_bmojo._short(value) == text
+
+
 def test_growth_diagram_has_the_numbers():
     model = build().float()
     (ax,) = plot_memory_growth(model, 4096, measure=[3, 40]).axes
