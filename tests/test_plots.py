@@ -187,7 +187,10 @@ def test_expiry_diagram_draws_every_kept_token():
     assert [(x, low, high) for (x, low), (_, high) in columns] == expected
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0341, "0.0341"), (30.62, "30.6"), (99.96, "100"), (999.6, "1,000"), (1509.9, "1,510")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0341, "0.0341"), (30.62, "30.6"), (99.96, "100"), (999.6, "1,000"), (1509.9, "1,510")],
+)
 def test_sizes_are_written_without_exponents(value, text):
     assert plots_bmojo._short(value) == text
 
