@@ -10,6 +10,9 @@ rows or tokens, so a step cut into micro-batches or over devices in any way adds
 Logits of T tokens and a vocabulary of V are never formed in full: a chunk of tokens at a time, and the gradient with
 respect to the hidden states is taken at once, while the chunk's logits exist.
 
+Logits and losses are float32 under autocast too: kl lives on small differences of large logits, and bfloat16 rounds
+more than those away (docs/training.md). The gradients' products stay in autocast's type, where that does no harm.
+
 Shapes: B rows, T tokens, E hidden size, N counted tokens of the batch, V vocabulary.
 """
 
@@ -77,17 +80,20 @@ class _LogitLosses(torch.autograd.Function):
         to_hidden = [torch.empty_like(hidden) if needs and want else None for want in wanted]
         grow = ctx.needs_input_grad[1]
         to_weight = [torch.zeros_like(weight, dtype=wide) if grow and want else None for want in wanted]
+        # Once for all chunks: no copy of weights that train, which are float32; of others V E 4 bytes meanwhile.
+        head, their_head = (None if value is None else value.to(wide) for value in (weight, teacher_weight))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(hidden[part], weight).to(wide) / divisor
             gradients = [None, None]
-            if wanted[0]:
-                theirs = F.linear(teacher_hidden[part], teacher_weight).to(wide) / teacher_divisor
-                value, gradients[0] = _kl(logits, theirs, tau)
-                sums[0] += value
-            if wanted[1]:
-                value, gradients[1] = _ce(logits, targets[part])
-                sums[1] += value
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = F.linear(hidden[part].to(wide), head) / divisor
+                if wanted[0]:
+                    theirs = F.linear(teacher_hidden[part].to(wide), their_head) / teacher_divisor
+                    value, gradients[0] = _kl(logits, theirs, tau)
+                    sums[0] += value
+                if wanted[1]:
+                    value, gradients[1] = _ce(logits, targets[part])
+                    sums[1] += value
             for place, gradient in enumerate(gradients if needs else ()):
                 if gradient is None:
                     continue
@@ -102,12 +108,12 @@ class _LogitLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream):
         hidden_kl, hidden_ce, weight_kl, weight_ce = ctx.saved_tensors
-        to_hidden = _mix(upstream, (hidden_kl, hidden_ce))
-        to_weight = _mix(upstream, (weight_kl, weight_ce))
+        to_hidden = _scaled_sum(upstream, (hidden_kl, hidden_ce))
+        to_weight = _scaled_sum(upstream, (weight_kl, weight_ce))
         return to_hidden, None if to_weight is None else to_weight.to(ctx.dtype), *[None] * 7
 
 
-def _mix(upstream, gradients):
+def _scaled_sum(upstream, gradients):
     terms = [
         scale.to(gradient.dtype) * gradient for scale, gradient in zip(upstream, gradients) if gradient is not None
     ]

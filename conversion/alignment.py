@@ -53,10 +53,18 @@ class Alignment(nn.Module):
         return self._teacher[0]
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves go to the teacher too: what it shares has moved already, what it holds alone follows."""
+        """Moves go to the teacher too: what it shares has moved already, what it holds alone follows.
+
+        Not to meta, where FSDP takes what it spreads over the devices: the teacher's values would be lost.
+        """
         super()._apply(fn, recurse)
-        self.teacher._apply(fn)
+        if not fn(torch.empty(0)).is_meta:
+            self.teacher._apply(fn)
         return self
+
+    def tie_weights(self) -> None:
+        """Ties what the student ties; FSDP asks for it where it has taken the tensors apart."""
+        self.student.tie_weights()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:
         self.student.gradient_checkpointing_enable(
@@ -89,6 +97,8 @@ class Alignment(nn.Module):
         counted = targets != IGNORED
         total = counted.sum() if num_items_in_batch is None else num_items_in_batch
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        if self.teacher.device != input_ids.device:  # FSDP has moved the student alone
+            self.teacher.to(input_ids.device)
         sums = self._sums(inputs, counted, targets)
         parts = {name: value / torch.as_tensor(total, device=value.device).clamp(min=1) for name, value in sums.items()}
         loss = sum(weight * parts[name] for name, weight in self.losses.weights().items())
@@ -135,8 +145,8 @@ class Alignment(nn.Module):
             save = self.training and getattr(layer, "gradient_checkpointing", False)
             found[index] = []
             for part, lengths, rotary in zip(theirs.inputs[index], rows.lengths, rows.rotary):
-                given = (part, lengths, rotary, None, None)
-                mixed = checkpoint(layer._mix, *given, use_reentrant=False) if save else layer._mix(*given)
+                given = (part, lengths, rotary)
+                mixed = checkpoint(layer.mix, *given, use_reentrant=False) if save else layer.mix(*given)
                 found[index].append(mixed[0])
         return found
 
@@ -190,21 +200,26 @@ class _Recorder(AbstractContextManager):
 
 
 def run_teacher(teacher: PreTrainedModel, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor:
-    """Final hidden states `[B, T, E]`; other models than ours read packed documents as rows of a padded batch."""
+    """Final hidden states `[B, T, E]`; other models than ours read packed documents as rows of padded batches."""
     base = getattr(teacher, teacher.base_model_prefix)
     if is_bmojo(teacher):
         return base(**inputs, use_cache=False).last_hidden_state
-    index = document_index(inputs["position_ids"], inputs["attention_mask"])
-    real = index >= 0
-    ids = inputs["input_ids"].flatten()[index.clamp(min=0)]
-    hidden = base(input_ids=ids, attention_mask=real.to(torch.int64), use_cache=False).last_hidden_state
-    found = hidden.new_zeros(inputs["input_ids"].numel(), hidden.shape[-1])
-    found[index[real]] = hidden[real]
+    ids = inputs["input_ids"].flatten()
+    found = None
+    for index in document_groups(inputs["position_ids"], inputs["attention_mask"]):
+        real = index >= 0
+        given = {"input_ids": ids[index.clamp(min=0)], "attention_mask": real.to(torch.int64)}
+        hidden = base(**given, use_cache=False).last_hidden_state
+        found = hidden.new_zeros(len(ids), hidden.shape[-1]) if found is None else found
+        found[index[real]] = hidden[real]
     return found.unflatten(0, inputs["input_ids"].shape)
 
 
-def document_index(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def document_groups(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
     """Where each document's tokens stand in the flattened batch: `[documents, longest]`, -1 where there is none.
+
+    Lengths within a factor of two share a group, so that less than half of its places are empty: in a single one, a
+    long document would pad every short one to its length.
 
     Args:
         position_ids: `[B, T]`, 0 at every document's first token. attention_mask: `[B, T]`, 0 at pads, or None.
@@ -213,6 +228,13 @@ def document_index(position_ids: torch.Tensor, attention_mask: torch.Tensor | No
     place = real.flatten().nonzero()[:, 0]
     position = position_ids.flatten()[place]
     document = (position == 0).cumsum(0) - 1
-    index = place.new_full((int(document.max()) + 1, int(position.max()) + 1), -1)
-    index[document, position] = place
-    return index
+    sizes, groups = document.bincount(), []
+    for power in range(int(sizes.max()).bit_length()):
+        members = sizes >> power == 1
+        if not bool(members.any()):
+            continue
+        number, ours = members.cumsum(0) - 1, members[document]
+        index = place.new_full((int(members.sum()), int(sizes[members].max())), -1)
+        index[number[document[ours]], position[ours]] = place[ours]
+        groups.append(index)
+    return groups

@@ -18,7 +18,9 @@ Tensors (K the last, current tap of the convolution):
     conv      x: (1 - exp(-dt_h)) / dt_h at tap K, bias 0;  B and C: 1 at tap K, bias e_1
     scalars   A_log = 0,  dt_bias = softplus^-1(1 / tau_h),  D = 0
 
-C never reads the random B rows, so they leave y_t alone, and give the rows of C a gradient.
+C never reads the random B rows, so they leave y_t alone, and give the rows of C a gradient. They are for training
+alone, and each costs P_ssm Hs numbers of cache per layer, in fp32: hence N = 16, as in Mamba, where the settings leave
+it open.
 
 That is all where inner = Hs * P_ssm equals hidden: x is u itself (`ssm_projected=False`), because identity matrices are
 not stored, let alone multiplied by. `lean_memory` therefore gives the SSM as many heads as make it so wide, whatever
@@ -58,6 +60,9 @@ SMOOTHER_FIELDS = {
     "ssm_proj_bias": False,
     "ssm_conv_bias": True,
 }
+# What the settings may leave open. N state channels, of which a fresh smoother reads one; the innovation test that
+# keeps the most useful tokens of a fresh graft (docs/log.md).
+SMOOTHER_DEFAULTS = {"ssm_state_size": 16, "innovation": "key"}
 SSM_SIZES = ("ssm_num_heads", "ssm_head_dim", "ssm_num_groups")
 
 
@@ -78,14 +83,15 @@ class SSMInit:
 
 
 def lean_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
-    """`memory` completed so that the SSM needs no projections, as far as it leaves that open and the sizes allow it.
+    """`memory` completed so that the SSM is small and needs no projections, as far as settings and sizes leave it open.
 
     Args:
         backbone: fields of `BMojoConfig` that the source implies. memory: fields that are set. Sizes of the SSM that
             are None are left open, as in `BMojoConfig`; with `ssm_projected=True` they follow the attention.
     """
+    memory = {**memory, **{name: value for name, value in SMOOTHER_DEFAULTS.items() if memory.get(name) is None}}
     if memory.get("ssm_projected") is True:
-        return dict(memory)
+        return memory
     hidden, attention_heads = backbone["hidden_size"], backbone["num_attention_heads"]
     head_dim = backbone.get("head_dim") or hidden // attention_heads
     given = {name: memory[name] for name in SSM_SIZES if memory.get(name) is not None}

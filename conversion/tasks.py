@@ -1,5 +1,6 @@
 """What trains: a student against its teacher (align), or a model on next tokens, whole or by an adapter (finetune)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 from transformers import TrainingArguments
 
 from . import four_bit
-from .adapters import check_names, lora_config, merged_names
+from .adapters import check_names, lora_config
 from .alignment import Alignment
+from .merging import merge_adapter
 from .teacher import check_head, check_teacher, load_teacher, shared_teacher
 from .training_arguments import check_precision
 from .training_model import Student, choose_trained, hold_in_float32
@@ -50,12 +52,8 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
     _check_learns(student, trained)
     if "bmojo" not in student.config.layer_types:
         raise ValueError(f"source={settings.source!r}: has no B'MOJO layer, so there is nothing to align.")
+    _check_sharding(arguments, settings)
     if settings.teacher is None:
-        _check_not_sharded(
-            arguments,
-            "teacher: FSDP and DeepSpeed spread the student's tensors over devices, where a teacher cannot share them; "
-            "name the teacher (teacher: a folder or hub id)",
-        )
         teacher = shared_teacher(model, student.report.get("source"), set(trained))
     else:
         teacher, tokenizer = load_teacher(settings.teacher, model.dtype)
@@ -91,17 +89,28 @@ def _check_learns(student: Student, trained: list[str]) -> None:
         )
 
 
-def _check_not_sharded(arguments: TrainingArguments, reason: str) -> None:
-    """Refuses FSDP and DeepSpeed (ValueError)."""
-    if arguments.fsdp or arguments.deepspeed or _launched_sharded():
-        raise ValueError(f"{reason}, or launch without sharding.")
+def _check_sharding(arguments: TrainingArguments, settings: AlignSettings) -> None:
+    """Refuses what needs the student's tensors whole where they are spread over devices (ValueError)."""
+    kind, losses = sharding(arguments), settings.losses
+    if kind and settings.teacher is None:
+        raise ValueError(
+            f"teacher: {kind} spreads the student's tensors over devices, where a teacher cannot share them; "
+            "name the teacher (teacher: a folder or hub id), or launch without sharding."
+        )
+    if kind == "FSDP" and losses.mixer and losses.mixer_inputs == "teacher":
+        raise ValueError(
+            "losses.mixer_inputs='teacher': runs the student's mixers by themselves, but FSDP puts the tensors of a "
+            "layer together only for a pass through the whole layer; set losses.mixer_inputs: student, or launch "
+            "without FSDP."
+        )
 
 
-def _launched_sharded() -> bool:
-    """Whether `accelerate launch` asked for sharding."""
-    import os
-
-    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+def sharding(arguments: TrainingArguments) -> str | None:
+    """What spreads the model's tensors over devices: "FSDP", "DeepSpeed" or None; also as `accelerate launch` asks."""
+    for kind, given in (("FSDP", arguments.fsdp), ("DeepSpeed", arguments.deepspeed)):
+        if given or os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
+            return kind
+    return None
 
 
 def finetuning_task(settings: FinetuneSettings, student: Student, arguments: TrainingArguments) -> Task:
@@ -133,9 +142,11 @@ def _adapter_task(
     from peft import get_peft_model
 
     if lora.quantize is not None:
-        _check_not_sharded(
-            arguments, f"lora.quantize={lora.quantize!r}: a base in 4 bits cannot be sharded here; remove it"
-        )
+        if sharding(arguments):
+            raise ValueError(
+                f"lora.quantize={lora.quantize!r}: a base in 4 bits cannot be sharded here; remove it, or launch "
+                f"without {sharding(arguments)}."
+            )
         four_bit.prepare(student.model)
     check_names(student.model, lora)
     try:
@@ -146,11 +157,10 @@ def _adapter_task(
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
 
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:
-        write_adapter(folder, adapted, student, entry)
+        write_adapter(folder, adapted, tensors, student, entry)
         if lora.merge:
-            merged = merged_names(adapted)  # merging leaves no trace of what it changed
-            whole = adapted.merge_and_unload()
+            whole, values, changed = merge_adapter(student, folder)
             (folder / "merged").mkdir()
-            write_checkpoint(folder / "merged", student, whole.state_dict(), merged, entry, settings.max_shard_size)
+            write_checkpoint(folder / "merged", whole, values, changed, entry, settings.max_shard_size)
 
     return Task("finetune", student, adapted, trained, 0, write, adapted.get_nb_trainable_parameters())

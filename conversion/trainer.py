@@ -4,6 +4,7 @@ alone, a stop at a loss that is not finite, and one at the end of a step when as
 Everything else (mixed precision, accumulation, schedules, devices, progress bars, TensorBoard) is the Trainer's own.
 """
 
+import math
 import shutil
 import signal
 import threading
@@ -14,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dist_cp
+from accelerate.utils import gather_object
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from .checkpoints import TENSORS_FILE, read_state
@@ -58,8 +63,7 @@ class BMojoTrainer(Trainer):
         if self._parts_from is None:
             self._parts_from = self.state.global_step
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(loss.isfinite()):
-            self._refuse("loss", loss, [inputs["row"]])
+        self._check_finite("loss", loss, [inputs["row"]])
         if not self._reached and not self._is_sharded:
             self._check_reached(model)
         return loss
@@ -77,14 +81,31 @@ class BMojoTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # In float16 the scaler skips steps whose gradients overflow, and tries again with a smaller scale.
-        if not self.args.fp16 and not bool(torch.as_tensor(norm).isfinite()):
-            self._refuse("gradient norm", norm, list(self._rows))
+        if not self.args.fp16:
+            self._check_finite("gradient norm", norm, list(self._rows))
         return norm
 
-    def _refuse(self, what: str, value: Any, rows: list[torch.Tensor]) -> None:
-        numbers = torch.cat([row.flatten() for row in rows]).tolist()
-        raise LossNotFiniteError(
-            f"step {self.state.global_step + 1}: the {what} is {float(value)}, on rows {numbers} of the training data. "
+    def _check_finite(self, what: str, value: Any, rows: list[torch.Tensor]) -> None:
+        """Stops the run, in every process at once, if the value is not finite in one of them.
+
+        One that stopped alone would leave the others waiting for its gradients.
+        """
+        value = float(value.full_tensor() if isinstance(value, DTensor) else value)
+        failed = not math.isfinite(value)
+        if self.args.world_size > 1:
+            flag = torch.tensor(float(failed), device=self.args.device)
+            torch.distributed.all_reduce(flag)
+            failed = bool(flag.item())
+        if failed:
+            found = gather_object([(value, torch.cat([row.flatten() for row in rows]).tolist())])
+            raise LossNotFiniteError(self._told(what, [item for item in found if not math.isfinite(item[0])]))
+
+    def _told(self, what: str, found: list[tuple[float, list[int]]]) -> str:
+        """The message about values that are not finite, each with the rows that it comes from."""
+        values = " and ".join(dict.fromkeys(str(value) for value, _ in found))
+        rows = sorted({row for _, numbers in found for row in numbers})
+        return (
+            f"step {self.state.global_step + 1}: the {what} is {values}, on rows {rows} of the training data. "
             "No weight was changed in this step, and the checkpoints before it are kept: look at these rows, or lower "
             "trainer.learning_rate and start anew."
         )
@@ -158,7 +179,8 @@ class BMojoTrainer(Trainer):
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        # DeepSpeed that gathers no weights gives none; its own files are the checkpoint then.
+        if not self.args.should_save or state_dict == {}:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,17 +213,22 @@ class BMojoTrainer(Trainer):
 
 
 def load_trained(model: nn.Module, trained: list[str], checkpoint: Path) -> None:
-    """Puts a checkpoint's tensors into the model's parameters.
+    """Puts a checkpoint's tensors into the model's parameters; those that FSDP has saved in parts are put together.
 
     Raises:
         ValueError: the file is missing, damaged, or holds other tensors than those that train.
     """
     path = checkpoint / TENSORS_FILE
-    try:
-        tensors = load_file(path)
-    except Exception as error:  # safetensors and the system raise types of their own
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read ({error}); start anew with --overwrite.") from error
     parameters = dict(model.named_parameters())
+    if not path.exists():
+        tensors = _load_parts(checkpoint, {name: torch.empty_like(parameters[name]) for name in trained})
+    else:
+        try:
+            tensors = load_file(path)
+        except Exception as error:  # safetensors and the system raise types of their own
+            raise ValueError(
+                f"checkpoint {str(path)!r} cannot be read ({error}); start anew with --overwrite."
+            ) from error
     wrong = sorted(set(tensors) ^ set(trained))
     wrong = wrong or [name for name in trained if tensors[name].shape != parameters[name].shape]
     if wrong:
@@ -209,6 +236,31 @@ def load_trained(model: nn.Module, trained: list[str], checkpoint: Path) -> None
     with torch.no_grad():
         for name in trained:
             parameters[name].copy_(tensors[name])
+
+
+def _load_parts(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, filled from the parts that FSDP's processes have saved (ValueError: there are none, or others)."""
+    folder = checkpoint / f"{FSDP_MODEL_NAME}_0"
+    if not folder.is_dir():
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} has no {TENSORS_FILE}: several processes have saved it in parts (FSDP or "
+            "DeepSpeed) that one process cannot put together. --resume under the same `accelerate launch` command "
+            "goes on from it and writes the result; checkpoints that anything can finish need fsdp_state_dict_type: "
+            "FULL_STATE_DICT or zero3_save_16bit_model: true in accelerate's settings."
+        )
+    try:
+        reader = dist_cp.FileSystemReader(folder)
+        missing = [name for name in tensors if f"model.{name}" not in reader.read_metadata().state_dict_metadata]
+        if missing:
+            raise ValueError(f"no {missing[0]!r} in it: adapters are saved under names of their own")
+        dist_cp.load({"model": tensors}, storage_reader=reader)
+    except (Exception, dist_cp.api.CheckpointException) as error:  # torch raises types of its own
+        reason = str(error).splitlines()[-1]
+        raise ValueError(
+            f"checkpoint {str(folder)!r}: FSDP has saved it in parts that cannot be put together here ({reason}); "
+            "--resume under the same `accelerate launch` command goes on from it and writes the result."
+        ) from error
+    return tensors
 
 
 class StopAfterStep(TrainerCallback):

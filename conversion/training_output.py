@@ -93,9 +93,20 @@ def _save_model(folder: Path, student: Student, tensors: dict[str, torch.Tensor]
         shutil.copyfile(student.folder / "generation_config.json", folder / "generation_config.json")
 
 
-def write_adapter(folder: Path, adapter: torch.nn.Module, student: Student, entry: dict[str, Any]) -> None:
-    """Fills `folder` with an adapter (peft's files), the tokenizer, a card and a report."""
-    adapter.save_pretrained(folder)
+def write_adapter(
+    folder: Path,
+    adapter: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    student: Student,
+    entry: dict[str, Any],
+) -> None:
+    """Fills `folder` with an adapter (peft's files), the tokenizer, a card and a report.
+
+    Args:
+        adapter: peft's model, for its settings and names. tensors: its state dict, whole: the model's own tensors may
+            lie in parts on several devices.
+    """
+    adapter.save_pretrained(folder, state_dict=dict(tensors))
     student.tokenizer.save_pretrained(folder)
     card = trained_card(_read_text(folder / "README.md"), {}, [entry])
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -30,7 +30,7 @@ from .checkpoints import (
 from .packing import Collator
 from .sources import source_files
 from .staging import check_output, staged_folder
-from .tasks import Task, alignment_task, finetuning_task
+from .tasks import Task, alignment_task, finetuning_task, sharding
 from .trainer import BMojoTrainer, LossNotFiniteError, StopAfterStep, load_trained
 from .training_arguments import training_arguments
 from .training_data import TrainingData, build_data
@@ -86,7 +86,12 @@ def train(settings: TrainingSettings, options: RunOptions) -> Result:
         return _finish(task, settings, options.finish)
     with arguments.main_process_first(desc="reading the data"):
         data = build_data(settings.data, task.student.tokenizer, task.loss_from, settings.seed)
-    facts = {"source_files": source_files(str(folder)), "data_files": data.files, "processes": arguments.world_size}
+    facts = {
+        "source_files": source_files(str(folder)),
+        "data_files": data.files,
+        "processes": arguments.world_size,
+        "sharding": sharding(arguments),
+    }
     recipe = recipe_of(settings, facts)
     PartialState().wait_for_everyone()  # every process has looked at the folders before one changes them
     if arguments.should_save:
@@ -153,7 +158,8 @@ def _finish(task: Task, settings: TrainingSettings, which: str) -> Result:
         raise ValueError("--finish best: the run has not evaluated with keep: best; use --finish last.")
     load_trained(task.model, task.trained, checkpoint)
     state = read_state(checkpoint)
-    _write(task, settings, task.model.state_dict(), state)
+    if PartialState().is_main_process:
+        _write(task, settings, task.model.state_dict(), state)
     return Result(Path(settings.output), state, *task.sizes)
 
 

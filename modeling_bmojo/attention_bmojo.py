@@ -19,7 +19,7 @@ from .cache_layer_bmojo import BMojoCacheLayer, Past
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
 from .linear_bmojo import BMojoLinear
-from .memory_ops import NEVER, retention_key
+from .memory_ops import NEVER, key_innovation, retention_key
 
 
 class BMojoRMSNorm(nn.Module):
@@ -109,7 +109,8 @@ class BMojoAttention(nn.Module):
         Args:
             hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; None: all T.
             rotary: what `rotate` takes. fading: `[B, T, E]` SSM outputs or None.
-            innovation: `[B, T]` or None. cache: the layer's states or None.
+            innovation: `[B, T]`, or None if the layer keeps nothing or measures it here, on its keys.
+            cache: the layer's states or None.
             columns: if given, the attention weights are returned with one column per token position.
 
         Returns:
@@ -117,7 +118,13 @@ class BMojoAttention(nn.Module):
         """
         rotary = rotary if self.use_rope else None
         query = rotate(self._normed_heads(self.q_proj(hidden_states), self.q_norm), rotary)
-        keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj, rotary)
+        keys, values = (
+            self._normed_heads(self.k_proj(hidden_states), self.k_norm),
+            self._heads(self.v_proj(hidden_states)),
+        )
+        if self.spec.averages_keys:
+            innovation = _surprise_of_keys(keys, lengths, cache)
+        keys = rotate(keys, rotary)
         live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         stepping = cache is not None and cache.started and query.shape[1] == 1 and not live
         faded = self._fade(fading, rotary, lengths, cache, stepping)
@@ -297,6 +304,16 @@ class BMojoAttention(nn.Module):
         end = torch.where(made >= 0, coordinate + window + reach, -NEVER)
         begin = coordinate + window
         return KeySet(line.fading_keys, line.fading_values, begin, end, made, tokens - count), offered
+
+
+def _surprise_of_keys(keys: torch.Tensor, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None) -> torch.Tensor:
+    """Innovation `[B, T]` of keys `[B, T, G, D]`, without positions, against all before, whose sum the cache keeps."""
+    if cache is None:
+        count = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+        return key_innovation(keys, keys.new_zeros(keys.shape[0], *keys.shape[2:]), count)
+    surprise = key_innovation(keys, cache.key_sum, cache.seen)
+    cache.add_keys(keys, lengths)
+    return surprise
 
 
 def _zero_anchor(fading: torch.Tensor, faded: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

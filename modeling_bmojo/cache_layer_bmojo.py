@@ -7,6 +7,7 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
     innovations     [B, F + M + W]         e of the pool's tokens (0 for fading tokens)
     delay_*         [B, W / s, G, D]       fading tokens that are made but not yet beyond the window (F > 0)
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
+    key_sum         [B, G, D]              sum of all keys without positions, for `innovation="key"`; fp32 at least
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
     ssm             [B, H, P, N]           SSM state (S6: H P channels), fp32 (fp64 for fp64 models) in any dtype
     last_hidden     [B, E]                 last layer only: the model's output for the last real token
@@ -63,6 +64,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         "delay_keys",
         "delay_values",
         "outputs",
+        "key_sum",
         "conv",
         "ssm",
         "seen",
@@ -112,6 +114,8 @@ class BMojoCacheLayer(CacheLayerMixin):
             self.delay_keys, self.delay_values = (zeros(spec.delayed, spec.kv_heads, spec.head_dim) for _ in range(2))
         if spec.taps:
             self.outputs = zeros(spec.taps, spec.hidden)
+        if spec.averages_keys:
+            self.key_sum = zeros(spec.kv_heads, spec.head_dim, dtype=wide)
         if spec.has_ssm:
             self.conv = zeros(spec.conv_kernel - 1, spec.conv_channels)
             self.ssm = zeros(spec.ssm_heads, spec.ssm_head_dim, spec.ssm_state, dtype=wide)
@@ -362,6 +366,15 @@ class BMojoCacheLayer(CacheLayerMixin):
         fresh = _take(new, index.clamp(min=0)).to(history.dtype)
         older = _take(history, (index + history.shape[1]).clamp(max=history.shape[1] - 1))
         history.copy_(torch.where((index >= 0)[..., None], fresh, older))
+
+    @torch.no_grad()
+    def add_keys(self, keys: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Adds the first `lengths` (None: all) of the keys `[B, T, G, D]` of each row to `key_sum`."""
+        keys = keys.to(self.key_sum.dtype)
+        if lengths is not None:
+            pads = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
+            keys = keys.masked_fill(pads[..., None, None], 0.0)
+        self.key_sum += keys.sum(dim=1)
 
     def advance(self, lengths: torch.Tensor | None, columns: int) -> None:
         """Counts `columns` columns as read, `lengths` `[B]` of them real (None: all). Called last, once per forward."""

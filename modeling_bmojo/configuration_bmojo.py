@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
-INNOVATIONS = ("output", "state")
+INNOVATIONS = ("output", "state", "key")
 QK_NORMS = (None, "head", "full")
 NORM_POSITIONS = ("pre", "post")
 SSM_TYPES = ("mamba2", "mamba")
@@ -51,7 +51,7 @@ class LayerSpec(NamedTuple):
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
     slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
-    taps: outputs that the predictor averages (0: keeps none).
+    taps: outputs that the predictor averages (0: keeps none). averages_keys: the predictor is the mean of all keys.
     """
 
     kind: str
@@ -60,6 +60,7 @@ class LayerSpec(NamedTuple):
     fading: int
     stride: int
     taps: int
+    averages_keys: bool
     kv_heads: int
     head_dim: int
     hidden: int
@@ -107,7 +108,8 @@ class BMojoConfig(PreTrainedConfig):
         eidetic_size: M, tokens that a layer keeps beyond its window (long-term eidetic memory); 0 switches it off.
         eidetic_decay: g >= 0, a kept token's score fades as e * exp(-g * age in tokens).
         innovation: `"output"`: predict the SSM's output from its last outputs (paper, Algorithm 1);
-            `"state"`: predict the SSM's input by reading the state with the token's own write key.
+            `"state"`: predict the SSM's input by reading the state with the token's own write key;
+            `"key"`: predict the token's attention key by the mean of all keys before it (best on grafts, docs/log.md).
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
         fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
         fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
@@ -460,7 +462,7 @@ class BMojoConfig(PreTrainedConfig):
         """What layer `layer_idx` remembers, as sizes (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
         is_bmojo = kind == "bmojo"
-        needs_taps = is_bmojo and self.eidetic_size > 0 and self.innovation == "output"
+        judged_by = self.innovation if is_bmojo and self.eidetic_size > 0 else None
         channels = self.ssm_num_heads * self.ssm_head_dim
         if self.ssm_type == "mamba2":
             channels += 2 * self.ssm_num_groups * self.ssm_state_size
@@ -470,7 +472,8 @@ class BMojoConfig(PreTrainedConfig):
             slots=self.eidetic_size if is_bmojo else 0,
             fading=self.fading_size if is_bmojo else 0,
             stride=self.fading_stride if is_bmojo and self.fading_size else 1,
-            taps=self.innovation_taps if needs_taps else 0,
+            taps=self.innovation_taps if judged_by == "output" else 0,
+            averages_keys=judged_by == "key",
             kv_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
             hidden=self.hidden_size,

@@ -58,6 +58,25 @@ def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         return torch.cat(errors, dim=1) if errors else y.new_zeros(y.shape[:2])
 
 
+def key_innovation(keys: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """`innovation="key"`: k_hat_t is the mean of all keys before token t, zeros before the first.
+
+    Args:
+        keys: `[B, T, G, D]` keys without positions. total: `[B, G, D]` the sum of the keys before them, in fp32 at
+            least. count: `[B]` how many those were.
+
+    Returns:
+        e `[B, T]`, the mean over the heads. Without gradient: selection is discrete.
+    """
+    with torch.no_grad():
+        keys = _at_least_fp32(keys)
+        before = total[:, None].to(keys.dtype)
+        if keys.shape[1] > 1:
+            before = before + F.pad(keys[:, :-1].cumsum(dim=1), (0, 0, 0, 0, 1, 0))
+        number = count[:, None] + torch.arange(keys.shape[1], device=keys.device)
+        return prediction_error(keys, before / number.clamp(min=1)[..., None, None]).mean(dim=-1)
+
+
 def _error_of_mean(line: torch.Tensor, taps: int) -> torch.Tensor:
     """Error of predicting each token but the first k by the mean of the k before it: `[B, k + T, E]` to `[B, T]`."""
     tokens = line.shape[1] - taps

@@ -129,7 +129,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         normed = hidden_states if self.norm_after else self.input_layernorm(hidden_states)
         parts = [normed] if rows.layout is None else rows.layout.split(normed)
         mixed = [
-            self._mix(part, lengths, rotary, past_key_values, rows.columns)
+            self.mix(part, lengths, rotary, past_key_values, rows.columns)
             for part, lengths, rotary in zip(parts, rows.lengths, rows.rotary)
         ]
         update, weights = mixed[0]
@@ -150,8 +150,23 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             return self.post_feedforward_layernorm(self.mlp(hidden_states))
         return self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def _mix(self, part, lengths, rotary, past_key_values: BMojoCache | None, columns: int | None):
-        """Sequence mixing of one group of rows `[R, T, E]`: fading memory, then attention."""
+    def mix(
+        self,
+        part: torch.Tensor,
+        lengths: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        past_key_values: BMojoCache | None = None,
+        columns: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sequence mixing alone: fading memory, then attention, without norms, residual and MLP.
+
+        Args:
+            part: one group of mixer rows, `[R, T, E]`, normed as the layer does it. lengths, rotary, columns: of that
+                group, see `Rows`.
+
+        Returns:
+            what the layer adds to its input, `[R, T, E]`, and the attention weights `[R, H, T, S]` or None.
+        """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if cache is not None:
             cache.prepare(part)

@@ -160,6 +160,7 @@ def bmojo_lora_config(
         raise ValueError(f"{wish}: trains {in_full} of the SSMs in full, and this model has no SSM; use recipe='lora'.")
     try:
         from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
     except ImportError as error:
         raise ImportError(f"bmojo_lora_config needs PEFT ({error}): pip install 'modeling-bmojo[train]'.") from error
     defaults = {
@@ -171,22 +172,20 @@ def bmojo_lora_config(
     in_full += [name for name in options.pop("modules_to_save", None) or [] if name not in in_full]
     built = LoraConfig(**{**defaults, **options, "modules_to_save": in_full or None})
     if built.use_dora and isinstance(model_or_config, nn.Module):
-        _check_rows(_unwrapped(model_or_config), built)
+        modules = _unwrapped(model_or_config).named_modules()
+        linear = {name.removesuffix(".base_layer"): each for name, each in modules if isinstance(each, nn.Linear)}
+        _check_rows({name: each for name, each in linear.items() if check_target_module_exists(built, name)})
     return built
 
 
-def _check_rows(model: nn.Module, config: "LoraConfig") -> None:
+def _check_rows(targets: dict[str, nn.Linear]) -> None:
     """Refuses DoRA where a target has a row of zeros (ValueError): divided by its length, 0, all is NaN.
 
     The SSMs of a fresh graft are such: they start with nothing to say, with rows of zeros in in_proj.
     """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    linear = [(name.removesuffix(".base_layer"), m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    targets = [(name, module) for name, module in linear if check_target_module_exists(config, name)]
-    empty = {name.rpartition(".")[2] for name, module in targets if _has_empty_row(module.weight)}
+    empty = {name.rpartition(".")[2] for name, module in targets.items() if _has_empty_row(module.weight)}
     if empty:
-        rest = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in targets))
+        rest = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
         raise ValueError(
             f"use_dora=True: DoRA divides by the length of every row of a weight, and {', '.join(sorted(empty))} has "
             "rows of zeros, as in a fresh graft, so all would be NaN; train the graft first (conversion.align), "

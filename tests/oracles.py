@@ -94,6 +94,20 @@ def scale_free_error(value, prediction, eps=INNOVATION_EPS):
     return ((value - prediction) ** 2).sum() / ((value**2).sum() + (prediction**2).sum() + eps)
 
 
+def oracle_key_innovation(keys, eps=INNOVATION_EPS):
+    """[T] from keys [T, G, D]: the error of each head's key against the mean of all before it, averaged over heads."""
+    errors = []
+    for t in range(len(keys)):
+        error = 0.0
+        for head in range(keys.shape[1]):
+            prediction = torch.zeros_like(keys[t, head])
+            for past in keys[:t, head]:
+                prediction = prediction + past / t
+            error = error + scale_free_error(keys[t, head], prediction, eps) / keys.shape[1]
+        errors.append(error)
+    return torch.stack(errors)
+
+
 def oracle_output_innovation(outputs, taps, eps=INNOVATION_EPS):
     """e_t of y_t against the mean of y_{t-1..t-k}, zeros before the first token. [T, E] -> [T]."""
     errors = []
@@ -253,6 +267,7 @@ class LayerState:
     inputs: list = field(default_factory=list)  # (key, value) of every input
     fading: list = field(default_factory=list)  # (position, key, value) of every SSM output at s - 1, 2 s - 1, ...
     outputs: list = field(default_factory=list)  # every SSM output, hidden space
+    bare_keys: list = field(default_factory=list)  # every key without its position
     innovations: list = field(default_factory=list)
     convolved: list = field(default_factory=list)  # every x|B|C before the conv
     state: torch.Tensor | None = None
@@ -316,6 +331,8 @@ class Algorithm1:
             y = grouped * self.tensors[f"{name}.norm.weight"]
         if config.ssm_projected:
             y = self.linear(f"{name}.out_proj", y)
+        if config.innovation == "key":
+            return y  # judged where its key is made
         if config.innovation == "state":
             error = scale_free_error(x, prediction)
         else:
@@ -379,17 +396,23 @@ class Algorithm1:
             out = out + self.tensors[f"{name}.conv.bias"]
         return ACT2FN[self.config.ssm_conv_act](out)
 
-    def heads(self, name, x, count, norm, layer_index, position):
-        """x projected to [count, D]; with `norm` also q/k-norm and RoPE at the token's own position."""
+    def bare_heads(self, name, x, count, norm):
+        """x projected to [count, D]; with `norm` also q/k-norm."""
         config = self.config
         out = self.linear(name, x)
         if norm is not None and config.qk_norm == "full":
             out = rms_norm(out, self.tensors[norm], config.rms_norm_eps)
         out = out.view(count, config.head_dim)
+        if norm is not None and config.qk_norm == "head":
+            out = rms_norm(out, self.tensors[norm], config.rms_norm_eps)
+        return out
+
+    def heads(self, name, x, count, norm, layer_index, position):
+        """x projected to [count, D]; with `norm` also q/k-norm and RoPE at the token's own position."""
+        config = self.config
+        out = self.bare_heads(name, x, count, norm)
         if norm is None:
             return out
-        if config.qk_norm == "head":
-            out = rms_norm(out, self.tensors[norm], config.rms_norm_eps)
         rope = config.rope_parameters is not None
         if config.no_rope_layers is not None:
             rope = rope and bool(config.no_rope_layers[layer_index])
@@ -401,6 +424,9 @@ class Algorithm1:
         pairs, k_norm = config.num_key_value_heads, f"{name}.k_norm.weight"
         query = self.heads(f"{name}.q_proj", u, config.num_attention_heads, f"{name}.q_norm.weight", i, t)
         key = self.heads(f"{name}.k_proj", u, pairs, k_norm, i, t)
+        layer.bare_keys.append(self.bare_heads(f"{name}.k_proj", u, pairs, k_norm).detach())
+        if config.innovation == "key":
+            layer.innovations.append(oracle_key_innovation(torch.stack(layer.bare_keys))[-1])
         layer.inputs.append((key, self.heads(f"{name}.v_proj", u, pairs, None, i, t)))
 
         window = t + 1 if layer_type == "full_attention" else config.window_size

@@ -97,9 +97,25 @@ def test_narrow_hidden_states_are_summed_in_float32(dtype):
     kl, ce = logit_losses(hidden, Head(weight), teacher, Head(teacher_weight), targets)
     (kl + ce).backward()
     assert kl.dtype == ce.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == dtype
-    logits, theirs = (hidden @ weight.T).detach().double(), (teacher @ teacher_weight.T).double()
+    logits, theirs = (hidden.double() @ weight.double().T).detach(), teacher.double() @ teacher_weight.double().T
     torch.testing.assert_close(kl.detach().double(), naive_kl(logits, theirs, 1.0), rtol=1e-4, atol=0)
     torch.testing.assert_close(ce.detach().double(), naive_ce(logits, targets), rtol=1e-4, atol=0)
+
+
+def test_logits_are_not_rounded_under_autocast():
+    """A student near its teacher, and large logits: rounded to bfloat16, kl is several times what it should be."""
+    hidden, weight, *_, targets = case(50, dtype=torch.float32)
+    student = (hidden + 1e-2 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))).detach()
+    results = []
+    for on in (False, True):
+        given = student.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            kl, ce = logit_losses(given, Head(10 * weight), hidden.detach(), Head(10 * weight.detach()), targets)
+        kl.backward()
+        results.append((kl.detach(), ce.detach(), given.grad))
+    (kl, ce, gradient), (found, also, under) = results
+    torch.testing.assert_close(torch.stack([found, also]), torch.stack([kl, ce]), rtol=1e-6, atol=0)
+    assert (under - gradient).norm() < 1e-2 * gradient.norm()
 
 
 def rows(count, tokens, seed=0):

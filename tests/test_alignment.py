@@ -9,7 +9,7 @@ from tiny import SIZES
 from training_setup import T, tiny_graft
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
-from conversion.alignment import Alignment, document_index, run_teacher
+from conversion.alignment import Alignment, document_groups, run_teacher
 from conversion.packing import IGNORED
 from conversion.report import read_report
 from conversion.teacher import check_head, check_teacher, load_teacher, shared_teacher
@@ -297,10 +297,30 @@ def test_the_source_as_a_teacher_of_its_own_gives_the_same_losses():
         torch.testing.assert_close(theirs["loss"], ours["loss"], rtol=1e-5, atol=0)
 
 
-def test_document_index():
+def test_document_groups():
     positions = torch.tensor([[0, 1, 0, 0, 1], [0, 1, 2, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    assert document_index(positions, mask).tolist() == [[0, 1, -1], [2, -1, -1], [3, 4, -1], [5, 6, 7], [8, -1, -1]]
+    groups = [[[2], [8]], [[0, 1, -1], [3, 4, -1], [5, 6, 7]]]
+    assert [index.tolist() for index in document_groups(positions, mask)] == groups
+
+
+def test_a_long_document_does_not_pad_the_short_ones():
+    """A teacher of another class computes at most twice the tokens, however lengths differ within a row."""
+    teacher, _ = load_teacher(str(tiny_graft().parent / "source"), torch.float32)
+    lengths = (60, 1, 2, 3, 1, 5, 40, 4, 9, 2, 1)
+    batch = {key: torch.cat([batch_of(1, n, 0)[key] for n in lengths], 1) for key in ("input_ids", "position_ids")}
+    computed = []
+    teacher.model.register_forward_pre_hook(
+        lambda module, arguments, options: computed.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        found = run_teacher(teacher, {**batch, "attention_mask": None})
+        assert sum(lengths) <= sum(computed) < 2 * sum(lengths)
+        start = 0
+        for length in lengths:
+            alone = teacher.model(input_ids=batch["input_ids"][:, start : start + length]).last_hidden_state
+            torch.testing.assert_close(found[:, start : start + length], alone, rtol=1e-5, atol=1e-5)
+            start += length
 
 
 def test_unfit_teachers_are_refused():

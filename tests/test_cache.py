@@ -28,6 +28,7 @@ STATES = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, fading_size=7),
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
+    "key": dict(innovation="key"),
     "mixed-layers": MIXED_LAYERS,
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
 }
@@ -245,6 +246,8 @@ def layer_bytes(config, kind, size):
     if kind == "sliding_attention":
         return integer + W * (entry + integer + wide)
     history = config.innovation_taps * config.hidden_size * size if config.innovation == "output" and M else 0
+    if config.innovation == "key" and M:
+        history = config.num_key_value_heads * config.head_dim * wide
     delayed = W // config.fading_stride * entry if F else 0
     return integer + (M + F + W) * (entry + integer + wide) + delayed + history + ssm
 
@@ -254,6 +257,8 @@ def layer_bytes(config, kind, size):
     [
         {},
         dict(innovation="state", fading_size=9),
+        dict(innovation="key"),
+        dict(innovation="key", eidetic_size=0),
         dict(window_size=6, fading_stride=3, fading_size=4),
         dict(fading_size=0, ssm_conv_kernel=1),
         dict(eidetic_size=0, window_size=8),

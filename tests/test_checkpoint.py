@@ -542,7 +542,7 @@ def valid_fields(draw):
         window_size=draw(st.integers(1, 9)),
         eidetic_size=draw(st.integers(0, 5)),
         eidetic_decay=draw(st.one_of(st.just(0), st.floats(0, 3, allow_subnormal=False))),
-        innovation=draw(st.sampled_from(["output", "state"])),
+        innovation=draw(st.sampled_from(["output", "state", "key"])),
         innovation_taps=draw(st.integers(1, 6)),
         fading_size=draw(st.integers(0, 12)),
         tie_fading_projections=draw(st.booleans()),

@@ -17,6 +17,7 @@ from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05),
+    "key": dict(innovation="key"),
     "no-projections": dict(ssm_projected=False),
     "stride": dict(window_size=6, fading_stride=3),
     "mixed-layers": MIXED_LAYERS,

@@ -33,7 +33,7 @@ from modeling_bmojo.dispatch_bmojo import (
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
 
-@pytest.mark.parametrize("innovation", ["output", "state"])
+@pytest.mark.parametrize("innovation", ["output", "state", "key"])
 def test_torch_equals_auto_on_the_cpu_exactly(innovation, installed):
     """And with every package installed, no tensor of the CPU reaches any of them."""
     batch = padded_batch()
@@ -44,7 +44,7 @@ def test_torch_equals_auto_on_the_cpu_exactly(innovation, installed):
     assert torch.equal(auto, forced) and CALLS == []
 
 
-@pytest.mark.parametrize("innovation", ["output", "state"])
+@pytest.mark.parametrize("innovation", ["output", "state", "key"])
 @pytest.mark.parametrize("ssm_type", ["mamba2", "mamba"])
 def test_a_model_on_the_packages_equals_a_model_on_torch(innovation, ssm_type, installed, on_gpu):
     """Prefill, a prefill that continues, decoding and pads: the whole path of states through the wrappers."""

@@ -159,8 +159,8 @@ def test_sharded_launches_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(four_bit, "check_machine", lambda settings: None)
     monkeypatch.setattr(four_bit, "loading_options", lambda settings: {})
     monkeypatch.setattr("conversion.training_model.loading_options", lambda settings: {})
-    monkeypatch.setattr("conversion.tasks._launched_sharded", lambda: True)
+    monkeypatch.setattr("conversion.tasks.sharding", lambda arguments: "FSDP")
     assert run_finetune(tmp_path, lora=QLORA) == 2
-    assert "lora.quantize='nf4': a base in 4 bits cannot be sharded here; remove it, or launch without sharding" in (
+    assert "lora.quantize='nf4': a base in 4 bits cannot be sharded here; remove it, or launch without FSDP" in (
         capsys.readouterr().err
     )

@@ -10,7 +10,14 @@ from transformers import LlamaConfig, Qwen3Config
 
 from conversion.families import FAMILIES, MEMORY_FIELDS, backbone_fields, bmojo_config_for, targets_of
 from conversion.settings import KNOWN_KEYS, load_settings
-from conversion.ssm_init import SMOOTHER_FIELDS, inner_projection, lean_memory, smoother, smoother_time_constants
+from conversion.ssm_init import (
+    SMOOTHER_DEFAULTS,
+    SMOOTHER_FIELDS,
+    inner_projection,
+    lean_memory,
+    smoother,
+    smoother_time_constants,
+)
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
@@ -139,7 +146,26 @@ def test_groups_divide_the_heads_of_the_ssm_and_the_key_value_heads():
     """12 attention heads of 8 and 6 key/value heads at 32 channels: 4 heads of 8, in gcd(4, 6) = 2 groups."""
     source = Qwen3Config(**{**SIZES, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 8})
     memory = lean_memory(backbone_fields(source), {})
-    assert memory == {"ssm_projected": False, "ssm_num_heads": 4, "ssm_num_groups": 2}
+    assert memory == {"ssm_projected": False, "ssm_num_heads": 4, "ssm_num_groups": 2, **SMOOTHER_DEFAULTS}
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(("name", "default", "other"), [("ssm_state_size", 16, 5), ("innovation", "key", "output")])
+def test_the_smoother_fills_in_what_the_settings_leave_open(projected, name, default, other):
+    backbone = backbone_fields(SOURCES["llama"])
+    for given, used in ((None, default), (other, other)):
+        assert lean_memory(backbone, {"ssm_projected": projected, name: given})[name] == used
+    assert lean_memory(backbone, {"ssm_projected": projected})[name] == default
+
+
+def test_the_size_of_the_state_changes_nothing_before_training(tmp_path):
+    """The smoother reads one state channel: the same outputs with 2 and with 9, far beyond the window."""
+    save_source(tmp_path / "source")
+    outputs = []
+    for state in (2, 9):
+        assert graft(tmp_path, output=f"state-{state}", ssm_state_size=state) == 0
+        outputs.append(logits(BMojoForCausalLM.from_pretrained(tmp_path / f"state-{state}"), 6 * W))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
 
 
 def test_a_graft_with_and_without_projections_is_the_same_model(tmp_path):

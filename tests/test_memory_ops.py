@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import INNOVATION_EPS as ORACLE_EPS
-from oracles import EideticMemory, oracle_eidetic, oracle_output_innovation, scale_free_error
+from oracles import EideticMemory, oracle_eidetic, oracle_key_innovation, oracle_output_innovation, scale_free_error
 
 from modeling_bmojo import BMojoConfig, memory_ops
 from modeling_bmojo.cache_layer_bmojo import BMojoCacheLayer
@@ -16,6 +16,7 @@ from modeling_bmojo.memory_ops import (
     NEVER,
     blocked_expiry,
     heap_expiry,
+    key_innovation,
     output_innovation,
     prediction_error,
     retention_key,
@@ -105,6 +106,30 @@ def test_output_innovation_continues_from_its_history(split):
     history = torch.cat([zeros, y[:, :split]], dim=1)[:, -4:]
     parts = [output_innovation(y[:, :split], zeros), output_innovation(y[:, split:], history)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_key_innovation_token_by_token(heads, tokens):
+    keys = torch.randn(2, tokens, heads, 5, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+    actual = key_innovation(keys, keys.new_zeros(2, heads, 5), torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(actual, torch.stack([oracle_key_innovation(row) for row in keys]), **EXACT)
+    assert actual[:, 0].tolist() == pytest.approx([1.0, 1.0])  # nothing could predict the first
+
+
+@pytest.mark.parametrize("split", [1, 2, 5, 11])
+def test_key_innovation_continues_from_a_sum_and_a_count(split):
+    keys = torch.randn(2, 12, 3, 5, generator=torch.Generator().manual_seed(split), dtype=torch.float64)
+    before = keys[:, :split].sum(dim=1)
+    after = key_innovation(keys[:, split:], before, torch.full((2,), split))
+    whole = key_innovation(keys, torch.zeros_like(before), torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(after, whole[:, split:], **EXACT)
+
+
+def test_key_innovation_of_narrow_keys_is_computed_in_fp32():
+    keys = torch.full((1, 3, 1, 64), 300.0, dtype=torch.float16)  # 300 squared overflows float16
+    error = key_innovation(keys, torch.zeros(1, 1, 64), torch.zeros(1, dtype=torch.int64))
+    assert error.dtype == torch.float32 and error.tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_first_token_is_a_surprise():

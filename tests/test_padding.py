@@ -20,6 +20,7 @@ SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
+    "key-decay": dict(innovation="key", eidetic_decay=0.05),
     "mixed-layers": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
     "post-norm": dict(norm_position="post", qk_norm="full", residual_multiplier=0.5),

@@ -24,6 +24,8 @@ SETTINGS = {
     "output-decay": dict(eidetic_decay=0.05),
     "state": dict(innovation="state"),
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False),
+    "key": dict(innovation="key"),
+    "key-decay": dict(innovation="key", eidetic_decay=0.05, num_key_value_heads=1, fading_size=2, fading_stride=1),
     "strong-decay": dict(eidetic_decay=2.0, innovation_taps=7),
     "mixed-layers": MIXED_LAYERS,
     "window-1": dict(window_size=1, fading_size=1),
@@ -39,6 +41,7 @@ SETTINGS = {
     | dict(innovation="state", eidetic_decay=0.05),
     "qk-norm-no-positions": dict(qk_norm="head", rope_parameters=None),
     "post-norm": dict(norm_position="post", qk_norm="full", num_key_value_heads=1),
+    "key-normed": dict(innovation="key", qk_norm="full", attention_bias=True, rope_parameters=None),
     "multipliers": dict(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3)
     | dict(logits_scaling=5.0, innovation="state"),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, innovation="state", eidetic_decay=0.05),

@@ -17,7 +17,7 @@ from graft_sources import W, save_source, settings_file, tiny_tokenizer
 from training_setup import QUIET, T, write_text
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, SmolLM3Config
 
-from conversion import align, finetune, graft, pipeline
+from conversion import align, evaluate, finetune, graft, pipeline
 from conversion.adapters import check_names, lora_config
 from conversion.alignment import Alignment
 from conversion.report import read_report
@@ -206,7 +206,7 @@ def test_adapter_recipe(name, tmp_path):
 
 
 def test_smoke_recipe(tmp_path):
-    """Graft, align, fine-tune: three programs on one tiny model, each on the folder of the one before."""
+    """Graft, align, fine-tune, evaluate: four programs on one tiny model, each on the folders of those before."""
     save_source(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     fresh, aligned, tuned = (str(tmp_path / name) for name in ("graft", "aligned", "tuned"))
@@ -224,3 +224,21 @@ def test_smoke_recipe(tmp_path):
     model = BMojoForCausalLM.from_pretrained(tuned)
     out = model.generate(torch.arange(2 * W)[None] + 3, max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 2 * W + 4)
+    settings = {"source": str(tmp_path / "source"), "output": str(tmp_path / "table")}
+    settings |= {"grafts": [fresh, aligned, tuned], "rows": ["source", "window", "sinks"], "files": [data["files"]]}
+    settings |= {
+        "tokens": 4 * W,
+        "texts": 2,
+        "window_size": W,
+        "passkey": False,
+        "greedy_tokens": 2,
+        "decode_tokens": 2,
+        "plot": False,
+    }
+    path.write_text(yaml.safe_dump(settings))
+    assert evaluate.main([str(path)]) == 0
+    rows = json.loads((tmp_path / "table" / "evaluation.json").read_text())["summary"]
+    assert [row["model"] for row in rows][-3:] == ["graft", "aligned", "tuned"]
+    inside, beyond = ({row["model"]: row["nll"][part][0] for row in rows} for part in ("inside W", "beyond W"))
+    assert inside["graft"] == pytest.approx(inside["source"], abs=1e-5) and inside["tuned"] != inside["graft"]
+    assert beyond["graft"] != pytest.approx(beyond["source"], abs=1e-5)

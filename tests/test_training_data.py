@@ -7,8 +7,9 @@ import pytest
 from graft_sources import tiny_tokenizer
 from training_setup import letters, write_rows, write_text
 
+from conversion import training_data, training_files
 from conversion.packing import IGNORED
-from conversion.training_data import _Rows, build_data
+from conversion.training_data import SAMPLE, _Rows, build_data
 from conversion.training_settings import DataSettings
 
 
@@ -72,6 +73,62 @@ def test_hub_data_sets_also_as_a_stream(tmp_path):
     assert data.evaluation[0]["input_ids"] == rows[0] and streamed[0].keys() == whole[0].keys()
     again = build(hub=str(tmp_path / "set"), packing="concatenate", streaming=True, held_out=2)
     assert list(again.train) == streamed
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Documents of 1,000 tokens that are packed together ten at a time; yields the sizes of the groups."""
+    sizes, pack = [], _Rows._pack
+    monkeypatch.setattr(training_data, "GROUP_BYTES", 20_200)
+    monkeypatch.setattr(
+        _Rows, "_pack", lambda self, *given, **more: sizes.append(len(given[1])) or pack(self, *given, **more)
+    )
+    return sizes
+
+
+def test_of_a_stream_little_is_read_before_training_and_nothing_twice(monkeypatch, small_groups):
+    read = []
+
+    def books():
+        for seed in range(300):
+            read.append(seed)
+            yield {"text": letters(1000, seed)}
+
+    stream = datasets.IterableDataset.from_generator(books)
+    monkeypatch.setattr(training_data, "read_hub", lambda data: stream)
+    data = build(hub="books", packing="concatenate", streaming=True, held_out=3, shuffle_buffer=1)
+    assert read == list(range(3 + SAMPLE)) and small_groups == [10, 3]
+    assert next(iter(data.train))["row"] == 0
+    assert len(read) < 3 + SAMPLE + 25 and small_groups == [10, 3, 10]
+
+
+def test_a_stream_is_read_until_a_row_counts(tmp_path):
+    (tmp_path / "set").mkdir()
+    rows = [{"text": letters(size, size)} for size in [3] * 20 + [15]]
+    write_rows(tmp_path / "set" / "train.jsonl", rows)
+    options = dict(hub=str(tmp_path / "set"), packing="none", streaming=True)
+    (row,) = build(8, **options).train
+    assert len(row["input_ids"]) == 16
+    write_rows(tmp_path / "set" / "train.jsonl", rows[:-1])
+    refuse("no token of the training text counts", loss_from=8, **options)
+    refuse("shorter than one sequence", sequence_length=100, **{**options, "packing": "concatenate"})
+
+
+def test_large_documents_are_packed_few_at_a_time(tmp_path, small_groups):
+    write_rows(tmp_path / "a.jsonl", [{"text": letters(1000, seed), "other": "x" * 9000} for seed in range(25)])
+    rows = build(files=str(tmp_path / "a.jsonl"), packing="concatenate").train
+    assert max(small_groups) == 10 and sum(small_groups) == 25
+    assert len(rows) == 2 * (10 * 1001 // 16) + 5 * 1001 // 16
+
+
+def test_a_change_in_the_middle_of_a_large_file_is_noticed(tmp_path):
+    text = bytearray(b"a b c d " * 2**19)
+    prints = []
+    for letter in b"ae":
+        text[len(text) // 2] = letter
+        (tmp_path / "a.txt").write_bytes(text)
+        prints.append(training_files._fingerprint(tmp_path / "a.txt"))
+    assert prints[0] != prints[1]
 
 
 def test_rows_are_numbered_and_end_with_the_end_token(tmp_path):

@@ -385,6 +385,13 @@ REFUSED = {
     "an impossible value": ({"trainer": {"lr_scheduler_type": "sideways"}}, "error: trainer: "),
     "a teacher that is not there": ({"teacher": "no/where"}, "teacher='no/where': does not load"),
 }
+SHARDED = {
+    "a shared teacher": ({}, "teacher: FSDP spreads the student's tensors"),
+    "mixers by themselves": (
+        {"teacher": "another", "losses": {"mixer": 1.0}},
+        "losses.mixer_inputs='teacher': runs the student's mixers by themselves",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -394,6 +401,14 @@ def test_refused_before_anything_is_written(case, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "error: " in told and message in told
     assert is_fresh(tmp_path)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_what_needs_whole_tensors_is_refused_where_they_are_spread(case, tmp_path, capsys, monkeypatch):
+    values, message = SHARDED[case]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run_align(tmp_path, **values) == 2
+    assert f"error: {message}" in capsys.readouterr().err and is_fresh(tmp_path)
 
 
 def test_sources_that_are_no_checkpoint_of_ours(tmp_path, capsys):
@@ -474,7 +489,7 @@ def snapshot_of_weights(folder):
 
 def test_a_lora_that_fits_nothing(tmp_path, capsys):
     assert run_finetune(tmp_path, lora={"target_modules": ["qproj"]}) == 2
-    assert "error: lora: " in capsys.readouterr().err
+    assert "error: lora.target_modules=['qproj']: 'qproj' matches nothing" in capsys.readouterr().err
     assert is_fresh(tmp_path)
 
 
