@@ -188,7 +188,7 @@ def _check_rows(targets: dict[str, nn.Linear]) -> None:
         rest = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
         raise ValueError(
             f"use_dora=True: DoRA divides by the length of every row of a weight, and {', '.join(sorted(empty))} has "
-            "rows of zeros, as in a fresh graft, so all would be NaN; train the graft first (conversion.align), "
+            "rows of zeros, as in a fresh graft, so all would be NaN; train them first (conversion.align, train: new), "
             f"or leave them out: target_modules={[name for name in rest if name not in empty]}."
         )
 
