@@ -292,18 +292,18 @@ def test_a_failed_save_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
 
 
 def test_the_best_checkpoint_becomes_the_result(tmp_path, at_step, monkeypatch):
-    """A learning rate that ruins the model: the first evaluation is the best one."""
-    options = {"losses": {"kl": 1.0}, "keep": "best", "trainer": {"max_steps": 6, "learning_rate": 1.0}}
+    """A learning rate that begins at 0 and then ruins the model: the first evaluation is the best one."""
+    trainer = {"max_steps": 6, "learning_rate": 1.0, "warmup_steps": 6, "save_steps": 1}
+    options = {"losses": {"kl": 1.0}, "keep": "best", "trainer": trainer}
     assert run_align(tmp_path, **options) == 0
     held_out = log_of(tmp_path / "out", "eval_loss")
-    assert min(held_out) < held_out[-1]
+    assert held_out[0] == min(held_out) < held_out[-1] / 2
     entry = read_report(tmp_path / "out")["training"][0]
     assert entry["held_out"]["best"] == min(held_out)
     at_step(5, fail)
     assert run_align(tmp_path, output=str(tmp_path / "other"), **options) == 2
     monkeypatch.undo()
-    best = "checkpoint-2" if held_out[0] <= held_out[1] else "checkpoint-4"
-    held = load_file(work_folder(tmp_path / "other") / best / "trained.safetensors")
+    held = load_file(work_folder(tmp_path / "other") / "checkpoint-1" / "trained.safetensors")
     assert run_align(tmp_path, "--finish", "best", output=str(tmp_path / "other"), **options) == 0
     written = tensors(tmp_path / "other")
     assert all(torch.equal(written[name.removeprefix("student.")], value) for name, value in held.items())
