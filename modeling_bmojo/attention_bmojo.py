@@ -118,11 +118,9 @@ class BMojoAttention(nn.Module):
         """
         rotary = rotary if self.use_rope else None
         query = rotate(self._normed_heads(self.q_proj(hidden_states), self.q_norm), rotary)
-        keys, values = (
-            self._normed_heads(self.k_proj(hidden_states), self.k_norm),
-            self._heads(self.v_proj(hidden_states)),
-        )
-        if self.spec.averages_keys:
+        keys = self._normed_heads(self.k_proj(hidden_states), self.k_norm)
+        values = self._heads(self.v_proj(hidden_states))
+        if self.spec.averages_keys and (cache is not None or query.shape[1] > self.spec.window):
             innovation = _surprise_of_keys(keys, lengths, cache)
         keys = rotate(keys, rotary)
         live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
@@ -309,8 +307,9 @@ class BMojoAttention(nn.Module):
 def _surprise_of_keys(keys: torch.Tensor, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None) -> torch.Tensor:
     """Innovation `[B, T]` of keys `[B, T, G, D]`, without positions, against all before, whose sum the cache keeps."""
     if cache is None:
-        count = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
-        return key_innovation(keys, keys.new_zeros(keys.shape[0], *keys.shape[2:]), count)
+        exact = torch.float32 if keys.device.type == "mps" else torch.float64
+        nothing = torch.zeros(keys.shape[0], *keys.shape[2:], dtype=exact, device=keys.device)
+        return key_innovation(keys, nothing, torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
     surprise = key_innovation(keys, cache.key_sum, cache.seen)
     cache.add_keys(keys, lengths)
     return surprise

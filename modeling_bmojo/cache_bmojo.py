@@ -16,7 +16,7 @@ from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig, LayerSpec
 
 
-FORMAT = "bmojo-cache-3"
+FORMAT = "bmojo-cache-4"
 # What else a model must have in common with the one that wrote a cache: the states mean something else otherwise.
 FACTS = (
     "rope_parameters",

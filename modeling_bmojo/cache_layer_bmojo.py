@@ -7,7 +7,7 @@ States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pad
     innovations     [B, F + M + W]         e of the pool's tokens (0 for fading tokens)
     delay_*         [B, W / s, G, D]       fading tokens that are made but not yet beyond the window (F > 0)
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
-    key_sum         [B, G, D]              sum of all keys without positions, for `innovation="key"`; fp32 at least
+    key_sum         [B, G, D]              sum of all keys without positions, for `innovation="key"`; float64
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
     ssm             [B, H, P, N]           SSM state (S6: H P channels), fp32 (fp64 for fp64 models) in any dtype
     last_hidden     [B, E]                 last layer only: the model's output for the last real token
@@ -115,7 +115,8 @@ class BMojoCacheLayer(CacheLayerMixin):
         if spec.taps:
             self.outputs = zeros(spec.taps, spec.hidden)
         if spec.averages_keys:
-            self.key_sum = zeros(spec.kv_heads, spec.head_dim, dtype=wide)
+            exact = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
+            self.key_sum = zeros(spec.kv_heads, spec.head_dim, dtype=exact)
         if spec.has_ssm:
             self.conv = zeros(spec.conv_kernel - 1, spec.conv_channels)
             self.ssm = zeros(spec.ssm_heads, spec.ssm_head_dim, spec.ssm_state, dtype=wide)

@@ -1,6 +1,7 @@
 """Eidetic memory: which tokens a layer keeps, as pure functions. The innovation test lives here and nowhere else.
 
-    e_t  = |y_t - y_hat_t|^2 / (|y_t|^2 + |y_hat_t|^2 + eps)          innovation   (B'MOJO, Algorithm 1, line 3)
+    e_t  = |y_t - y_hat_t|^2 / (|y_t|^2 + |y_hat_t|^2 + eps)          innovation   (B'MOJO, Algorithm 1, line 3);
+                                                                       y_t the SSM's output, its input, or the key
     key_t = e_t, or log e_t + g t when scores fade as exp(-g age)      retention key
     expiry_s = W + max(s, p_s)                                         the query from which on token s is out of sight
 
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 
 INNOVATION_EPS = 1e-12
 INNOVATION_BLOCK = 512  # tokens predicted at once on a CPU, so that they stay in its cache
+KEY_BLOCK = 1024  # keys predicted at once, in float64
+ROUNDING = 1e-11  # errors of keys below it are fp32's rounding
 APPLY = 128  # tokens that apply for the memory at once
 NEVER = torch.iinfo(torch.int64).max // 4  # an expiry beyond any position, with room for sums
 
@@ -62,19 +65,27 @@ def key_innovation(keys: torch.Tensor, total: torch.Tensor, count: torch.Tensor)
     """`innovation="key"`: k_hat_t is the mean of all keys before token t, zeros before the first.
 
     Args:
-        keys: `[B, T, G, D]` keys without positions. total: `[B, G, D]` the sum of the keys before them, in fp32 at
-            least. count: `[B]` how many those were.
+        keys: `[B, T, G, D]` keys without positions. total: `[B, G, D]` the sum of the keys before them, in float64
+            where the device has it, so that equal keys have equal means. count: `[B]` how many those were.
 
     Returns:
         e `[B, T]`, the mean over the heads. Without gradient: selection is discrete.
     """
     with torch.no_grad():
-        keys = _at_least_fp32(keys)
-        before = total[:, None].to(keys.dtype)
-        if keys.shape[1] > 1:
-            before = before + F.pad(keys[:, :-1].cumsum(dim=1), (0, 0, 0, 0, 1, 0))
-        number = count[:, None] + torch.arange(keys.shape[1], device=keys.device)
-        return prediction_error(keys, before / number.clamp(min=1)[..., None, None]).mean(dim=-1)
+        tokens, errors = keys.shape[1], []
+        size = tokens if torch.compiler.is_compiling() else KEY_BLOCK
+        for first in range(0, tokens, max(size, 1)):
+            part = _at_least_fp32(keys[:, first : first + size])
+            wide = part.to(total.dtype)
+            before = total[:, None] + wide.cumsum(dim=1) - wide if part.shape[1] > 1 else total[:, None]
+            number = count[:, None] + torch.arange(first, first + part.shape[1], device=keys.device)
+            mean = (before / number.clamp(min=1)[..., None, None]).to(part.dtype)
+            errors.append(prediction_error(part, mean).mean(dim=-1))
+            if first + size < tokens:
+                total = total + wide.sum(dim=1)
+        error = torch.cat(errors, dim=1) if errors else keys.new_zeros(keys.shape[:2])
+        # One token repeated: what rounding leaves must not decide against "ties: the older token stays".
+        return error.masked_fill(error < ROUNDING, 0.0)
 
 
 def _error_of_mean(line: torch.Tensor, taps: int) -> torch.Tensor:

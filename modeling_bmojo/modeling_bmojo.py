@@ -173,8 +173,10 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         y = innovation = None
         # Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
         # runs all the same, because data-parallel training waits for a gradient of every parameter.
+        # With F = 0 and an innovation that is measured on keys nobody ever does.
+        unused = self.spec.averages_keys and not self.spec.fading
         unread = self.spec.kind == "bmojo" and part.shape[1] <= self.spec.window
-        if self.spec.has_ssm and not (unread and cache is None and not self.training):
+        if self.spec.has_ssm and (self.training or not (unused or (unread and cache is None))):
             y, innovation = self.fading(part, lengths, cache)
         if not self.spec.has_attention:
             return y, None

@@ -247,7 +247,7 @@ def layer_bytes(config, kind, size):
         return integer + W * (entry + integer + wide)
     history = config.innovation_taps * config.hidden_size * size if config.innovation == "output" and M else 0
     if config.innovation == "key" and M:
-        history = config.num_key_value_heads * config.head_dim * wide
+        history = config.num_key_value_heads * config.head_dim * 8
     delayed = W // config.fading_stride * entry if F else 0
     return integer + (M + F + W) * (entry + integer + wide) + delayed + history + ssm
 

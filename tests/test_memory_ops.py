@@ -126,6 +126,29 @@ def test_key_innovation_continues_from_a_sum_and_a_count(split):
     torch.testing.assert_close(after, whole[:, split:], **EXACT)
 
 
+@pytest.mark.parametrize("block", [1, 4, 5])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 11])
+def test_key_innovation_in_blocks(monkeypatch, block, tokens):
+    monkeypatch.setattr(memory_ops, "KEY_BLOCK", block)
+    keys = torch.randn(2, tokens, 3, 5, dtype=torch.float64)
+    before = torch.randn(2, 1, 3, 5, dtype=torch.float64)
+    actual = key_innovation(keys, before[:, 0], torch.ones(2, dtype=torch.int64))
+    whole = torch.stack([oracle_key_innovation(row) for row in torch.cat([before, keys], dim=1)])
+    torch.testing.assert_close(actual, whole[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_key_repeated_is_no_surprise(dtype):
+    """However the mean is summed up: by itself, behind another key, at once or from a sum that the cache keeps."""
+    key, other = torch.randn(2, 1, 1, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype).mul(300)
+    keys, zeros = key.expand(1, 3000, 3, 8), torch.zeros(1, 3, 8, dtype=torch.float64)
+    assert key_innovation(keys, zeros, torch.zeros(1, dtype=torch.int64))[0, 1:].abs().max() == 0
+    after = key_innovation(keys, key[:, 0].double() * 70_001, torch.full((1,), 70_001))
+    assert after.abs().max() == 0
+    mixed = key_innovation(torch.cat([other, keys], dim=1), zeros, torch.zeros(1, dtype=torch.int64))[0, 2:]
+    assert (mixed[1:] <= mixed[:-1]).all()  # each less surprising than the one before it
+
+
 def test_key_innovation_of_narrow_keys_is_computed_in_fp32():
     keys = torch.full((1, 3, 1, 64), 300.0, dtype=torch.float16)  # 300 squared overflows float16
     error = key_innovation(keys, torch.zeros(1, 1, 64), torch.zeros(1, dtype=torch.int64))

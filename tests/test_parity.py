@@ -70,6 +70,29 @@ def read(model, ids, pieces):
     return torch.cat(logits, dim=1), cache
 
 
+@pytest.mark.parametrize("name", ["key", "output"])
+def test_one_token_repeated_keeps_the_same_copies_in_every_split(name):
+    """All innovations but the first ones tie, and ties are no matter of rounding."""
+    model = build(name, dtype=torch.float32)
+    ids = torch.full((1, 120), 7)
+    whole, cache = read(model, ids, [120])
+    for pieces in ([61, 59], [1] * 120):
+        logits, parts = read(model, ids, pieces)
+        assert error(logits, whole) < 1e-4
+        for layer in range(2):
+            found = [[token.position for token in each.remembered(layer)] for each in (cache, parts)]
+            assert found[0] == found[1]
+
+
+def test_nobody_reads_the_ssm_without_fading_tokens_if_keys_decide():
+    model, ids = build("key", fading_size=0), tokens()
+    before, _ = read(model, ids, [30, 14])
+    for layer in model.model.layers:
+        for parameter in layer.fading.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+    assert torch.equal(read(model, ids, [30, 14])[0], before)
+
+
 def error(actual, expected):
     """Largest difference, relative to the largest expected value."""
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
