@@ -18,13 +18,18 @@ from pathlib import Path
 
 
 BLOCKS = frozenset(
-    ("p", "div", "section", "article", "ul", "ol", "dl", "table", "pre", "blockquote", *(f"h{n}" for n in range(1, 7)))
+    ("p", "div", "section", "article", "main", "ul", "ol", "dl", "table", "pre", "blockquote", "figcaption", "summary")
+    + ("hr", "body", *(f"h{n}" for n in range(1, 7)))
 )
 LINES = frozenset(("br", "li", "dt", "dd", "tr"))
+CELLS = frozenset(("td", "th"))
 DROPPED_TAGS = frozenset(("head", "script", "style", "nav", "footer", "button", "form"))
 DROPPED_CLASSES = frozenset(
     ("docnav", "footer", "headerlink", "inline-search", "mobile-nav", "related", "sphinxsidebar", "toc")
 )
+# Elements without an end tag (HTML standard), and those whose end tag may be left out: dropping them would not end.
+VOID = frozenset(("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"))
+UNCLOSED = frozenset(("p", "li", "dt", "dd", "tr", "td", "th"))
 SHORTEST = 1500  # characters; shorter pages are mostly headings
 
 
@@ -38,18 +43,24 @@ class _Text(HTMLParser):
         self.dropped, self.depth = "", 0  # the tag that is being left out, and how many of it are open
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if self.depth and (self.dropped, tag) == ("head", "body"):  # the end of a head may be left out
+            self.depth = 0
         if self.depth:
             self.depth += tag == self.dropped
             return
         values = dict(attributes)
-        classes = (values.get("class") or "").split()
-        if tag in DROPPED_TAGS or values.get("role") == "navigation" or DROPPED_CLASSES.intersection(classes):
+        menu = values.get("role") == "navigation" or DROPPED_CLASSES.intersection((values.get("class") or "").split())
+        if tag in DROPPED_TAGS or (menu and tag not in VOID | UNCLOSED):
             self.dropped, self.depth = tag, 1
             return
         self.verbatim += tag == "pre"
         self._break(tag)
         if tag == "li":
             self.parts.append("- ")
+        elif tag in CELLS:
+            if self.parts[-1:] == [" "]:
+                self.parts.pop()
+            self.parts.append("\t")
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if not self.depth:
@@ -64,10 +75,18 @@ class _Text(HTMLParser):
             self._break(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self.depth:
-            self.parts.append(data if self.verbatim else re.sub(r"\s+", " ", data))
+        if self.depth:
+            return
+        if not self.verbatim:
+            data = re.sub(r"\s+", " ", data)
+            if not self.parts or self.parts[-1].endswith(("\n", "\t", " ")):
+                data = data.lstrip(" ")
+        if data:
+            self.parts.append(data)
 
     def _break(self, tag: str) -> None:
+        if self.parts and self.parts[-1] == "- ":
+            return  # an item may begin with a paragraph
         if tag in BLOCKS:
             self.parts.append("\n\n")
         elif tag in LINES:
@@ -80,12 +99,15 @@ def html_text(page: str) -> str:
     parser.feed(page)
     parser.close()
     text = re.sub(r"[ \t]+\n", "\n", "".join(parser.parts))
-    text = re.sub(r"\n (?=\S)", "\n", text)  # the space between two tags, not an indented line of code
+    text = re.sub(r"\n\t(?=\S)", "\n", text)  # the first cell of a row
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def convert(patterns: Sequence[str], output: Path) -> list[Path]:
-    """Writes a text file for each page that has at least `SHORTEST` characters, and returns them.
+def convert(patterns: Sequence[str], output: Path) -> tuple[list[Path], int]:
+    """Writes a text file for each page that has at least `SHORTEST` characters.
+
+    Returns:
+        the files, and how many pages were too short.
 
     Raises:
         ValueError: a pattern that matches no file, two pages of one name, a page that is not UTF-8, nothing to write.
@@ -103,13 +125,13 @@ def convert(patterns: Sequence[str], output: Path) -> list[Path]:
                 texts[name] = html_text(page.read_text(encoding="utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"pages: {page} is not UTF-8 ({error}); convert it first.") from error
-    texts = {name: text for name, text in texts.items() if len(text) >= SHORTEST}
-    if not texts:
+    long = {name: text for name, text in texts.items() if len(text) >= SHORTEST}
+    if not long:
         raise ValueError(f"pages: none has {SHORTEST:,} characters of text.")
     output.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
+    for name, text in long.items():
         (output / name).write_text(text + "\n", encoding="utf-8")
-    return [output / name for name in texts]
+    return [output / name for name in long], len(texts) - len(long)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,11 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the text files")
     given = parser.parse_args(arguments)
     try:
-        written = convert(given.pages, given.output)
+        written, short = convert(given.pages, given.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{given.output}: {len(written)} texts, {sum(path.stat().st_size for path in written):,} bytes")
+    size = sum(path.stat().st_size for path in written)
+    print(f"{given.output}: {len(written)} texts, {size:,} bytes; {short} pages below {SHORTEST:,} characters left out")
     return 0
 
 

@@ -170,11 +170,16 @@ def bmojo_lora_config(
         "task_type": TASKS.get(type(_unwrapped(model_or_config)).__name__, "CAUSAL_LM"),
     }
     in_full += [name for name in options.pop("modules_to_save", None) or [] if name not in in_full]
+    options = {name: value for name, value in options.items() if value is not None or name not in defaults}
     built = LoraConfig(**{**defaults, **options, "modules_to_save": in_full or None})
     if built.use_dora and isinstance(model_or_config, nn.Module):
-        modules = _unwrapped(model_or_config).named_modules()
-        linear = {name.removesuffix(".base_layer"): each for name, each in modules if isinstance(each, nn.Linear)}
-        _check_rows({name: each for name, each in linear.items() if check_target_module_exists(built, name)})
+        model = _unwrapped(model_or_config)
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        linear = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear)]
+        named = {name.removesuffix(".base_layer"): each for name, each in linear if each is not head}
+        if built.target_modules != "all-linear":
+            named = {name: each for name, each in named.items() if check_target_module_exists(built, name)}
+        _check_rows(named)
     return built
 
 

@@ -17,6 +17,24 @@ def test_paragraphs_lists_and_code_are_kept_and_menus_are_not():
     assert html_text(PAGE) == ("Memory\n\nOne & two.\nNext line\n\n- a\n- b\n\ndef f(x):\n    return x   # <\n\nEnd")
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ('a<hr class="footer">b', "a\n\nb"),
+        ('<p class="toc">one<p>two', "one\n\ntwo"),
+        ("<html><head><title>T</title><body><p>x", "x"),
+        ("<table><tr><th>name</th><th>value</th></tr><tr><td>a</td> <td>1</td></tr></table>", "name\tvalue\na\t1"),
+        ("<pre>-one\n two\n  three</pre> <p>end", "-one\n two\n  three\n\nend"),
+        ("<ul>\n<li><p>b</p></li>\n<li><p>c</p><p>d</p></li></ul>", "- b\n\n- c\n\nd"),
+        ("<details><summary>Sum</summary>text</details><figcaption>cap</figcaption>", "Sum\n\ntext\n\ncap"),
+        ("<p>a <b>bold</b> word , <i>x</i> y</p>", "a bold word , x y"),
+        ("", ""),
+    ],
+)
+def test_forms_of_html(page, text):
+    assert html_text(page) == text
+
+
 def test_pages_become_files(tmp_path, capsys):
     body = "word " * SHORTEST
     (tmp_path / "long.html").write_text(f"<p>{body}</p>")
@@ -24,7 +42,7 @@ def test_pages_become_files(tmp_path, capsys):
     assert main([str(tmp_path / "*.html"), "--output", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["long.txt"]
     assert (tmp_path / "out" / "long.txt").read_text() == body.strip() + "\n"
-    assert "1 texts" in capsys.readouterr().out
+    assert "1 texts, 7,500 bytes; 1 pages below 1,500" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

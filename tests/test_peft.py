@@ -185,6 +185,9 @@ def test_dora_is_refused_on_rows_of_zeros_and_nowhere_else():
     assert wrapped(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     with pytest.raises(ValueError, match="in_proj has rows of zeros"):  # a second adapter
         bmojo_lora_config(wrapped, use_dora=True)
+    for targets in ("all-linear", None):
+        with pytest.raises(ValueError, match="in_proj has rows of zeros"):
+            bmojo_lora_config(model, use_dora=True, target_modules=targets)
     bmojo_lora_config(model)
     bmojo_lora_config(model.config, use_dora=True)  # no weights to look at
 
