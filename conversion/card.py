@@ -56,7 +56,7 @@ This is {name} ({report["source"]["architecture"]}) with {which} turned into B'M
 Under one softmax, such a layer attends to
 
 - the last {config.window_size} tokens (window),
-- up to {config.eidetic_size} older tokens that its fading memory could not predict (eidetic memory),
+- up to {config.eidetic_size} older tokens that the past could not predict (eidetic memory),
 - {config.fading_size} output(s) of a state space model, one every {config.fading_stride} tokens beyond the window, that
   sum up what came before (fading memory).
 

@@ -97,7 +97,8 @@ def read_chat(
     """
     for message in messages:
         # Where another row's message has a field, Arrow gives it to this one too, as None.
-        if not isinstance(message, Mapping) or message.get("role") is None or message.get("content") is None:
+        said = isinstance(message, Mapping) and (message.get("content") is not None or message.get("tool_calls"))
+        if not said or message.get("role") is None:
             raise ValueError(f"{name}: {message!r} is no message; each needs a role and a content. Correct it.")
     if not messages:
         return None

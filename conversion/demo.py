@@ -190,11 +190,9 @@ def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
     size, window, layers = model.config.eidetic_size, model.config.window_size, list(reading.kept)
     print("\nWhat the eidetic memory kept of the document")
     print(
-        f"  A layer sees the last {window} tokens anyway, and keeps up to {size} older ones: those that surprised its"
+        f"  A layer sees the last {window} tokens anyway, and keeps up to {size} older ones: those that the text before"
     )
-    print(
-        "  fading memory most when they were read. [position]; >>the token<< between its neighbours; \u23ce = new line."
-    )
+    print("  them predicts least. [position]; >>the token<< between its neighbours; \u23ce = new line.")
 
     votes = Counter(position for kept in reading.kept.values() for position in kept)
     opening = next((position for position in range(len(pieces)) if 2 * votes[position] < len(layers)), 0)

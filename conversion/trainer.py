@@ -255,7 +255,7 @@ def _load_parts(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
             raise ValueError(f"no {missing[0]!r} in it: adapters are saved under names of their own")
         dist_cp.load({"model": tensors}, storage_reader=reader)
     except (Exception, dist_cp.api.CheckpointException) as error:  # torch raises types of its own
-        reason = str(error).splitlines()[-1]
+        reason = (str(error) or type(error).__name__).splitlines()[-1]
         raise ValueError(
             f"checkpoint {str(folder)!r}: FSDP has saved it in parts that cannot be put together here ({reason}); "
             "--resume under the same `accelerate launch` command goes on from it and writes the result."

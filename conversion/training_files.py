@@ -111,7 +111,7 @@ def _joined(parts: list[Dataset]) -> Dataset:
     try:
         return concatenate_datasets([part.cast(parts[0].features) for part in parts])
     except Exception as error:  # datasets and pyarrow raise types of their own
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"data.files: columns {sorted(shared)} differ in type between files ({reason}).") from error
 
 

@@ -4,7 +4,8 @@
     y = out_proj(norm(y * silu(z)))
 
 With `ssm_projected=False` x is u itself and y goes out as it is: in_proj has no x rows, and there is no out_proj.
-The module also measures the innovation of every token on its output or its input (B'MOJO, Algorithm 1, lines 2, 3).
+The module also measures the innovation of every token on its output or its input (B'MOJO, Algorithm 1, lines 2, 3),
+unless the attention does it on its keys (`innovation="key"`).
 
 Shapes: B rows, T tokens, E hidden size, H heads, P channels per head, N state channels, G groups, K conv taps.
 """
@@ -136,7 +137,7 @@ class FadingMemory(nn.Module):
             cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
 
         Returns:
-            y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens.
+            y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens or judges by keys.
         """
         tokens = hidden_states.shape[1]
         gate, mixed, dt = self.in_proj(hidden_states).split(self.rows, dim=-1)

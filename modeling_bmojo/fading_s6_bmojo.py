@@ -86,7 +86,7 @@ class S6FadingMemory(nn.Module):
             cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
 
         Returns:
-            y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens.
+            y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens or judges by keys.
         """
         gate_rows = self.inner if self.gated else 0
         mixed, gate = self.in_proj(hidden_states).split([self.inner, gate_rows], dim=-1)
