@@ -92,7 +92,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"settings file {str(path)!r}: no such file; see configs/graft/ for examples.")
+        raise ValueError(f"settings file {str(path)!r}: no such file; see configs/ for examples.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -105,8 +105,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def unknown_key(key: object, known: Sequence[str], prefix: str = "") -> ValueError:
     """The error for a key that is none of `known`, with the closest one."""
     close = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {prefix + close[0]!r}? " if close else ""
-    return ValueError(f"{prefix}{key}: no such setting; {hint}Known settings: {', '.join(known)}.")
+    hint = f"did you mean {prefix + close[0]!r}? K" if close else "k"
+    return ValueError(f"{prefix}{key}: no such setting; {hint}nown settings: {', '.join(known)}.")
 
 
 def load_settings(path: str | Path, overrides: dict[str, Any] | None = None) -> GraftSettings:

@@ -85,6 +85,14 @@ def _lock_file(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.lock")
 
 
+def _open_to_others(folder: Path) -> None:
+    """Gives files the mode that the folder got from the user's umask: safetensors makes its own private (0600)."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | mode)
+
+
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
     """A fresh sibling folder that becomes `output` when the block ends well and vanishes when it does not.
@@ -99,6 +107,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
+            _open_to_others(partial)
             if output.exists():
                 output.rename(_replaced(partial))
             partial.rename(output)

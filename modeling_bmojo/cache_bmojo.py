@@ -197,7 +197,10 @@ class BMojoCache(Cache):
         }
         partial = f"{os.fspath(path)}.partial-{os.getpid()}"
         try:
+            with open(partial, "wb") as file:
+                mode = os.fstat(file.fileno()).st_mode  # as the user's umask has it; safetensors makes a private file
             save_file(tensors, partial, metadata=metadata)
+            os.chmod(partial, mode & 0o777)
             os.replace(partial, path)
         finally:
             if os.path.exists(partial):

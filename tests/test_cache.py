@@ -395,6 +395,15 @@ def test_an_empty_cache_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_saved_cache_has_the_mode_that_the_user_wants(tmp_path):
+    model, old = build(), os.umask(0o027)
+    try:
+        read(model, tokens(9)).save(tmp_path / "memory.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "memory.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("failing", ["save_file", "replace"])
 def test_a_failed_save_leaves_nothing_new(failing, tmp_path, monkeypatch):
     model, path = build(), tmp_path / "cache"

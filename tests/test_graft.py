@@ -5,6 +5,7 @@ For T <= W a fresh graft has neither eidetic nor fading tokens in reach, so its 
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -296,6 +297,18 @@ def test_second_run_refuses_overwrites_or_reuses(tmp_path, capsys):
     after = snapshot(tmp_path / "graft")
     assert {name for name in before if before[name] != after.get(name)} <= {REPORT_FILE}  # the source's time stamps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
+
+
+def test_files_have_the_mode_that_the_user_wants(tmp_path):
+    """safetensors writes private files, which a colleague or a server could not read."""
+    save_source(tmp_path / "source")
+    old = os.umask(0o027)
+    try:
+        assert graft(tmp_path) == 0
+    finally:
+        os.umask(old)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "graft").iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {"0o640"}, modes
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device"), ValueError("broken")])

@@ -60,7 +60,7 @@ def test_numbers_that_yaml_reads_as_text():
     [
         ({"sorce": "x"}, "sorce: no such setting; did you mean 'source'"),
         ({"data": {"bultin": "pydoc"}}, r"data\.bultin: no such setting; did you mean 'data\.builtin'"),
-        ({"losses": {"kld": 1}}, r"losses\.kld: no such setting; .*Known settings: hidden, mixer, kl, ce"),
+        ({"losses": {"kld": 1}}, r"losses\.kld: no such setting; .*[Kk]nown settings: hidden, mixer, kl, ce"),
         ({"lora": {"r": 1}}, "lora: no such setting"),
         ({"source": None}, "source=None: must be given"),
         ({"data": None}, "data: must be given"),
