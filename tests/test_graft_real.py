@@ -105,7 +105,7 @@ def test_report_of_the_real_graft(folder):
         "copied": 272,
         "dropped": 1,
         "initialised": 180,
-        "parameters": 141450858,
+        "parameters": 136431018,
         "source_parameters": 134515008,
     }
     assert report["check"]["max_logit_difference"] < 1e-3

@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo) give what one process gives with batches twice as large, under DDP and FSDP2."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -77,9 +78,9 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
     trainer = {"use_cpu": True, "gradient_accumulation_steps": 2, "max_steps": 3, "save_steps": 1}
     done = launch_test("ddp", "align", tmp_path, environment={"TEST_POISON": "1"}, trainer=trainer)
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 2 and told[0] == told[1], done.stderr[-3000:]
-    assert "error: step 2: the loss is nan, on rows [" in told[0] and "checkpoint-1' (step 1)" in told[0]
+    # Both say it, but the launcher may end the second before it has, and their lines may run together.
+    told = re.findall(r"error: step 2: the loss is nan, on rows \[\d+\] of.*?checkpoint-1' \(step 1\)", done.stderr)
+    assert told and len(set(told)) == 1, done.stderr[-3000:]
 
 
 # FSDP2 ---------------------------------------------------------------------------------------------------------------

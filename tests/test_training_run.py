@@ -212,11 +212,12 @@ def test_checkpoints_hold_only_what_trains(tmp_path, at_step):
 
 def test_ctrl_c_ends_the_step_with_a_checkpoint(tmp_path, at_step, capsys, monkeypatch):
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
     assert run_align(tmp_path, losses={"mixer": 1.0}) == 130
     told = capsys.readouterr().err
     assert "stopped after step 3" in told and "--resume goes on from it" in told
     assert [path.name for path in checkpoints(work_folder(tmp_path / "out"))] == ["checkpoint-2", "checkpoint-3"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     assert run_align(tmp_path, losses={"mixer": 1.0}) == 2
     assert "holds an unfinished run at step 3" in capsys.readouterr().err
