@@ -19,7 +19,7 @@ from .cache_layer_bmojo import BMojoCacheLayer, Past
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
 from .linear_bmojo import BMojoLinear
-from .memory_ops import NEVER, key_innovation, retention_key
+from .memory_ops import NEVER, key_innovation, retention_key, widest
 
 
 class BMojoRMSNorm(nn.Module):
@@ -307,8 +307,7 @@ class BMojoAttention(nn.Module):
 def _surprise_of_keys(keys: torch.Tensor, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None) -> torch.Tensor:
     """Innovation `[B, T]` of keys `[B, T, G, D]`, without positions, against all before, whose sum the cache keeps."""
     if cache is None:
-        exact = torch.float32 if keys.device.type == "mps" else torch.float64
-        nothing = torch.zeros(keys.shape[0], *keys.shape[2:], dtype=exact, device=keys.device)
+        nothing = torch.zeros(keys.shape[0], *keys.shape[2:], dtype=widest(keys.device), device=keys.device)
         return key_innovation(keys, nothing, torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
     surprise = key_innovation(keys, cache.key_sum, cache.seen)
     cache.add_keys(keys, lengths)

@@ -25,7 +25,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_bmojo import LayerSpec
-from .memory_ops import retention_key
+from .memory_ops import retention_key, widest
 
 
 GROWTH = 256  # tokens by which a full-attention layer's buffer grows at least
@@ -115,8 +115,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         if spec.taps:
             self.outputs = zeros(spec.taps, spec.hidden)
         if spec.averages_keys:
-            exact = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
-            self.key_sum = zeros(spec.kv_heads, spec.head_dim, dtype=exact)
+            self.key_sum = zeros(spec.kv_heads, spec.head_dim, dtype=widest(self.device))
         if spec.has_ssm:
             self.conv = zeros(spec.conv_kernel - 1, spec.conv_channels)
             self.ssm = zeros(spec.ssm_heads, spec.ssm_head_dim, spec.ssm_state, dtype=wide)
@@ -371,11 +370,10 @@ class BMojoCacheLayer(CacheLayerMixin):
     @torch.no_grad()
     def add_keys(self, keys: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Adds the first `lengths` (None: all) of the keys `[B, T, G, D]` of each row to `key_sum`."""
-        keys = keys.to(self.key_sum.dtype)
         if lengths is not None:
             pads = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
             keys = keys.masked_fill(pads[..., None, None], 0.0)
-        self.key_sum += keys.sum(dim=1)
+        self.key_sum += keys.sum(dim=1, dtype=self.key_sum.dtype)
 
     def advance(self, lengths: torch.Tensor | None, columns: int) -> None:
         """Counts `columns` columns as read, `lengths` `[B]` of them real (None: all). Called last, once per forward."""

@@ -105,7 +105,7 @@ def retention_key(innovation: torch.Tensor, position: torch.Tensor, decay: float
     """
     if decay == 0:
         return innovation.nan_to_num(nan=-torch.inf)
-    wide = torch.float32 if innovation.device.type == "mps" else torch.float64
+    wide = widest(innovation.device)
     return (torch.log(innovation.to(wide)) + decay * position.to(wide)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
@@ -256,6 +256,11 @@ def _held_at(index: torch.Tensor, out_at: torch.Tensor, starts: torch.Tensor, la
     held = left & (out_at[:, None] > query)
     place = torch.where(held, order, count).sort(dim=-1).values[..., :slots]
     return F.pad(index, (0, 1), value=-1)[:, None].expand(-1, len(starts), -1).gather(2, place)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on the one device that has no wider numbers."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _at_least_fp32(value: torch.Tensor) -> torch.Tensor:
