@@ -1,0 +1,34 @@
+"""What differs between the versions of transformers that this package runs on, and nothing else.
+
+Tested: 5.20.2, 5.23.0, 5.24.0. Every other module is written for all of them; whoever needs to know a difference asks
+here, and what is asked is what transformers has, never its version number.
+
+    5.24 calls a cache `cache`, in arguments and in outputs; until 5.23 it is `past_key_values`
+"""
+
+import dataclasses
+from typing import Any
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+# Every name under which a cache of ours is taken, and the one that this transformers gives and expects.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
+
+
+def cache_argument(arguments: dict[str, Any]) -> Any:
+    """The cache among keyword arguments, which loses it under either name; None if there is none.
+
+    Raises:
+        ValueError: for two different caches.
+    """
+    given = [value for name in CACHE_NAMES if (value := arguments.pop(name, None)) is not None]
+    if len(given) == 2 and given[0] is not given[1]:
+        raise ValueError("past_key_values, cache: two names of one argument, and both are given; pass one of them.")
+    return given[0] if given else None
+
+
+def cache_of(outputs: Any) -> Any:
+    """The cache in what a model or generate() returned, under its name in this transformers; None if there is none."""
+    return getattr(outputs, CACHE_NAME, None)
