@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from .cache_bmojo import BMojoCache, RememberedToken
+from .compat_bmojo import CACHE_NAME, cache_of
 from .configuration_bmojo import BMojoConfig
 from .explain_bmojo import explain_kernels
 from .lora_report_bmojo import LayerCoverage, check_adapter, lora_coverage, print_lora_coverage
@@ -46,6 +47,7 @@ for auto_class, model_class in AUTO_CLASSES.items():
 
 __all__ = [
     "AUTO_CLASSES",
+    "CACHE_NAME",
     "BMojoCache",
     "BMojoConfig",
     "BMojoForCausalLM",
@@ -59,6 +61,7 @@ __all__ = [
     "MemoryView",
     "RememberedToken",
     "bmojo_lora_config",
+    "cache_of",
     "check_adapter",
     "explain_kernels",
     "lora_coverage",

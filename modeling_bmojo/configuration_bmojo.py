@@ -14,6 +14,8 @@ from transformers.activations import ACT2CLS
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .compat_bmojo import CACHE_NAMES
+
 
 LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
 INNOVATIONS = ("output", "state", "key")
@@ -156,7 +158,7 @@ class BMojoConfig(PreTrainedConfig):
     """
 
     model_type = "bmojo"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 32000
     hidden_size: int = 2048
