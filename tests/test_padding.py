@@ -290,7 +290,7 @@ def test_a_row_of_pads_only_is_read_as_nothing():
     mask[1] = 0
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
-        alone = model(input_ids=ids[:1]).logits
+        alone = model(input_ids=ids[:1], attention_mask=mask[:1]).logits
     assert_near(logits[0], alone[0])
     assert not logits[1].any()
     with pytest.raises(ValueError, match=r"attention_mask\[1\] is all zeros"):
