@@ -1,8 +1,11 @@
 """Padding and packing: from the columns of a batch to rows of consecutive real tokens, and back.
 
-Sequence mixers (SSM, window, eidetic memory) see nothing but rows whose real tokens come first, with a count per row.
-So left, right and inner padding are one case, a packed batch is just more rows, and every row equals itself alone by
-construction; pads cannot enter a state because they are not there.
+What mixes a sequence (convolution, scan, window, eidetic memory) sees nothing but rows whose real tokens come first,
+with a count per row. So left, right and inner padding are one case, a packed batch is just more rows, and every row
+equals itself alone by construction; pads cannot enter a state because they are not there.
+
+Everything that treats each token by itself (projections, gates, norms) runs on the columns as the user gave them, pads
+included: what others hook onto these modules finds each token where the user put it.
 
 Shapes: B rows and T columns of the input, R and T' those of a group of mixer rows.
 """
@@ -31,6 +34,11 @@ class RowLayout(NamedTuple):
     columns: int
     packed: bool
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the widest group."""
+        return max(group.index.shape[1] for group in self.groups)
+
     def split(self, value: torch.Tensor) -> list[torch.Tensor]:
         """`[B, T, ...]` to one `[R, T', ...]` per group; places without a token are zero."""
         flat = value.flatten(0, 1)
@@ -44,6 +52,24 @@ class RowLayout(NamedTuple):
         for group, part in zip(self.groups, parts):
             flat = flat.index_copy(0, group.index.flatten(), part.flatten(0, 1))
         return flat[:total].unflatten(0, (self.batch, self.columns))
+
+    def merge_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Attention weights `[R, H, T', S]` of the only group to `[B, H, T, S]`: queries in the input's order, and keys
+        too unless a cache holds some."""
+        by_query = self.merge([weights.transpose(1, 2)])
+        if weights.shape[-1] == self.columns:
+            by_query = self.merge([by_query.transpose(1, 3)]).transpose(1, 3)
+        return by_query.transpose(1, 2)
+
+
+def to_rows(layout: RowLayout | None, value: torch.Tensor) -> list[torch.Tensor]:
+    """Columns `[B, T, ...]` to one `[R, T', ...]` per group of mixer rows; without a layout they are the only group."""
+    return [value] if layout is None else layout.split(value)
+
+
+def to_columns(layout: RowLayout | None, parts: list[torch.Tensor]) -> torch.Tensor:
+    """The inverse of `to_rows`."""
+    return parts[0] if layout is None else layout.merge(parts)
 
 
 def padded_layout(mask: torch.Tensor) -> RowLayout:

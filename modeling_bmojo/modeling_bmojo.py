@@ -32,10 +32,10 @@ from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .cache_bmojo import BMojoCache
 from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
-from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
+from .fading_s6_bmojo import S6FadingMemory, S6Scalars
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
-from .linear_bmojo import BMojoLinear, make_plain
+from .linear_bmojo import project
 from .peft_bmojo import NoPrompts
 
 
@@ -80,9 +80,9 @@ class BMojoMLP(nn.Module):
 
     def __init__(self, config: BMojoConfig):
         super().__init__()
-        self.gate_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = BMojoLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class BMojoMLP(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _map(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
 class BMojoDecoderLayer(GradientCheckpointingLayer):
@@ -127,15 +127,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states `[B, T, E]` to the same, and the attention weights `[B, H, T, S]` or None."""
         normed = hidden_states if self.norm_after else self.input_layernorm(hidden_states)
-        parts = [normed] if rows.layout is None else rows.layout.split(normed)
-        mixed = [
-            self.mix(part, lengths, rotary, past_key_values, rows.columns)
-            for part, lengths, rotary in zip(parts, rows.lengths, rows.rotary)
-        ]
-        update, weights = mixed[0]
-        if rows.layout is not None:
-            update = rows.layout.merge([part for part, _ in mixed])
-            weights = None if weights is None else _weights_by_column(weights, rows)
+        update, weights = self.mix(normed, rows, past_key_values)
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].advance(rows.lengths[0], hidden_states.shape[1])
         if self.norm_after:
@@ -152,43 +144,33 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
 
     def mix(
         self,
-        part: torch.Tensor,
-        lengths: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        hidden_states: torch.Tensor,
+        rows: Rows,
         past_key_values: BMojoCache | None = None,
-        columns: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sequence mixing alone: fading memory, then attention, without norms, residual and MLP.
 
         Args:
-            part: one group of mixer rows, `[R, T, E]`, normed as the layer does it. lengths, rotary, columns: of that
-                group, see `Rows`.
+            hidden_states: `[B, T, E]`, normed as the layer does it. rows: how they are cut into mixer rows.
 
         Returns:
-            what the layer adds to its input, `[R, T, E]`, and the attention weights `[R, H, T, S]` or None.
+            what the layer adds to its input, `[B, T, E]`, and the attention weights `[B, H, T, S]` or None.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if cache is not None:
-            cache.prepare(part)
+            cache.prepare(hidden_states)
         y = innovation = None
         # Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
         # runs all the same, because data-parallel training waits for a gradient of every parameter.
         # With F = 0 and an innovation that is measured on keys nobody ever does.
         unused = self.spec.averages_keys and not self.spec.fading
-        unread = self.spec.kind == "bmojo" and part.shape[1] <= self.spec.window
+        longest = hidden_states.shape[1] if rows.layout is None else rows.layout.longest
+        unread = self.spec.kind == "bmojo" and longest <= self.spec.window
         if self.spec.has_ssm and (self.training or not (unused or (unread and cache is None))):
-            y, innovation = self.fading(part, lengths, cache)
+            y, innovation = self.fading(hidden_states, rows, cache)
         if not self.spec.has_attention:
             return y, None
-        return self.self_attn(part, lengths, rotary, y, innovation, cache, columns)
-
-
-def _weights_by_column(weights: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Attention weights of padded rows back in the input's order: queries, and keys unless a cache holds some."""
-    by_query = rows.layout.merge([weights.transpose(1, 2)])
-    if weights.shape[-1] == rows.layout.columns:
-        by_query = rows.layout.merge([by_query.transpose(1, 3)]).transpose(1, 3)
-    return by_query.transpose(1, 2)
+        return self.self_attn(hidden_states, rows, y, innovation, cache)
 
 
 class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
@@ -216,11 +198,6 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         if not config.ssm_scalars_in_fp32:
             self._keep_in_fp32_modules_strict = None
 
-    def post_init(self) -> None:
-        if getattr(self.config, "quantization_config", None) is not None:
-            make_plain(self)
-        super().post_init()
-
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
         """transformers' method, which `from_pretrained(..., use_kernels=True)` and `train()` call: hub kernels that it
         finds for the SSM become the first choice of this model's operations (docs/kernels.md)."""
@@ -238,7 +215,7 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, SSMScalars | S6Scalars):
             self._init_scalars(module)
-        elif isinstance(module, TimeStepProjection):
+        elif getattr(module, "makes_time_steps", False):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
 
@@ -367,7 +344,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BMojoModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = BMojoLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -403,7 +380,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        logits = project(self.lm_head, _kept(outputs.last_hidden_state, logits_to_keep))
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         loss = None
