@@ -8,7 +8,7 @@ channels and read from the convolved x, the convolution covers x alone, and noth
 
 All four projections run on the input's columns, convolution and scan on mixer rows (layout_bmojo.py).
 
-Shapes: B rows, T tokens (in mixer rows R' and T'), E hidden size, I inner width (heads times channels per head), N state
+Shapes: B rows, T tokens (R', T' in mixer rows), E hidden size, I inner width (heads times channels per head), N state
 channels, R rank of the time step, K conv taps.
 """
 
@@ -94,7 +94,7 @@ class S6FadingMemory(nn.Module):
         mixed, gate = project(self.in_proj, hidden_states).split([self.inner, gate_rows], dim=-1)
         x = [self._convolve(part, lengths, cache) for part, lengths in zip(to_rows(layout, mixed), rows.lengths)]
         low_rank, keys = project(self.x_proj, to_columns(layout, x)).split([self.rank, 2 * self.state], dim=-1)
-        dt = project(self.dt_proj, low_rank)
+        dt = self.dt_proj(low_rank)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             groups = zip(x, to_rows(layout, dt), to_rows(layout, keys), rows.lengths)
             scanned = [self._scan(*group, cache) for group in groups]
