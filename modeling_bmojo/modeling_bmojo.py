@@ -36,6 +36,7 @@ from .fading_s6_bmojo import S6FadingMemory, S6Scalars
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
 from .linear_bmojo import project
+from .memory_ops import widest
 from .peft_bmojo import NoPrompts
 
 
@@ -46,7 +47,11 @@ FADING_MEMORIES = {"mamba2": FadingMemory, "mamba": S6FadingMemory}  # by config
 
 
 class BMojoRotaryEmbedding(nn.Module):
-    """RoPE tables for any of transformers' RoPE types (`rope_parameters["rope_type"]`)."""
+    """RoPE tables for any of transformers' RoPE types (`rope_parameters["rope_type"]`).
+
+    Inverse frequencies are transformers' fp32 values. Their product with the position is float64: in fp32, an angle
+    of position 10,000,000 is wrong by up to half a radian.
+    """
 
     def __init__(self, config: BMojoConfig):
         super().__init__()
@@ -59,6 +64,15 @@ class BMojoRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moves go through; a narrower dtype, as of `model.bfloat16()`, does not: it would turn far tokens at random."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if self._buffers[name].element_size() < value.element_size():
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: BMojoConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `[D / 2]` and the scaling of cos and sin (1)."""
@@ -70,7 +84,8 @@ class BMojoRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[B, T, 1, D]` in x's dtype, for positions `[B, T]`; the first half of sin is negated."""
-        angles = position_ids[..., None, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        wide = widest(x.device)
+        angles = position_ids[..., None, None].to(wide) * self.inv_freq.to(device=x.device, dtype=wide)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
 
