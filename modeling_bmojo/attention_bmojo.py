@@ -119,9 +119,6 @@ class BMojoAttention(nn.Module):
 
         Returns:
             `[B, T, E]`, and weights `[B, H, T, S]` or None.
-
-        Raises:
-            ValueError: where hooks on tied projections would see other columns than the input's.
         """
         query = self._normed_heads(project(self.q_proj, hidden_states), self.q_norm)
         keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj)
@@ -187,33 +184,41 @@ class BMojoAttention(nn.Module):
     def _fading_projections(self) -> tuple[nn.Module, nn.Module]:
         return (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
 
+    def check_hooks(self, rows: Rows, columns: int) -> None:
+        """Refuses hooks on tied projections that would look at other columns than the `columns` of the input.
+
+        Raises:
+            ValueError: if there are some.
+        """
+        heard = self._listeners(rows, columns, *self._fading_projections()) if self.tied and self.spec.fading else []
+        if heard:
+            raise ValueError(
+                f"layer {self.layer_idx}: {heard[0]} is hooked onto the tied k_proj or v_proj, which with fading_size="
+                f"{self.spec.fading} run a second time, on SSM outputs in mixer rows, where a column is another token "
+                "than in the input (pads, packing, fading_stride); hook another module (q_proj, o_proj, in_proj, ...), "
+                "or use a model with tie_fading_projections=False or fading_size=0."
+            )
+
+    def _listeners(self, rows: Rows, columns: int, *modules: nn.Module) -> list[str]:
+        """Hooks on modules whose input for fading tokens has other columns than the model's input."""
+        if rows.layout is None and (self.spec.stride == 1 or columns == 1):
+            return []
+        packed = rows.layout is not None and rows.layout.packed
+        return [hook for module in modules for hook in listeners(module, packed)]
+
     def _fading_rows(self, fading: torch.Tensor, rows: Rows) -> list[tuple[torch.Tensor, ...]]:
         """What fading tokens are made of, by group of mixer rows: SSM outputs `[R, T', E]`, of which `_fade` projects
         those that become one.
 
         Where somebody listens to the projections it is their keys and values `[R, T', G, D]` instead: a stride, or
         the mixer rows, would show the listener other columns than the input's.
-
-        Raises:
-            ValueError: if it is k_proj or v_proj itself that they listen to (tied), which are not called like that.
         """
         made_of = (fading,)
-        if self.spec.fading and (rows.layout is not None or (self.spec.stride > 1 and fading.shape[1] > 1)):
-            packed = rows.layout is not None and rows.layout.packed
-            heard = [hook for module in self._fading_projections() for hook in listeners(module, packed)]
-            if heard and self.tied:
-                raise ValueError(self._refusal(heard[0]))
-            if heard or listeners(self.k_norm, packed):
-                made_of = self._keys_values(fading, *self._fading_projections())
+        if self.spec.fading:
+            projections = self._fading_projections()
+            if self._listeners(rows, fading.shape[1], *projections, self.k_norm):
+                made_of = self._keys_values(fading, *projections)
         return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
-
-    def _refusal(self, hook: str) -> str:
-        return (
-            f"layer {self.layer_idx}: {hook} is hooked onto the tied k_proj or v_proj, which with fading_size="
-            f"{self.spec.fading} run a second time, on SSM outputs in mixer rows, where a column is another token than "
-            "in the input (pads, packing, fading_stride); hook another module (q_proj, o_proj, in_proj, ...), or use a "
-            "model with tie_fading_projections=False or fading_size=0."
-        )
 
     def _fade(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, stepping: bool):
         """Keys and values `[R, n, G, D]` of the fading tokens, which are made of what `_fading_rows` gives, or None.

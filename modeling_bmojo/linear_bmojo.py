@@ -23,6 +23,8 @@ FEW_ROWS = 8  # from about 16 rows on, the plain product uses all threads well (
 # Packages whose forward hooks place, gather, cast or quantise tensors and look at no column.
 INFRASTRUCTURE = ("torch", "accelerate", "deepspeed", "transformers", "optimum")
 
+PACKED_ROWS = 32  # of a weight, which bitsandbytes' kernel for CPUs holds together
+
 
 def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`linear(x)`, `[..., I]` to `[..., O]`; a handful of rows in fp32 on a CPU, without gradient, on all threads.
@@ -59,6 +61,20 @@ def _is_plain(linear: nn.Module) -> bool:
             linear._forward_hooks or linear._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks
         )
     )
+
+
+def avoid_packing(module: nn.Module) -> bool:
+    """Keeps bitsandbytes' CPU kernel away from a 4-bit map whose sizes it cannot pack; whether there was need for it.
+
+    On CPUs with AVX512-BF16 a `Linear4bit` packs its weight at the first call, and asserts where the sizes do not fit:
+    an SSM's in_proj has a row per head for the time steps. Without the kernel it dequantises, as on other CPUs.
+    """
+    if not getattr(module, "support_avx512bf16_for_cpu", False):
+        return False
+    if module.out_features % PACKED_ROWS == 0 and module.in_features % module.weight.blocksize == 0:
+        return False
+    module.support_avx512bf16_for_cpu = False
+    return True
 
 
 def listeners(module: nn.Module, packed: bool) -> list[str]:

@@ -35,7 +35,7 @@ from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .fading_s6_bmojo import S6FadingMemory, S6Scalars
 from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
-from .linear_bmojo import project
+from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
 from .peft_bmojo import NoPrompts
 
@@ -170,6 +170,9 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
 
         Returns:
             what the layer adds to its input, `[B, T, E]`, and the attention weights `[B, H, T, S]` or None.
+
+        Raises:
+            ValueError: for hooks on tied projections, see `BMojoAttention.check_hooks`; nothing of the layer has run.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if cache is not None:
@@ -182,6 +185,8 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         longest = hidden_states.shape[1] if rows.layout is None else rows.layout.longest
         unread = self.spec.kind == "bmojo" and longest <= self.spec.window
         if self.spec.has_ssm and (self.training or not (unused or (unread and cache is None))):
+            if self.spec.has_attention:
+                self.self_attn.check_hooks(rows, hidden_states.shape[1])
             y, innovation = self.fading(hidden_states, rows, cache)
         if not self.spec.has_attention:
             return y, None
@@ -212,6 +217,12 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if not config.ssm_scalars_in_fp32:
             self._keep_in_fp32_modules_strict = None
+
+    def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:
+        """`nn.Module.set_submodule`, by which transformers puts quantised modules into a model."""
+        if avoid_packing(module):
+            logger.info(f"{target}: its sizes do not fit bitsandbytes' 4-bit kernel for CPUs; there it dequantises.")
+        super().set_submodule(target, module, *args, **kwargs)
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
         """transformers' method, which `from_pretrained(..., use_kernels=True)` and `train()` call: hub kernels that it
