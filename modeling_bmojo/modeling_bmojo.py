@@ -65,7 +65,7 @@ class BMojoRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves go through; a narrower dtype, as of `model.bfloat16()`, does not: it would turn far tokens at random."""
+        """Moves go through; a narrower dtype, as of `model.bfloat16()`, does not: far tokens would turn at random."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():

@@ -194,7 +194,7 @@ def oracle_eidetic(innovations, window, slots, decay=0.0):
 
 # Attention -----------------------------------------------------------------------------------------------------------
 def rotate(x, position, theta, dtype=None):
-    """RoPE of x [heads, D] at one position, Llama's half-split layout; the inverse frequencies are of `dtype` (None: x's)."""
+    """RoPE of x [heads, D] at one position, Llama's half-split layout; inverse frequencies of `dtype` (None: x's)."""
     dim = x.shape[-1]
     exponent = torch.arange(0, dim, 2).to(dtype or x.dtype) / dim
     angle = position * (1.0 / theta**exponent).to(x.dtype)
