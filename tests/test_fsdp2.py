@@ -14,7 +14,7 @@ from fsdp2_launched import compute, prompt
 from oracles import randomize_
 from tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +66,7 @@ def test_no_module_hands_out_a_parameter(name):
         module.register_forward_hook(listen(key))
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            cache = model(prompt(), use_cache=True).past_key_values
+            cache = BMojoCache(model.config)
+            model(prompt(), past_key_values=cache)
             model(prompt()[:, :1], past_key_values=cache)
     assert handed == []

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 from torch import nn
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 from modeling_bmojo.linear_bmojo import listeners
 
 
@@ -142,21 +142,15 @@ def test_hooks_in_chunked_prefill_and_decoding(name):
     """Each piece's last column: as the rows read alone in the same pieces."""
     model, rows = build(name), sequences([24, 24, 24])
     ids, mask, places = pad(rows, "left", columns=24 + 8)
-    pieces = [8 + 10, 10, 1, 3]  # the first holds all pads
     for where, module in projections(model).items():
         handle = module.register_forward_hook(adding(-1))
-        cache, found = None, []
-        for start, end in zip([0, 18, 28, 29], [18, 28, 29, 32], strict=True):
-            out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            found.append(out.logits)
+        cache, found = BMojoCache(model.config), []
+        for start, end in zip([0, 18, 28, 29], [18, 28, 29, 32], strict=True):  # the first holds all pads
+            found.append(model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
         found = torch.cat(found, 1)
         for row, real in enumerate(rows):
-            cache, expected = None, []
-            for piece in real[None].split([pieces[0] - 8, *pieces[1:]], dim=1):
-                out = model(piece, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                expected.append(out.logits)
+            cache = BMojoCache(model.config)
+            expected = [model(piece, past_key_values=cache).logits for piece in real[None].split([10, 10, 1, 3], dim=1)]
             assert_near(found[row, places[row]], torch.cat(expected, 1)[0], where)
         handle.remove()
 

@@ -12,7 +12,7 @@ from tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 from torch import nn
 from torch.nn.utils import prune
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
 from modeling_bmojo.linear_bmojo import FEW_ROWS, parts_for, project
 
 
@@ -177,7 +177,8 @@ def test_dynamic_quantisation_reaches_every_layer_and_generates(name):
 def test_decoding_uses_all_threads_and_a_hook_is_heard_in_it(two_threads, products):
     """Every map of a decoding step is cut where it can be; a hooked one is called."""
     model = randomize_(BMojoForCausalLM(BMojoConfig(**SIZES, tie_word_embeddings=False))).float().eval()
-    cache = model(torch.arange(1, 20)[None], use_cache=True).past_key_values
+    cache = BMojoCache(model.config)
+    model(torch.arange(1, 20)[None], past_key_values=cache)
     sizes = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     expected = sum(parts_for(size, 2) > 1 for size in sizes) + 2 * model.config.num_hidden_layers  # k, v run twice
     products.clear()
