@@ -188,6 +188,18 @@ def test_decoding_uses_all_threads_and_a_hook_is_heard_in_it(two_threads, produc
     assert (model(torch.tensor([[3]]), past_key_values=cache).logits - plain).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("fields", [{}, {"window_size": 6, "fading_stride": 3}, {"ssm_type": "mamba"}], ids=str)
+@torch.no_grad()
+def test_few_fp32_rows_compile_without_a_graph_break(fields, two_threads):
+    torch.compiler.reset()
+    model = randomize_(BMojoForCausalLM(BMojoConfig(**{**SIZES, **fields}))).float().eval()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.arange(1, FEW_ROWS + 1)[None]
+    found, wanted = step(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
 def test_time_step_projections_start_as_mambas():
     """Mamba's dt_proj.weight: uniform within one over the root of its rank, unlike other linear maps."""
     config = BMojoConfig(**{**SIZES, "hidden_size": 64, "ssm_type": "mamba", "ssm_time_step_rank": 9})
