@@ -137,35 +137,24 @@ class Alignment(nn.Module):
         )
         return ({"kl": kl} if with_kl else {}) | ({"ce": ce} if with_ce else {})
 
-    def _mixed_apart(self, theirs: "_Recorder") -> dict[int, list[torch.Tensor]]:
-        """Each student mixer's output on the teacher's layer input, by group of mixer rows."""
-        rows, found = theirs.rows, {}
+    def _mixed_apart(self, theirs: "_Recorder") -> dict[int, torch.Tensor]:
+        """Each student mixer's output on the teacher's layer input."""
+        found = {}
         for index in self.mixers:
-            layer = self.student.model.layers[index]
+            layer, given = self.student.model.layers[index], (theirs.inputs[index], theirs.rows)
             save = self.training and getattr(layer, "gradient_checkpointing", False)
-            found[index] = []
-            for part, lengths, rotary in zip(theirs.inputs[index], rows.lengths, rows.rotary):
-                given = (part, lengths, rotary)
-                mixed = checkpoint(layer.mix, *given, use_reentrant=False) if save else layer.mix(*given)
-                found[index].append(mixed[0])
+            mixed = checkpoint(layer.mix, *given, use_reentrant=False) if save else layer.mix(*given)
+            found[index] = mixed[0]
         return found
 
-    def _mixer_error(self, ours: dict[int, list], theirs: "_Recorder", counted: torch.Tensor) -> torch.Tensor:
+    def _mixer_error(self, ours: dict[int, torch.Tensor], theirs: "_Recorder", counted: torch.Tensor) -> torch.Tensor:
         """Mean over the layers of the mixer outputs' relative error."""
-        errors = [
-            relative_error(_merged(ours[index], theirs.rows), _merged(theirs.outputs[index], theirs.rows), counted)
-            for index in self.mixers
-        ]
+        errors = [relative_error(ours[index], theirs.outputs[index], counted) for index in self.mixers]
         return torch.stack(errors).mean()
 
 
-def _merged(parts: list[torch.Tensor], rows) -> torch.Tensor:
-    """Groups of mixer rows back to `[B, T, E]`."""
-    return parts[0] if rows.layout is None else rows.layout.merge(parts)
-
-
 class _Recorder(AbstractContextManager):
-    """Inputs and outputs `[R, T', E]` of the mixers of some layers during one pass, by group of mixer rows.
+    """Inputs and outputs `[B, T, E]` of the mixers of some layers during one pass.
 
     rows: how the batch was cut into mixer rows. Nothing is recorded outside the `with` block, so a recomputation in the
     backward pass leaves the record alone.
@@ -173,12 +162,12 @@ class _Recorder(AbstractContextManager):
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
         self.rows = None
-        self.inputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-        self.outputs: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-        self._model, self._handles = model, []
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.outputs: dict[int, torch.Tensor] = {}
+        self._model, self._layers, self._handles = model, layers, []
 
     def __enter__(self) -> "_Recorder":
-        for index in self.inputs:
+        for index in self._layers:
             layer = self._model.model.layers[index]
             self._handles.append(layer.register_forward_pre_hook(self._take_rows, with_kwargs=True))
             self._handles.append(layer.self_attn.register_forward_hook(self._listener(index)))
@@ -193,8 +182,7 @@ class _Recorder(AbstractContextManager):
 
     def _listener(self, index: int):
         def listen(module, arguments, output) -> None:
-            self.inputs[index].append(arguments[0])
-            self.outputs[index].append(output[0])
+            self.inputs[index], self.outputs[index] = arguments[0], output[0]
 
         return listen
 

@@ -7,8 +7,12 @@ s + W <= t < s + W + F":
     many tokens                           blocks of queries, gathered keys (`attention_ops`)
     one token and a cache                 the cache's entries, updated in place, are exactly what the query sees
 
-Shapes: B rows, T tokens (real ones first), E hidden size, H query heads, G key/value heads, D head dim, W window,
-M eidetic slots, F fading tokens, L block length.
+Projections run on the input's columns `[B, T, E]`, attention on mixer rows, whose real tokens come first
+(layout_bmojo.py). Fading tokens are the exception: tied `k_proj` and `v_proj` run a second time, on SSM outputs, of
+which a stride takes only some.
+
+Shapes: B rows, T tokens (R and T' where it matters that they are mixer rows), E hidden size, H query heads, G key/value
+heads, D head dim, W window, M eidetic slots, F fading tokens, L block length.
 """
 
 import torch
@@ -18,7 +22,9 @@ from .attention_ops import KeySet, causal_attention, weights_by_position
 from .cache_layer_bmojo import BMojoCacheLayer, Past
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
-from .linear_bmojo import BMojoLinear
+from .inputs_bmojo import Rows
+from .layout_bmojo import to_columns, to_rows
+from .linear_bmojo import listeners, project
 from .memory_ops import NEVER, key_innovation, retention_key, widest
 
 
@@ -79,14 +85,14 @@ class BMojoAttention(nn.Module):
 
         query_size, key_size = config.num_attention_heads * spec.head_dim, spec.kv_heads * spec.head_dim
         bias = config.attention_bias
-        self.q_proj = BMojoLinear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
-        self.v_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
-        self.o_proj = BMojoLinear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
         self.tied = config.tie_fading_projections
         if spec.fading and not self.tied:
-            self.fading_k_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
-            self.fading_v_proj = BMojoLinear(config.hidden_size, key_size, bias=bias)
+            self.fading_k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+            self.fading_v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.norm_joins_heads = config.qk_norm == "full"
         if config.qk_norm is None:
             self.q_norm = self.k_norm = nn.Identity()
@@ -97,34 +103,55 @@ class BMojoAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        lengths: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rows: Rows,
         fading: torch.Tensor | None = None,
         innovation: torch.Tensor | None = None,
         cache: BMojoCacheLayer | None = None,
-        columns: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends, and lets the cache take the tokens in.
 
         Args:
-            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; None: all T.
-            rotary: what `rotate` takes. fading: `[B, T, E]` SSM outputs or None.
+            hidden_states: `[B, T, E]`. rows: how they are cut into mixer rows, and where those stand. If
+                `rows.columns` is given, the attention weights are returned with one column per token position.
+            fading: `[B, T, E]` SSM outputs or None.
             innovation: `[B, T]`, or None if the layer keeps nothing or measures it here, on its keys.
             cache: the layer's states or None.
-            columns: if given, the attention weights are returned with one column per token position.
 
         Returns:
-            `[B, T, E]`, and weights `[B, H, T, columns]` or None.
+            `[B, T, E]`, and weights `[B, H, T, S]` or None.
         """
-        rotary = rotary if self.use_rope else None
-        query = rotate(self._normed_heads(self.q_proj(hidden_states), self.q_norm), rotary)
-        keys = self._normed_heads(self.k_proj(hidden_states), self.k_norm)
-        values = self._heads(self.v_proj(hidden_states))
-        if self.spec.averages_keys and (cache is not None or query.shape[1] > self.spec.window):
-            innovation = _surprise_of_keys(keys, lengths, cache)
-        keys = rotate(keys, rotary)
+        query = self._normed_heads(project(self.q_proj, hidden_states), self.q_norm)
+        keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj)
         live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         stepping = cache is not None and cache.started and query.shape[1] == 1 and not live
+        none = [None] * len(rows.lengths)
+        groups = zip(
+            *(to_rows(rows.layout, value) for value in (query, keys, values)),
+            none if innovation is None else to_rows(rows.layout, innovation),
+            none if fading is None else self._fading_rows(fading, rows),
+            rows.lengths,
+            rows.rotary if self.use_rope else none,
+        )
+        mixed = [self._mix(*group, cache, rows.columns, live, stepping) for group in groups]
+        out = project(self.o_proj, to_columns(rows.layout, [part for part, _ in mixed]).flatten(2))
+        if rows.columns is None:
+            return out, None
+        weights = mixed[0][1]
+        return out, weights if rows.layout is None else rows.layout.merge_weights(weights)
+
+    def _mix(self, query, keys, values, innovation, fading, lengths, rotary, cache, columns, live, stepping):
+        """Attention of one group of mixer rows, which the cache takes in.
+
+        Args:
+            query `[R, T', H, D]`, keys, values `[R, T', G, D]`: without positions. innovation: `[R, T']` or None.
+            fading: what `_fading_rows` gives, or None. lengths: `[R]` real tokens, or None: all T'.
+
+        Returns:
+            `[R, T', H, D]`, and weights `[R, H, T', columns]` or None.
+        """
+        if self.spec.averages_keys and (cache is not None or query.shape[1] > self.spec.window):
+            innovation = _surprise_of_keys(keys, lengths, cache)
+        query, keys = rotate(query, rotary), rotate(keys, rotary)
         faded = self._fade(fading, rotary, lengths, cache, stepping)
         if lengths is None and not stepping:
             lengths = torch.full((query.shape[0],), query.shape[1], device=query.device)
@@ -141,8 +168,8 @@ class BMojoAttention(nn.Module):
         else:
             out, weights = self._blocks(query, keys, values, innovation, faded, lengths, cache, columns)
         if self.training and fading is not None:
-            out = out + _zero_anchor(fading, faded).to(out.dtype)
-        return self.o_proj(out.flatten(2)), weights if columns is not None else None
+            out = out + _zero_anchor((*fading, *(faded or ()))).to(out.dtype)
+        return out, weights
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -150,30 +177,72 @@ class BMojoAttention(nn.Module):
     def _normed_heads(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         return self._heads(norm(x)) if self.norm_joins_heads else norm(self._heads(x))
 
-    def _fade(self, fading: torch.Tensor | None, rotary, lengths, cache: BMojoCacheLayer | None, stepping: bool):
-        """Keys and values `[B, n, G, D]` of the fading tokens that are made of SSM outputs `[B, T, E]`, or None.
+    def _keys_values(self, x: torch.Tensor, k_proj: nn.Module, v_proj: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, without positions, and values of x `[B, T, E]`: `[B, T, G, D]` each."""
+        return self._normed_heads(project(k_proj, x), self.k_norm), self._heads(project(v_proj, x))
+
+    def _fading_projections(self) -> tuple[nn.Module, nn.Module]:
+        return (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
+
+    def check_hooks(self, rows: Rows, columns: int) -> None:
+        """Refuses hooks on tied projections that would look at other columns than the `columns` of the input.
+
+        Raises:
+            ValueError: if there are some.
+        """
+        heard = self._listeners(rows, columns, *self._fading_projections()) if self.tied and self.spec.fading else []
+        if heard:
+            raise ValueError(
+                f"layer {self.layer_idx}: {heard[0]} is hooked onto the tied k_proj or v_proj, which with fading_size="
+                f"{self.spec.fading} run a second time, on SSM outputs in mixer rows, where a column is another token "
+                "than in the input (pads, packing, fading_stride); hook another module (q_proj, o_proj, in_proj, ...), "
+                "or use a model with tie_fading_projections=False or fading_size=0."
+            )
+
+    def _listeners(self, rows: Rows, columns: int, *modules: nn.Module) -> list[str]:
+        """Hooks on modules whose input for fading tokens has other columns than the model's input."""
+        if rows.layout is None and (self.spec.stride == 1 or columns == 1):
+            return []
+        packed = rows.layout is not None and rows.layout.packed
+        return [hook for module in modules for hook in listeners(module, packed)]
+
+    def _fading_rows(self, fading: torch.Tensor, rows: Rows) -> list[tuple[torch.Tensor, ...]]:
+        """What fading tokens are made of, by group of mixer rows: SSM outputs `[R, T', E]`, of which `_fade` projects
+        those that become one.
+
+        Where somebody listens to the projections it is their keys and values `[R, T', G, D]` instead: a stride, or
+        the mixer rows, would show the listener other columns than the input's.
+        """
+        made_of = (fading,)
+        if self.spec.fading:
+            projections = self._fading_projections()
+            if self._listeners(rows, fading.shape[1], *projections, self.k_norm):
+                made_of = self._keys_values(fading, *projections)
+        return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
+
+    def _fade(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, stepping: bool):
+        """Keys and values `[R, n, G, D]` of the fading tokens, which are made of what `_fading_rows` gives, or None.
 
         They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which
         pads alone see. A single step makes one of its only output, and the cache knows whether to take it.
         """
         if fading is None or not self.spec.fading or (stepping and not cache.makes_fading(lengths)):
             return None
-        projections = (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
-        stride, tokens = self.spec.stride, fading.shape[1]
-        if stride == 1 or stepping:
-            return self._keys_values(fading, *projections, rotary)
-        if cache is None or (cache.even and not torch.compiler.is_compiling()):
-            part = slice(-(1 if cache is None else cache.columns + 1) % stride, None, stride)
-            taken = [value[:, part] for value in (fading, *(rotary or ()))]
-        else:
-            first = (-cache.seen - 1) % stride
-            index = first[:, None] + torch.arange(0, tokens, stride, device=first.device)
-            rows, index = torch.arange(len(first), device=first.device)[:, None], index.clamp(max=tokens - 1)
-            taken = [value.expand(len(first), *value.shape[1:])[rows, index] for value in (fading, *(rotary or ()))]
-        return self._keys_values(taken[0], *projections, tuple(taken[1:]) or None)
-
-    def _keys_values(self, x, k_proj, v_proj, rotary) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate(self._normed_heads(k_proj(x), self.k_norm), rotary), self._heads(v_proj(x))
+        stride, tokens = self.spec.stride, fading[0].shape[1]
+        taken = (*fading, *(rotary or ()))
+        if stride > 1 and not stepping:
+            if cache is None or (cache.even and not torch.compiler.is_compiling()):
+                part = slice(-(1 if cache is None else cache.columns + 1) % stride, None, stride)
+                taken = [value[:, part] for value in taken]
+            else:
+                first = (-cache.seen - 1) % stride
+                index = first[:, None] + torch.arange(0, tokens, stride, device=first.device)
+                numbers = torch.arange(len(first), device=first.device)[:, None]
+                index = index.clamp(max=tokens - 1)
+                taken = [value.expand(len(first), *value.shape[1:])[numbers, index] for value in taken]
+        made_of, rotary = taken[: len(fading)], tuple(taken[len(fading) :]) or None
+        keys, values = made_of if len(made_of) == 2 else self._keys_values(*made_of, *self._fading_projections())
+        return rotate(keys, rotary), values
 
     def _softmax_options(self, columns: int | None) -> dict:
         # SDPA forms no weights: whoever asks for them gets the eager form.
@@ -314,12 +383,12 @@ def _surprise_of_keys(keys: torch.Tensor, lengths: torch.Tensor | None, cache: B
     return surprise
 
 
-def _zero_anchor(fading: torch.Tensor, faded: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Zero, but connected to the fading memory: where no query sees it yet, its parameters get a gradient of zero.
+def _zero_anchor(ends: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Zero, but connected to the fading memory's `ends`: where no query sees it yet, its parameters get a gradient of
+    zero.
 
     Data-parallel training waits for a gradient of every parameter and would otherwise stop at the first short batch.
     """
-    ends = (fading,) if faded is None else faded
     return 0.0 * sum(end[:, :1].float().sum() for end in ends)
 
 

@@ -7,7 +7,11 @@ With `ssm_projected=False` x is u itself and y goes out as it is: in_proj has no
 The module also measures the innovation of every token on its output or its input (B'MOJO, Algorithm 1, lines 2, 3),
 unless the attention does it on its keys (`innovation="key"`).
 
-Shapes: B rows, T tokens, E hidden size, H heads, P channels per head, N state channels, G groups, K conv taps.
+What treats each token by itself (in_proj, gate, norm, out_proj) runs on the input's columns, convolution and scan on
+mixer rows (layout_bmojo.py).
+
+Shapes: B rows, T tokens, R rows and T' tokens of a group of mixer rows, E hidden size, H heads, P channels per head,
+N state channels, G groups, K conv taps.
 """
 
 import math
@@ -20,9 +24,14 @@ from transformers.activations import ACT2FN
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
-from .linear_bmojo import BMojoLinear
+from .inputs_bmojo import Rows
+from .layout_bmojo import to_columns, to_rows
+from .linear_bmojo import project
 from .memory_ops import prediction_error
 from .ssm_ops import predict_input
+
+
+WHOLE = Rows(None, [None], [None], None)  # rows as they stand, all real, without positions
 
 
 class CausalConv(nn.Module):
@@ -59,8 +68,11 @@ class SSMScalars(nn.Module):
         self.D = nn.Parameter(torch.empty(heads))
 
     def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A (negative rates), dt_bias and D, `[H]` each, in `dtype`."""
-        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype), self.D.to(dtype)
+        """A (negative rates), dt_bias and D, `[H]` each, in `dtype`.
+
+        Copies: FSDP2 frees a module's parameters when its forward is over, and what is an alias of one with them.
+        """
+        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype, copy=True), self.D.to(dtype, copy=True)
 
 
 class GroupedRMSNorm(nn.Module):
@@ -79,14 +91,16 @@ class GroupedRMSNorm(nn.Module):
 
 
 def surprise_of_output(
-    kernels: Kernels, y: torch.Tensor, taps: int, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
+    kernels: Kernels, y: torch.Tensor, taps: int, rows: Rows, cache: BMojoCacheLayer | None
 ) -> torch.Tensor:
     """Innovation `[B, T]` of SSM outputs `[B, T, E]` against the `taps` before them, which the cache keeps."""
-    history = y.new_zeros(y.shape[0], taps, y.shape[2]) if cache is None else cache.outputs
-    surprise = kernels.run("innovation", y, history)
-    if cache is not None:
-        cache.shift("outputs", y, lengths)
-    return surprise
+    surprises = []
+    for part, lengths in zip(to_rows(rows.layout, y), rows.lengths):
+        history = part.new_zeros(part.shape[0], taps, part.shape[2]) if cache is None else cache.outputs
+        surprises.append(kernels.run("innovation", part, history))
+        if cache is not None:
+            cache.shift("outputs", part, lengths)
+    return to_columns(rows.layout, surprises)
 
 
 class FadingMemory(nn.Module):
@@ -114,52 +128,76 @@ class FadingMemory(nn.Module):
         # Rows of in_proj: z, then x (if projected), B and C, then dt.
         mixed = (self.inner if self.projected else 0) + 2 * self.groups * self.state
         self.rows = [self.inner if self.gated else 0, mixed, self.heads]
-        self.in_proj = BMojoLinear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
         self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars(self.heads)
         self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
         self.out_proj = None
         if self.projected:
-            self.out_proj = BMojoLinear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+            self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        lengths: torch.Tensor | None,
+        rows: Rows | None = None,
         cache: BMojoCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the SSM over rows of real tokens.
+        """Runs the SSM over the real tokens of every sequence.
 
         Args:
-            hidden_states: `[B, T, E]`. lengths: `[B]` real tokens per row, which come first; the rest is passed over.
-                None: all T.
+            hidden_states: `[B, T, E]`. rows: how they are cut into mixer rows; None: as they stand, all are real.
             cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
 
         Returns:
             y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens or judges by keys.
         """
-        tokens = hidden_states.shape[1]
-        gate, mixed, dt = self.in_proj(hidden_states).split(self.rows, dim=-1)
+        rows = WHOLE if rows is None else rows
+        gate, mixed, dt = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
         # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
-        parts = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
-        if tokens == 1 and not self.projected:
-            parts = [torch.cat(parts, dim=-1)]  # one token is copied sooner than it is convolved in two parts
-        x, *keys = self._convolve(parts, lengths, cache)
-        if not keys:
-            x, *keys = x.split([self.inner, 2 * self.groups * self.state], dim=-1)
+        inputs = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
+        groups = zip(zip(*(to_rows(rows.layout, part) for part in inputs)), to_rows(rows.layout, dt), rows.lengths)
+        scanned = [self._mix(list(parts), steps, lengths, cache) for parts, steps, lengths in groups]
+        y = to_columns(rows.layout, [out for out, _ in scanned])
+        surprise = None
+        if self.innovation == "state":
+            surprise = to_columns(rows.layout, [found for _, found in scanned])
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            y, surprise = self._scan(x, keys[0], dt, lengths, tokens, cache)
             if self.gated:
                 y = y * F.silu(gate.to(y.dtype))
             if self.norm is not None:
                 y = self.norm(y)
-        y = y.to(x.dtype)
+        y = y.to(mixed.dtype)
         if self.out_proj is not None:
-            y = self.out_proj(y)
+            y = project(self.out_proj, y)
         if self.innovation == "output":
-            surprise = surprise_of_output(self.kernels, y, self.taps, lengths, cache)
+            surprise = surprise_of_output(self.kernels, y, self.taps, rows, cache)
         return y, surprise
+
+    def _mix(
+        self,
+        parts: list[torch.Tensor],
+        dt: torch.Tensor,
+        lengths: torch.Tensor | None,
+        cache: BMojoCacheLayer | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Convolution and scan of one group of mixer rows.
+
+        Args:
+            parts: x|B|C `[R, T', C']`, whole or x apart. dt: `[R, T', H]`. lengths: `[R]` real tokens per row, which
+                come first; None: all T'.
+
+        Returns:
+            y `[R, T', H P]` in fp32 at least, and the innovation `[R, T']` of the "state" form, or None.
+        """
+        tokens = dt.shape[1]
+        if tokens == 1 and len(parts) > 1:
+            parts = [torch.cat(parts, dim=-1)]  # one token is copied sooner than it is convolved in two parts
+        x, *keys = self._convolve(parts, lengths, cache)
+        if not keys:
+            x, *keys = x.split([self.inner, 2 * self.groups * self.state], dim=-1)
+        with torch.autocast(device_type=dt.device.type, enabled=False):
+            return self._scan(x, keys[0], dt, lengths, tokens, cache)
 
     def _convolve(
         self, parts: list[torch.Tensor], lengths: torch.Tensor | None, cache: BMojoCacheLayer | None

@@ -33,11 +33,12 @@ from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, cache_of, one_cache
 from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
-from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
+from .fading_s6_bmojo import S6FadingMemory, S6Scalars
 from .generation_bmojo import BMojoGenerationMixin
 from .inputs_bmojo import Rows, build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
-from .linear_bmojo import BMojoLinear, make_plain
+from .linear_bmojo import avoid_packing, project
+from .memory_ops import widest
 from .peft_bmojo import NoPrompts
 
 
@@ -48,7 +49,11 @@ FADING_MEMORIES = {"mamba2": FadingMemory, "mamba": S6FadingMemory}  # by config
 
 
 class BMojoRotaryEmbedding(nn.Module):
-    """RoPE tables for any of transformers' RoPE types (`rope_parameters["rope_type"]`)."""
+    """RoPE tables for any of transformers' RoPE types (`rope_parameters["rope_type"]`).
+
+    Inverse frequencies are transformers' fp32 values. Their product with the position is float64: in fp32, an angle
+    of position 10,000,000 is wrong by up to half a radian.
+    """
 
     def __init__(self, config: BMojoConfig):
         super().__init__()
@@ -61,6 +66,15 @@ class BMojoRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moves go through; a narrower dtype, as of `model.bfloat16()`, does not: far tokens would turn at random."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if self._buffers[name].element_size() < value.element_size():
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: BMojoConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `[D / 2]` and the scaling of cos and sin (1)."""
@@ -72,7 +86,8 @@ class BMojoRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[B, T, 1, D]` in x's dtype, for positions `[B, T]`; the first half of sin is negated."""
-        angles = position_ids[..., None, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        wide = widest(x.device)
+        angles = position_ids[..., None, None].to(wide) * self.inv_freq.to(device=x.device, dtype=wide)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
 
@@ -82,9 +97,9 @@ class BMojoMLP(nn.Module):
 
     def __init__(self, config: BMojoConfig):
         super().__init__()
-        self.gate_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = BMojoLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = BMojoLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +109,7 @@ class BMojoMLP(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _map(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
 class BMojoDecoderLayer(GradientCheckpointingLayer):
@@ -129,15 +144,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states `[B, T, E]` to the same, and the attention weights `[B, H, T, S]` or None."""
         normed = hidden_states if self.norm_after else self.input_layernorm(hidden_states)
-        parts = [normed] if rows.layout is None else rows.layout.split(normed)
-        mixed = [
-            self.mix(part, lengths, rotary, past_key_values, rows.columns)
-            for part, lengths, rotary in zip(parts, rows.lengths, rows.rotary)
-        ]
-        update, weights = mixed[0]
-        if rows.layout is not None:
-            update = rows.layout.merge([part for part, _ in mixed])
-            weights = None if weights is None else _weights_by_column(weights, rows)
+        update, weights = self.mix(normed, rows, past_key_values)
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].advance(rows.lengths[0], hidden_states.shape[1])
         if self.norm_after:
@@ -154,43 +161,38 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
 
     def mix(
         self,
-        part: torch.Tensor,
-        lengths: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        hidden_states: torch.Tensor,
+        rows: Rows,
         past_key_values: BMojoCache | None = None,
-        columns: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sequence mixing alone: fading memory, then attention, without norms, residual and MLP.
 
         Args:
-            part: one group of mixer rows, `[R, T, E]`, normed as the layer does it. lengths, rotary, columns: of that
-                group, see `Rows`.
+            hidden_states: `[B, T, E]`, normed as the layer does it. rows: how they are cut into mixer rows.
 
         Returns:
-            what the layer adds to its input, `[R, T, E]`, and the attention weights `[R, H, T, S]` or None.
+            what the layer adds to its input, `[B, T, E]`, and the attention weights `[B, H, T, S]` or None.
+
+        Raises:
+            ValueError: for hooks on tied projections, see `BMojoAttention.check_hooks`; nothing of the layer has run.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if cache is not None:
-            cache.prepare(part)
+            cache.prepare(hidden_states)
         y = innovation = None
         # Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
         # runs all the same, because data-parallel training waits for a gradient of every parameter.
         # With F = 0 and an innovation that is measured on keys nobody ever does.
         unused = self.spec.averages_keys and not self.spec.fading
-        unread = self.spec.kind == "bmojo" and part.shape[1] <= self.spec.window
+        longest = hidden_states.shape[1] if rows.layout is None else rows.layout.longest
+        unread = self.spec.kind == "bmojo" and longest <= self.spec.window
         if self.spec.has_ssm and (self.training or not (unused or (unread and cache is None))):
-            y, innovation = self.fading(part, lengths, cache)
+            if self.spec.has_attention:
+                self.self_attn.check_hooks(rows, hidden_states.shape[1])
+            y, innovation = self.fading(hidden_states, rows, cache)
         if not self.spec.has_attention:
             return y, None
-        return self.self_attn(part, lengths, rotary, y, innovation, cache, columns)
-
-
-def _weights_by_column(weights: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Attention weights of padded rows back in the input's order: queries, and keys unless a cache holds some."""
-    by_query = rows.layout.merge([weights.transpose(1, 2)])
-    if weights.shape[-1] == rows.layout.columns:
-        by_query = rows.layout.merge([by_query.transpose(1, 3)]).transpose(1, 3)
-    return by_query.transpose(1, 2)
+        return self.self_attn(hidden_states, rows, y, innovation, cache)
 
 
 class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
@@ -218,10 +220,11 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         if not config.ssm_scalars_in_fp32:
             self._keep_in_fp32_modules_strict = None
 
-    def post_init(self) -> None:
-        if getattr(self.config, "quantization_config", None) is not None:
-            make_plain(self)
-        super().post_init()
+    def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:
+        """`nn.Module.set_submodule`, by which transformers puts quantised modules into a model."""
+        if avoid_packing(module):
+            logger.info(f"{target}: its sizes do not fit bitsandbytes' 4-bit kernel for CPUs; there it dequantises.")
+        super().set_submodule(target, module, *args, **kwargs)
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
         """transformers' method, which `from_pretrained(..., use_kernels=True)` and `train()` call: hub kernels that it
@@ -240,7 +243,7 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, SSMScalars | S6Scalars):
             self._init_scalars(module)
-        elif isinstance(module, TimeStepProjection):
+        elif getattr(module, "makes_time_steps", False):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
 
@@ -370,7 +373,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
         super().__init__(config)
         self.model = BMojoModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = BMojoLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -419,7 +422,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
             **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
-        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        logits = project(self.lm_head, _kept(outputs.last_hidden_state, logits_to_keep))
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         loss = None

@@ -194,11 +194,11 @@ def oracle_eidetic(innovations, window, slots, decay=0.0):
 
 # Attention -----------------------------------------------------------------------------------------------------------
 def rotate(x, position, theta, dtype=None):
-    """RoPE of x [heads, D] at one position, Llama's half-split layout; `dtype` is that of the angles (None: x's)."""
+    """RoPE of x [heads, D] at one position, Llama's half-split layout; inverse frequencies of `dtype` (None: x's)."""
     dim = x.shape[-1]
     exponent = torch.arange(0, dim, 2).to(dtype or x.dtype) / dim
-    angle = position * (1.0 / theta**exponent)
-    cos, sin = torch.cos(angle).to(x.dtype), torch.sin(angle).to(x.dtype)
+    angle = position * (1.0 / theta**exponent).to(x.dtype)
+    cos, sin = torch.cos(angle), torch.sin(angle)
     first, second = x[:, : dim // 2], x[:, dim // 2 :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -16,6 +16,7 @@ from conversion.teacher import check_head, check_teacher, load_teacher, shared_t
 from conversion.training_model import choose_trained, hold_in_float32
 from conversion.training_settings import LossSettings
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo.inputs_bmojo import Rows
 
 
 BACKBONE = "model.layers.*.self_attn.q_proj.weight"
@@ -153,8 +154,9 @@ def naive(align, batch):
     apart = 0
     for layer, (_, (given, theirs)) in zip(model.model.layers, pairs):
         rotary = model.model.rotary_emb(given, batch["position_ids"])
-        y, innovation = layer.fading(given, None)
-        apart = apart + relative(layer.self_attn(given, None, rotary, y, innovation)[0], theirs) / len(pairs)
+        rows = Rows(layout=None, lengths=[None], rotary=[rotary], columns=None)
+        y, innovation = layer.fading(given, rows)
+        apart = apart + relative(layer.self_attn(given, rows, y, innovation)[0], theirs) / len(pairs)
     found["teacher"] = apart
     p, q = teacher_out.logits[counted].log_softmax(-1), student_out.logits[counted].log_softmax(-1)
     found["kl"] = (p.exp() * (p - q)).sum() / counted.sum()

@@ -85,14 +85,14 @@ def test_smoother_outputs_the_running_average_of_its_input(head_dim, projected):
     config = smoother_config(projected, head_dim=head_dim)
     tau = (2.0, 32.0)
     u = torch.randn(1, 50, 32, dtype=torch.float64)
-    y, _ = memory_of(config, smoother(config, {}, tau))(u, torch.tensor([50]))
+    y, _ = memory_of(config, smoother(config, {}, tau))(u)
     rows = torch.arange(4 * head_dim)
     per_channel = smoother_time_constants(4, *tau)[rows // head_dim]
     averages = running_average(u[0][:, rows % 32], per_channel)
     copies = torch.zeros(50, 32, dtype=torch.float64).index_add_(1, rows % 32, averages)
     torch.testing.assert_close(y[0], copies / torch.bincount(rows % 32), atol=1e-6, rtol=1e-6)
     constant = torch.ones(1, 600, 32, dtype=torch.float64)
-    y, _ = memory_of(config, smoother(config, {}, tau))(constant, torch.tensor([600]))
+    y, _ = memory_of(config, smoother(config, {}, tau))(constant)
     torch.testing.assert_close(y[0, -1], constant[0, -1], atol=1e-6, rtol=1e-6)  # the weights sum to one
 
 
@@ -101,7 +101,7 @@ def test_narrow_smoother_keeps_what_keys_and_values_read():
     config = smoother_config(head_dim=6)
     layer = {"k_proj.weight": torch.randn(12, 32), "v_proj.weight": torch.randn(12, 32)}
     u = torch.randn(1, 40, 32, dtype=torch.float64)
-    y, _ = memory_of(config, smoother(config, layer, (5.0, 5.0)))(u, torch.tensor([40]))
+    y, _ = memory_of(config, smoother(config, layer, (5.0, 5.0)))(u)
     average = running_average(u[0], torch.full((32,), 5.0, dtype=torch.float64))
     for weight in layer.values():
         torch.testing.assert_close(y[0] @ weight.double().T, average @ weight.double().T, atol=1e-5, rtol=1e-5)

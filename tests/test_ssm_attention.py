@@ -81,7 +81,7 @@ def test_the_ssm_is_the_layer_s_linear_attention(gated, norm, biases, head_dim):
     fading = BMojoForCausalLM(config).model.layers[0].fading
     fading.load_state_dict(attention(config, layer, TAU))
     u = torch.randn(1, 40, 32, dtype=torch.float64)
-    y, _ = fading.double()(u, torch.tensor([40]))
+    y, _ = fading.double()(u)
     torch.testing.assert_close(y[0], linear_attention(config, layer, u[0]), atol=2e-6, rtol=2e-6)
 
 
@@ -92,7 +92,7 @@ def test_the_scale_of_the_scores_is_the_source_s():
     fading = BMojoForCausalLM(config).model.layers[0].fading
     fading.load_state_dict(attention(config, layer, TAU))
     u = torch.randn(1, 20, 32, dtype=torch.float64)
-    y, _ = fading.double()(u, torch.tensor([20]))
+    y, _ = fading.double()(u)
     torch.testing.assert_close(y[0], linear_attention(config, layer, u[0]), atol=2e-6, rtol=2e-6)
 
 
