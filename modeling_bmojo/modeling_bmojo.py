@@ -329,7 +329,7 @@ class BMojoModel(BMojoPreTrainedModel):
             past_key_values = BMojoCache(self.config)
 
         if past_key_values is not None:
-            past_key_values.begin()
+            past_key_values.begin(mask)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, rows=rows, past_key_values=past_key_values)
@@ -435,6 +435,13 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             if not bool(mask.any(dim=1).all()):
                 new_token_mask(mask, *mask.shape, past=0, fresh=True)
         return super().generate(inputs, generation_config, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Where `generate_batch` and the continuous batching of `transformers serve` begin: refused."""
+        raise ValueError(
+            "generate_batch, continuous batching: its paged cache keeps keys and values alone, not SSM states and the "
+            "eidetic memory; use generate() on a padded batch."
+        )
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs

@@ -20,7 +20,7 @@ from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, RememberedToken, cache_bmojo
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, RememberedToken, cache_file_bmojo
 
 
 BASE = SIZES
@@ -418,7 +418,7 @@ def test_a_failed_save_leaves_nothing_new(failing, tmp_path, monkeypatch):
         raise OSError(13, "Permission denied")
 
     if failing == "save_file":
-        monkeypatch.setattr(cache_bmojo, "save_file", half_a_file)
+        monkeypatch.setattr(cache_file_bmojo, "save_file", half_a_file)
     else:
         monkeypatch.setattr(os, "replace", no_replace)
     for target in (path, tmp_path / "new"):
@@ -632,7 +632,7 @@ def test_keys_stay_head_by_head_in_memory(tmp_path):
     cache = read(model, tokens(30))
 
     def strides(cache):
-        return [layer.keys.transpose(1, 2).is_contiguous() for layer in cache.layers]
+        return [layer.keys.is_contiguous() for layer in cache.layers]
 
     assert all(strides(cache))
     cache.reorder_cache(torch.tensor([2, 0, 1]))
