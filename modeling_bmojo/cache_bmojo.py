@@ -84,7 +84,9 @@ class BMojoCache(Cache):
         self.layers[0].unfinished = False
 
     def check(self, config: BMojoConfig, batch: int | None = None) -> None:
-        """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows."""
+        """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows, and its
+        layers agree."""
+        self._require_finished()
         check_live(self.facts, config)
         if batch is not None and self.get_seq_length() > 0 and self.batch_size != batch:
             raise ValueError(

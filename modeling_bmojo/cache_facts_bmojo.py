@@ -30,7 +30,6 @@ NEUTRAL = (
 )
 # BMojoConfig's own fields: what it inherits names labels, dtypes and outputs, which a state does not depend on.
 FACTS = tuple(name for name in BMojoConfig.__annotations__ if name not in NEUTRAL)
-REMEDY = "a cache belongs to one model: build BMojoCache(model.config)."
 
 
 def plain(value: Any) -> Any:
@@ -47,7 +46,9 @@ def check_live(facts: dict[str, Any], config: BMojoConfig) -> None:
     for name, ours in facts.items():
         theirs = getattr(config, name)
         if theirs != ours and plain(theirs) != ours:
-            _refuse("", name, ours, plain(theirs))
+            raise ValueError(
+                f"{_other(name, ours, plain(theirs))}; a cache belongs to one model: build BMojoCache(model.config)."
+            )
 
 
 def check_written(facts: dict[str, Any], specs: list[dict], config: BMojoConfig, complete: bool) -> None:
@@ -61,25 +62,24 @@ def check_written(facts: dict[str, Any], specs: list[dict], config: BMojoConfig,
     unknown = sorted(set(facts) - set(wanted))
     if unknown:
         raise ValueError(
-            f"the cache has {unknown[0]}={facts[unknown[0]]!r}, which this version does not know; read it with the "
-            "version that wrote it, or a newer one."
+            f"the cache has {unknown[0]}={facts[unknown[0]]!r}, which this version does not know: a newer one wrote it"
         )
     for name, theirs in wanted.items():
         if name not in facts and not complete:
             continue
         ours = facts[name] if name in facts else plain(getattr(type(config), name, None))
         if ours != theirs:
-            _refuse("", name, ours, theirs)
+            raise ValueError(_other(name, ours, theirs))
     if len(specs) != config.num_hidden_layers:
-        raise ValueError(f"the cache has {len(specs)} layers but the model has {config.num_hidden_layers}; {REMEDY}")
+        raise ValueError(f"the cache has {len(specs)} layers but the model has {config.num_hidden_layers}")
     for index, spec in enumerate(specs):
         for name, theirs in config.layer_spec(index)._asdict().items():
             if spec.get(name) != theirs:
-                _refuse(f"layer {index}: ", name, spec.get(name), theirs)
+                raise ValueError(f"layer {index}: {_other(name, spec.get(name), theirs)}")
 
 
-def _refuse(where: str, name: str, ours: Any, theirs: Any) -> None:
-    raise ValueError(f"{where}the cache has {name}={ours!r} but the model has {theirs!r}; {REMEDY}")
+def _other(name: str, ours: Any, theirs: Any) -> str:
+    return f"the cache has {name}={ours!r} but the model has {theirs!r}"
 
 
 def described(facts: dict[str, Any], specs: list[LayerSpec]) -> dict[str, str]:

@@ -89,28 +89,47 @@ def read_cache(path: str | os.PathLike, config: BMojoConfig) -> Contents:
         ValueError: naming the file and what is wrong with it.
     """
     where = f"path={os.fspath(path)!r}"
-    if not os.path.isfile(path):
-        raise ValueError(f"{where}: there is no such file; give one that BMojoCache.save wrote.")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            written = metadata.get("format")
-            if written not in OPTIONAL:
-                raise ValueError(f"format {written!r} is neither {FORMAT!r} nor {OLD_FORMAT!r}")
-            if written == FORMAT:
-                _check_digest(path, metadata.get("sha256"))
-            elif "sha256" in metadata:
-                raise ValueError(f"format {written!r} has no sha256, but the file has one: it was changed")
-            columns = _columns(metadata.get("columns", ""))
-            facts, specs = undescribed(metadata)
-            check_written(facts, specs, config, complete=written == FORMAT)
-            contents = _states(file, config, columns, written)
-    except SafetensorError as error:
-        raise ValueError(f"{where}: damaged or truncated ({error}); save it again.") from error
-    except ValueError as error:
-        text = str(error).rstrip(".")
-        raise ValueError(f"{where}: {text}; give a file that BMojoCache.save wrote for this model.") from error
+    while True:
+        if not os.path.isfile(path):
+            raise ValueError(f"{where}: there is no such file; give one that BMojoCache.save wrote.")
+        before, failure = _identity(path), None
+        try:
+            contents = _read(path, config)
+        except (SafetensorError, ValueError) as error:
+            failure = error
+        # Where another save replaced the file meanwhile, it was read partly from one and partly from the other.
+        if _identity(path) == before:
+            break
+    if isinstance(failure, SafetensorError):
+        raise ValueError(f"{where}: damaged or truncated ({failure}); save it again.") from failure
+    if failure is not None:
+        text = str(failure).rstrip(".")
+        raise ValueError(f"{where}: {text}; give a file that BMojoCache.save wrote for this model.") from failure
     return contents
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: str | os.PathLike, config: BMojoConfig) -> Contents:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+        written = metadata.get("format")
+        if written not in OPTIONAL:
+            raise ValueError(f"format {written!r} is neither {FORMAT!r} nor {OLD_FORMAT!r}")
+        if written == FORMAT:
+            _check_digest(path, metadata.get("sha256"))
+        elif "sha256" in metadata:
+            raise ValueError(f"format {written!r} has no sha256, but the file has one: it was changed")
+        columns = _columns(metadata.get("columns", ""))
+        facts, specs = undescribed(metadata)
+        check_written(facts, specs, config, complete=written == FORMAT)
+        return _states(file, config, columns, written)
 
 
 def _columns(text: str) -> int:

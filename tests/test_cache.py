@@ -489,14 +489,14 @@ def test_unusable_files_are_refused_by_path(kind, tmp_path):
 
 
 OTHER_MODELS = {
-    "window_size": (dict(window_size=6), r"layer 0: the cache has window=5 but the model has 6"),
-    "eidetic_size": (dict(eidetic_size=4), r"layer 0: the cache has slots=3 but the model has 4"),
-    "layers": (dict(num_hidden_layers=3), r"the cache has 2 layers but the model has 3"),
-    "kind": (dict(layer_types=["bmojo", "full_attention"]), r"layer 1: the cache has kind='bmojo'"),
-    "innovation": (dict(innovation="state"), r"layer 0: the cache has taps=4 but the model has 0"),
-    "heads": (dict(num_key_value_heads=4), r"layer 0: the cache has kv_heads=2 but the model has 4"),
-    "state": (dict(ssm_state_size=7), r"layer 0: the cache has ssm_state=6 but the model has 7"),
-    "ssm": (dict(ssm_type="mamba"), r"layer 0: the cache has conv_channels=40 but the model has 16"),
+    "window_size": (dict(window_size=6), r"the cache has window_size=5 but the model has 6"),
+    "eidetic_size": (dict(eidetic_size=4), r"the cache has eidetic_size=3 but the model has 4"),
+    "layers": (dict(num_hidden_layers=3), r"the cache has num_hidden_layers=2 but the model has 3"),
+    "kind": (dict(layer_types=["bmojo", "full_attention"]), r"the cache has layer_types=\['bmojo', 'bmojo'\] but"),
+    "innovation": (dict(innovation="state"), r"the cache has innovation='output' but the model has 'state'"),
+    "heads": (dict(num_key_value_heads=4), r"the cache has num_key_value_heads=2 but the model has 4"),
+    "state": (dict(ssm_state_size=7), r"the cache has ssm_state_size=6 but the model has 7"),
+    "ssm": (dict(ssm_type="mamba"), r"the cache has ssm_type='mamba2' but the model has 'mamba'"),
 }
 
 
