@@ -80,7 +80,8 @@ def joined(items: Iterable[tuple]) -> Joined:
         raise ValueError(f"caches that have read {columns} columns, or of several models, cannot be joined; {remedy}")
     layers = [BMojoCacheLayer(spec) for spec in specs]
     for layer, found in zip(layers, states) if columns[0] else ():
-        layer.restore({name: value for name, value in found.items() if value is not None}, columns[0])
+        # Copies: items of one cache are its own states, which it writes in place.
+        layer.restore({name: value.clone() for name, value in found.items() if value is not None}, columns[0])
     if unknown:
         layers[0].pads = None
     return Joined(facts, layers)

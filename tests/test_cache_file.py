@@ -309,6 +309,109 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# Format 4 ------------------------------------------------------------------------------------------------------------
+OLD_FACTS = [
+    "rope_parameters",
+    "no_rope_layers",
+    "qk_norm",
+    "norm_position",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+    "rms_norm_eps",
+    "eidetic_decay",
+    "innovation",
+    "tie_fading_projections",
+    "ssm_type",
+    "ssm_time_step_rank",
+    "ssm_num_groups",
+    "ssm_conv_act",
+    "ssm_projected",
+    "ssm_gated",
+    "ssm_norm",
+    "ssm_time_step_limit",
+]
+
+
+def as_before(path, plant=None):
+    """Makes the file at `path` one of format 4, as version 0.1 wrote it: see tests/contract for real ones."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), load_file(path)
+    facts = json.loads(metadata["facts"])
+    del metadata["sha256"]
+    metadata |= {"format": "bmojo-cache-4", "facts": json.dumps({name: facts[name] for name in OLD_FACTS})}
+    tensors.pop("0.pads", None)
+    for name in tensors:
+        if name.endswith((".keys", ".values")):
+            tensors[name] = tensors[name].transpose(1, 2)
+    if plant is not None:
+        plant(tensors, metadata)
+    sealed(path, tensors, metadata)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_file_of_format_4_continues(name, tmp_path):
+    model, path = build(name), tmp_path / "cache"
+    cache = padded(model)
+    cache.save(path)
+    as_before(path)
+    loaded = BMojoCache.load(path, model.config)
+    ids = tokens(9, seed=1)
+    assert torch.equal(go_on(model, loaded, ids), go_on(model, cache, ids))
+    # Which columns were pads is not in it: the number of tokens is, also behind what is read later.
+    mask = torch.nn.functional.pad(
+        (torch.arange(30) >= 30 - torch.tensor([30, 17, 4])[:, None]).long(), (0, 9), value=1
+    )
+    loaded.check_mask(mask)
+    loaded.check_mask(mask.roll(1, 1))
+    wrong = mask.clone()
+    wrong[1, 0] = 1
+    with pytest.raises(ValueError, match=r"attention_mask\[1\] calls 27 of the 39"):
+        loaded.check_mask(wrong)
+    joined = BMojoCache(list(loaded))
+    joined.check_mask(mask.roll(1, 1))
+
+
+def test_a_file_of_format_4_without_pads_knows_that(tmp_path):
+    model, path = build(), tmp_path / "cache"
+    read(model, tokens(30)).save(path)
+    as_before(path)
+    loaded = BMojoCache.load(path, model.config)
+    loaded.check_mask(torch.ones(3, 30))
+    read(model, tokens(2), loaded, torch.tensor([[1, 1], [0, 1], [1, 1]]))
+    mask = torch.ones(3, 32)
+    mask[1, 30] = 0
+    loaded.check_mask(mask)
+    with pytest.raises(ValueError, match="in other columns"):
+        loaded.check_mask(mask.roll(1, 1))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a position beyond the tokens read", "seen negative", "NaN keys", "a negative innovation", "keys as fp32"],
+)
+def test_plants_in_format_4_are_refused_too(name, tmp_path):
+    model, path = build("mixed-layers"), tmp_path / "planted"
+    padded(model).save(path)
+    plant, message = PLANTS[name]
+    as_before(path, plant)
+    with pytest.raises(ValueError, match=rf"(?s)path='.*planted': .*{message}"):
+        BMojoCache.load(path, model.config)
+
+
+def test_format_4_compares_the_facts_that_it_holds(tmp_path):
+    path = tmp_path / "cache"
+    read(build(), tokens(9)).save(path)
+    as_before(path)
+    for field in (dict(qk_norm="head"), dict(eidetic_decay=0.5), dict(window_size=6)):
+        with pytest.raises(ValueError, match=r"the cache has (qk_norm|eidetic_decay|window)="):
+            BMojoCache.load(path, build(**field).config)
+    BMojoCache.load(path, build(hidden_act="gelu").config)  # never recorded then
+
+
 # Other models --------------------------------------------------------------------------------------------------------
 BACKBONE = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4, ssm_num_heads=4, ssm_head_dim=4)
 # Every field that changes results, at another value; further fields that it needs to be valid.

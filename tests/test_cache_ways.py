@@ -3,7 +3,12 @@ that are gathered, the mask of what was read, other libraries' readers, and the 
 
 import copy
 import io
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,9 +195,9 @@ def test_gathering_empty_caches_and_single_ones():
     ids = tokens(12)
     assert torch.equal(go_on(model, empty, ids), go_on(model, BMojoCache(model.config), ids))
     cache = padded(model)
-    alone = BMojoCache(list(copy.deepcopy(cache)))
+    alone = BMojoCache(list(cache))
     ids = tokens(12, seed=1)
-    assert torch.equal(go_on(model, alone, ids), go_on(model, cache, ids))
+    assert torch.equal(go_on(model, alone, ids), go_on(model, cache, ids))  # they share no state
 
 
 def test_caches_that_disagree_are_not_joined():
@@ -388,3 +393,59 @@ def test_continuous_batching_is_refused_by_name():
 
 def test_the_lengths_of_the_rows_are_those_of_this_file():
     assert padded(build()).seen.tolist() == LENGTHS.tolist()
+
+
+# Code that travelled with a checkpoint -------------------------------------------------------------------------------
+REMOTE = """
+import sys, torch
+from pathlib import Path
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+folder = sys.argv[1]
+sys.path[:0] = sys.argv[2:]
+from test_cache import build, go_on, read, tokens
+import modeling_bmojo
+Model = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", folder)
+Config = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", folder)
+Cache = get_class_from_dynamic_module("cache_bmojo.BMojoCache", folder)
+assert Cache is not modeling_bmojo.BMojoCache and Cache.__name__ == "BMojoCache"
+ours = build("mixed-layers")
+theirs = Model(Config(**ours.config.to_diff_dict())).double().eval()
+theirs.load_state_dict(ours.state_dict())
+ids, more = tokens(30), tokens(12, seed=1)
+mask = (torch.arange(30) >= 30 - torch.tensor([30, 17, 4])[:, None]).long()
+expected = go_on(ours, read(ours, ids, mask=mask), more)
+for Kind, reader, writer in ((Cache, ours, theirs), (modeling_bmojo.BMojoCache, theirs, ours)):
+    cache = read(reader, ids, Kind(writer.config), mask)
+    cache.check_mask(mask)
+    path = Path(folder) / f"{reader is ours}.cache"
+    cache.save(path)
+    joined = Kind(list(cache))
+    loaded = [Cache.load(path, ours.config), modeling_bmojo.BMojoCache.load(path, theirs.config)]
+    for continued in (cache, joined, *loaded):
+        assert torch.equal(go_on(writer, continued, more), expected)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    for Loading in (Cache, modeling_bmojo.BMojoCache):
+        try:
+            Loading.load(path, ours.config)
+        except ValueError as error:
+            assert "sha256" in str(error)
+        else:
+            raise AssertionError("loaded")
+print("as one")
+"""
+
+
+def test_package_and_remote_code_share_caches(tmp_path):
+    """Two sets of classes in one process: each reads, saves, loads and joins what the other wrote."""
+    folder, here = tmp_path / "folder", Path(__file__).parent
+    folder.mkdir()
+    for file in (here.parent / "modeling_bmojo").glob("*.py"):
+        if file.name != "__init__.py":
+            shutil.copy(file, folder)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REMOTE, str(folder), str(here), str(here.parent)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split("\n")[-2] == "as one"
