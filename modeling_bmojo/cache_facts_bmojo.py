@@ -43,8 +43,9 @@ def facts_of(config: BMojoConfig) -> dict[str, Any]:
 
 def check_live(facts: dict[str, Any], config: BMojoConfig) -> None:
     """Raises ValueError unless `config`, as it is now, has the facts that a cache was built with. Once per forward."""
+    live = vars(config)  # asking a configuration costs a microsecond per field, its dict nearly nothing
     for name, ours in facts.items():
-        theirs = getattr(config, name)
+        theirs = live.get(name)
         if theirs != ours and plain(theirs) != ours:
             raise ValueError(
                 f"{_other(name, ours, plain(theirs))}; a cache belongs to one model: build BMojoCache(model.config)."

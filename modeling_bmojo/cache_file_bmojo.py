@@ -10,6 +10,7 @@ compared with what reading text can leave (`cache_checks_bmojo`).
 Format 4, until version 0.1, had no checksum, no fingerprint of the pads, fewer facts, and keys as `[B, S, G, D]`.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -71,7 +72,8 @@ def write_cache(
         try:
             save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:
-            raise OSError(str(error)) from error
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         with open(partial, "rb+") as file:
             place = _place_of_digits(file)
             digits = _digest(file, place)

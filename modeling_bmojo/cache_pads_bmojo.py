@@ -59,7 +59,10 @@ def check_past_mask(
     counts = real.sum(dim=1)
     wrong = counts != seen.to(counts.device)
     if pads is not None:
-        wrong = wrong | (pads_in(real, 0) != pads.to(counts.device))
+        # Pads are fewer than columns: their codes alone, where `pads_in` would form every column's.
+        rows, where = (~real).nonzero(as_tuple=True)
+        stated = torch.zeros_like(counts).index_add(0, rows, column_codes(where))
+        wrong = wrong | (stated != pads.to(counts.device))
     if not bool(wrong.any()):
         return
     row = int(wrong.to(torch.int8).argmax())

@@ -648,8 +648,9 @@ def test_a_full_disk_is_one_clear_error(failing, tmp_path, monkeypatch):
     before = path.read_bytes()
     FAILURES[failing](monkeypatch)
     for target in (path, tmp_path / "new"):
-        with pytest.raises(OSError, match=rf"path='.*{target.name}': .*No space left.*unchanged\. Make room"):
+        with pytest.raises(OSError, match=rf"path='.*{target.name}': .*No space left.*unchanged\. Make room") as caught:
             read(model, tokens(30)).save(target)
+        assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == ["cache"] and path.read_bytes() == before
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_cache import LENGTHS, STATES, assert_near, assert_same_states, build, go_on, padded, read, states, tokens
 from tiny import MIXED_LAYERS, SIZES
+from torch.nn.parallel import scatter_gather
 from transformers import DynamicCache, StaticCache
 
 from modeling_bmojo import BMojoCache, BMojoConfig
@@ -144,13 +145,19 @@ def test_code_of_another_version_stops_before_it_writes(call):
 
 
 # Gathered ------------------------------------------------------------------------------------------------------------
+class OnCPU:
+    """In the place of what joins tensors of several GPUs."""
+
+    @staticmethod
+    def apply(device, dim, *found):
+        return torch.cat(found, dim)
+
+
 def gather(found):
-    """`torch.nn.parallel.scatter_gather.gather`, whose own join needs GPUs: tensors along the rows."""
-    if isinstance(found[0], torch.Tensor):
-        return torch.cat(found)
-    if found[0] is None:
-        return None
-    return type(found[0])(map(gather, zip(*found, strict=True)))
+    """What nn.DataParallel makes of the outputs of its replicas."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scatter_gather, "Gather", OnCPU)
+        return scatter_gather.gather(found, "cpu")
 
 
 def cat(items):
@@ -186,6 +193,16 @@ def test_gathered_caches_are_the_cache_of_the_whole_batch(name, lengths, tmp_pat
     expected = go_on(model, whole, more)
     assert_near(go_on(model, joined, more), expected, 1e-12)
     assert_near(go_on(model, BMojoCache.load(tmp_path / "cache", model.config), more), expected, 1e-12)
+
+
+@torch.no_grad()
+def test_whole_outputs_are_gathered():
+    model, ids = build("mixed-layers"), tokens(30, batch=4)
+    outputs = gather([model(ids[:2]), model(ids[2:])])
+    assert_near(outputs.logits, model(ids).logits, 1e-12)
+    cache = next(value for value in outputs.values() if isinstance(value, BMojoCache))
+    more = tokens(12, batch=4, seed=1)
+    assert_near(go_on(model, cache, more), go_on(model, read(model, ids), more), 1e-12)
 
 
 def test_gathering_empty_caches_and_single_ones():
