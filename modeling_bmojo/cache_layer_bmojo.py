@@ -245,13 +245,13 @@ class BMojoCacheLayer(CacheLayerMixin):
         seen = self.columns if known else self.seen
         rows = torch.arange(self.seen.shape[0], device=self.seen.device)
         leaving = seen - spec.window
+        kept = self.by_token()
         if fading is not None:
-            self._fade(rows, seen, fading, active)
+            self._fade(rows, seen, kept, fading, active)
         full = known and seen >= spec.slots + spec.window
         slot = self._forgotten(leaving if known else leaving[:, None], decay, full)
-        kept_keys, kept_values = self.by_token()
-        _write(kept_keys, rows, slot, keys[:, 0], active)
-        _write(kept_values, rows, slot, values[:, 0], active)
+        for buffer, new in zip(kept, (keys, values)):
+            _write(buffer, rows, slot, new[:, 0], active)
         _write(self.positions, rows, slot, seen, active)
         if innovations is not None:
             _write(self.innovations, rows, slot, innovations[:, 0], active)
@@ -274,9 +274,16 @@ class BMojoCacheLayer(CacheLayerMixin):
             return False
         return not (self.seen.is_cuda and torch.cuda.is_current_stream_capturing())
 
-    def _fade(self, rows: torch.Tensor, seen: torch.Tensor | int, fading: tuple, active: torch.Tensor | None) -> None:
+    def _fade(
+        self,
+        rows: torch.Tensor,
+        seen: torch.Tensor | int,
+        kept: tuple[torch.Tensor, torch.Tensor],
+        fading: tuple[torch.Tensor, torch.Tensor],
+        active: torch.Tensor | None,
+    ) -> None:
         """Where the token at position `seen` makes a fading token: it joins the delay line, and the one that it
-        replaces there, W tokens older, becomes visible."""
+        replaces there, W tokens older, becomes visible. kept: what `by_token` gives."""
         spec, number = self.spec, seen // self.spec.stride
         delayed, visible = number % spec.delayed, (number - spec.delayed) % spec.fading
         leaving = seen - spec.window
@@ -286,9 +293,7 @@ class BMojoCacheLayer(CacheLayerMixin):
             leaving = leaving.clamp(min=-1)
             due = (seen + 1) % spec.stride == 0
             active = due if active is None else active & due
-        keys, values = self.by_token()
-        rings = ((keys, self.delay_keys, fading[0]), (values, self.delay_values, fading[1]))
-        for buffer, delay, new in rings:
+        for buffer, delay, new in zip(kept, (self.delay_keys, self.delay_values), fading):
             _write(buffer, rows, visible, _read(delay, rows, delayed), active)
             _write(delay, rows, delayed, new[:, 0], active)
         _write(self.positions, rows, visible, leaving, active)
