@@ -280,7 +280,7 @@ class BMojoAttention(nn.Module):
         if visible is not None:
             # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
             visible = (visible if active is None else visible | ~active[:, None])[:, None]
-        out, weights = self._attend(query, cache.keys, cache.values, visible, columns)
+        out, weights = self._attend(query, *cache.by_token(), visible, columns)
         if columns is not None:
             weights = weights_by_position(weights, cache.positions, columns)
         return out, weights

@@ -3,45 +3,20 @@
 A transformers `Cache` of one `BMojoCacheLayer` per layer, which can be looked at, saved to a file and loaded again.
 """
 
-import json
+import contextlib
 import os
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from .cache_facts_bmojo import check_live, facts_of
+from .cache_file_bmojo import FORMAT, Contents, read_cache, write_cache
+from .cache_gather_bmojo import items_of, joined
 from .cache_layer_bmojo import BMojoCacheLayer
+from .cache_pads_bmojo import check_past_mask, pads_in
 from .configuration_bmojo import BMojoConfig, LayerSpec
-
-
-FORMAT = "bmojo-cache-4"
-# What else a model must have in common with the one that wrote a cache: the states mean something else otherwise.
-FACTS = (
-    "rope_parameters",
-    "no_rope_layers",
-    "qk_norm",
-    "norm_position",
-    "embedding_multiplier",
-    "attention_multiplier",
-    "residual_multiplier",
-    "num_attention_heads",
-    "vocab_size",
-    "intermediate_size",
-    "rms_norm_eps",
-    "eidetic_decay",
-    "innovation",
-    "tie_fading_projections",
-    "ssm_type",
-    "ssm_time_step_rank",
-    "ssm_num_groups",
-    "ssm_conv_act",
-    "ssm_projected",
-    "ssm_gated",
-    "ssm_norm",
-    "ssm_time_step_limit",
-)
 
 
 class RememberedToken(NamedTuple):
@@ -55,8 +30,9 @@ class BMojoCache(Cache):
     """The memory of a B'MOJO model, constant in size. `generate()` builds and returns one as `past_key_values`.
 
     Args:
-        config: the model's configuration; its layer types and sizes say what each layer holds. Tensors are allocated at
-            the first forward, when batch size, dtype and device are known.
+        config: the model's configuration, as it is now; its layer types and sizes say what each layer holds. Tensors
+            are allocated at the first forward, when batch size, dtype and device are known. Or the items of several
+            caches, joined along the rows, as `nn.DataParallel` gathers them.
 
     Example:
 
@@ -70,26 +46,34 @@ class BMojoCache(Cache):
     ```
     """
 
-    def __init__(self, config: BMojoConfig):
+    def __init__(self, config: BMojoConfig | Iterable[tuple]):
+        self._layout = FORMAT
+        if isinstance(config, Iterator | list | tuple):
+            self.facts, layers = joined(config)
+            super().__init__(layers=layers)
+            return
         if getattr(config, "model_type", None) != "bmojo":
             raise ValueError(f"config={type(config).__name__}: must be a BMojoConfig; pass model.config.")
         super().__init__(layers=[BMojoCacheLayer(config.layer_spec(i)) for i in range(config.num_hidden_layers)])
-        self.facts = {name: getattr(config, name) for name in FACTS}
-        self._config = config  # of the model that was found to fit last
-        self._reading = False
+        self.facts = facts_of(config)
 
-    def begin(self) -> None:
+    # --- what a forward asks ----------------------------------------------------------------------------------------
+
+    def begin(self, mask: torch.Tensor | None) -> None:
         """Marks that a forward begins to write; `finish` that it is through.
+
+        Args:
+            mask: `[B, T]` bool, which of the new columns are real tokens; None: all.
 
         Raises:
             ValueError: if an earlier forward stopped in between, so that some layers have read more than others.
         """
-        if self._reading:
-            raise ValueError(
-                "past_key_values: a forward that wrote this cache failed halfway, so its layers disagree; go back to "
-                "a copy (copy.deepcopy before reading), or reset() it and read again."
-            )
-        self._reading = True
+        self._require_finished()
+        first = self.layers[0]
+        first.unfinished = True
+        if mask is not None and (first.pads is not None or first.even):
+            new = pads_in(mask, first.columns)
+            first.pads = new if first.pads is None else first.pads + new.to(first.pads.device)
 
     def finish(self, last_hidden: torch.Tensor) -> None:
         """Ends what `begin` began. last_hidden: `[B, E]`, the model's output for each row's last real token."""
@@ -97,34 +81,13 @@ class BMojoCache(Cache):
         if last.last_hidden is None:
             last.last_hidden = torch.empty_like(last_hidden, requires_grad=False)
         last.last_hidden.copy_(last_hidden.detach())
-        self._reading = False
-
-    @property
-    def last_hidden(self) -> torch.Tensor | None:
-        """The model's output for each row's last real token, `[B, E]`; None before the first forward."""
-        return self.layers[-1].last_hidden
-
-    def reset(self) -> None:
-        super().reset()
-        self._reading = False
-
-    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves a layer's states back to the device where they were allocated."""
-        self.layers[layer_idx].prefetch()
-
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves a layer's states to the CPU; the next forward brings them back."""
-        self.layers[layer_idx].offload()
-
-    @property
-    def specs(self) -> list[LayerSpec]:
-        return [layer.spec for layer in self.layers]
+        self.layers[0].unfinished = False
 
     def check(self, config: BMojoConfig, batch: int | None = None) -> None:
-        """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows."""
-        if config is not self._config:
-            _compare(self, BMojoCache(config))
-            self._config = config
+        """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows, and its
+        layers agree."""
+        self._require_finished()
+        check_live(self.facts, config)
         if batch is not None and self.get_seq_length() > 0 and self.batch_size != batch:
             raise ValueError(
                 f"past_key_values has batch size {self.batch_size} but the input has {batch} rows; use one cache per "
@@ -132,9 +95,46 @@ class BMojoCache(Cache):
             )
 
     def check_mask(self, mask: torch.Tensor) -> None:
-        counts = mask.sum(dim=1)
-        if bool((counts != self.seen.to(mask.device)).any()):
-            raise ValueError("attention_mask: past")
+        """Checks what a mask says about the columns that were read before.
+
+        On a GPU it waits for the device, as every look at values does. Compiled code cannot raise: there it does
+        nothing. After a file of format 4 that was read with pads only the number of tokens is compared.
+
+        Args:
+            mask: `[B, P]` for the P columns that the cache has read, nonzero = real token.
+
+        Raises:
+            ValueError: unless it is the mask that they were read with.
+        """
+        columns, first = self.get_seq_length(), self.layers[0]
+        if columns > 0 and not torch.compiler.is_compiling():
+            check_past_mask(mask, columns, first.seen, first.pads, known=first.even)
+
+    def _require_finished(self) -> None:
+        if self.layers[0].unfinished:
+            raise ValueError(
+                "past_key_values: a forward that wrote this cache, or an operation on it, stopped halfway, so its "
+                "layers disagree; go back to a copy (copy.deepcopy before reading), or reset() it and read again."
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what changes layer after layer: an interruption in between is remembered."""
+        first = self.layers[0]
+        before, first.unfinished = first.unfinished, True
+        yield
+        first.unfinished = before
+
+    # --- what it holds ----------------------------------------------------------------------------------------------
+
+    @property
+    def last_hidden(self) -> torch.Tensor | None:
+        """The model's output for each row's last real token, `[B, E]`; None before the first forward."""
+        return self.layers[-1].last_hidden
+
+    @property
+    def specs(self) -> list[LayerSpec]:
+        return [layer.spec for layer in self.layers]
 
     @property
     def seen(self) -> torch.Tensor | None:
@@ -146,15 +146,6 @@ class BMojoCache(Cache):
         """Bytes of all states."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def to(self, device: torch.device | str | None) -> "BMojoCache":
-        """Moves every state, in place, and returns itself. None changes nothing, as for tensors (accelerate asks)."""
-        if device is None:
-            return self
-        for layer in self.layers:
-            layer.to(device)
-            layer.device = torch.device(device)
-        return self
-
     def remembered(self, layer_idx: int, row: int = 0) -> list[RememberedToken]:
         """The tokens that a layer's eidetic memory holds for a row of the batch, by position.
 
@@ -164,9 +155,9 @@ class BMojoCache(Cache):
         if not -len(self.layers) <= layer_idx < len(self.layers):
             raise ValueError(f"layer_idx={layer_idx}: the cache has {len(self.layers)} layers; layers count from 0.")
         layer = self.layers[layer_idx]
-        if layer.spec.slots == 0:
+        if not layer.spec.slots:
             raise ValueError(
-                f"layer_idx={layer_idx}: a {layer.spec.kind!r} layer with {layer.spec.slots} eidetic slots keeps no "
+                f"layer_idx={layer_idx}: layer type {layer.spec.kind!r} with {layer.spec.slots} eidetic slots keeps no "
                 "tokens; ask a 'bmojo' layer with eidetic_size > 0."
             )
         if not layer.is_initialized:
@@ -178,98 +169,127 @@ class BMojoCache(Cache):
         beyond = int(layer.seen[row]) - layer.spec.window
         return sorted(RememberedToken(p, e) for p, e in zip(positions, innovations) if 0 <= p < beyond)
 
+    def __repr__(self) -> str:
+        return f"BMojoCache(layers={len(self.layers)}, columns={self.get_seq_length()}, nbytes={self.nbytes})"
+
+    # --- what transformers asks of a cache --------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self.layers[0].unfinished = True
+        super().reset()
+        self.layers[0].unfinished = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        with self._writing():
+            super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        with self._writing():
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        with self._writing():
+            super().batch_select_indices(indices)
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves a layer's states back to the device where they were allocated."""
+        with self._writing():
+            self.layers[layer_idx].prefetch()
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves a layer's states to the CPU; the next forward brings them back."""
+        with self._writing():
+            self.layers[layer_idx].offload()
+
+    def to(self, device: torch.device | str | None) -> "BMojoCache":
+        """Moves every state, in place, and returns itself. None changes nothing, as for tensors (accelerate asks)."""
+        if device is None:
+            return self
+        with self._writing():
+            for layer in self.layers:
+                layer.to(device)
+                layer.device = torch.device(device)
+        return self
+
+    # --- its ways out and in ----------------------------------------------------------------------------------------
+
     def save(self, path: str | os.PathLike) -> None:
-        """Writes every state to one safetensors file (beside it first, then renamed, so no half file is left).
+        """Writes every state to one safetensors file with a checksum (beside it first, then renamed).
 
         Raises:
-            ValueError: if nothing has been read yet, or the folder does not exist.
+            ValueError: if nothing has been read yet, a forward stopped halfway, the states cannot be those of a cache
+                (NaN, say), or the folder does not exist.
+            OSError: if the file cannot be written, for want of space say; what stood there before is unchanged.
         """
-        folder = os.path.dirname(os.fspath(path)) or "."
-        if not os.path.isdir(folder):
-            raise ValueError(f"path={os.fspath(path)!r}: there is no folder {folder!r}; make it first.")
         if not self.layers[0].is_initialized:
             raise ValueError("the cache is empty: run the model with past_key_values=cache before saving it.")
-        tensors = {
-            f"{index}.{name}": value.detach().cpu().contiguous()
-            for index, layer in enumerate(self.layers)
-            for name, value in layer.states().items()
-        }
-        metadata = {
-            "format": FORMAT,
-            "columns": str(self.layers[0].columns),
-            "specs": json.dumps([spec._asdict() for spec in self.specs]),
-            "facts": json.dumps(self.facts),
-        }
-        partial = f"{os.fspath(path)}.partial-{os.getpid()}"
-        try:
-            with open(partial, "wb") as file:
-                mode = os.fstat(file.fileno()).st_mode  # as the user's umask has it; safetensors makes a private file
-            save_file(tensors, partial, metadata=metadata)
-            os.chmod(partial, mode & 0o777)
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        self._require_finished()
+        columns = self.get_seq_length()
+
+        def still() -> None:
+            if self.layers[0].unfinished or self.get_seq_length() != columns:
+                raise ValueError(f"path={os.fspath(path)!r}: the cache was written to while it was saved; save a copy.")
+
+        layers = [
+            {name: value.detach().cpu().contiguous() for name, value in layer.states().items()} for layer in self.layers
+        ]
+        write_cache(path, Contents(columns, layers), self.facts, self.specs, still)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike, config: BMojoConfig, device: torch.device | str | None = None
     ) -> "BMojoCache":
-        """Reads a file written by `save`.
+        """Reads a file written by `save`, or by one of version 0.1 (format 4).
 
         Args:
             path: the file. config: the configuration of the model that will continue it. device: default CPU.
 
         Raises:
-            ValueError: if the file is missing, damaged, not a B'MOJO cache, or of a model with other layers.
+            ValueError: if the file is missing, damaged, not a B'MOJO cache, holds what no text can leave, or is of a
+                model whose results differ.
         """
-        if not os.path.isfile(path):
-            raise ValueError(f"path={os.fspath(path)!r}: there is no such file; give one that BMojoCache.save wrote.")
-        try:
-            with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"path={os.fspath(path)!r}: damaged or truncated ({error}); save it again.") from error
-        if metadata.get("format") != FORMAT:
+        cache = cls(config)
+        contents = read_cache(path, config)
+        for layer, states in zip(cache.layers, contents.layers):
+            layer.restore(states, contents.columns)
+        return cache.to(device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.get("_layout") != FORMAT:
             raise ValueError(
-                f"path={os.fspath(path)!r}: format {metadata.get('format')!r} is not {FORMAT!r}; give a file that "
-                "BMojoCache.save wrote."
+                "this BMojoCache was pickled by a version whose states lie otherwise; save() it there and load() it."
             )
-        cache, written = cls(config), cls(config)
-        try:
-            columns, written.facts = int(metadata["columns"]), json.loads(metadata["facts"])
-            written.layers = [BMojoCacheLayer(LayerSpec(**spec)) for spec in json.loads(metadata["specs"])]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"path={os.fspath(path)!r}: its description is damaged ({error}); save it again."
-            ) from error
-        _compare(written, cache)
-        for index, layer in enumerate(cache.layers):
-            prefix = f"{index}."
-            states = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
-            try:
-                layer.restore(states, columns)
-            except ValueError as error:
-                raise ValueError(f"path={os.fspath(path)!r}, layer {index}: {error}; save it again.") from error
-        return cache
+        self.__dict__.update(state)
 
-    def __repr__(self) -> str:
-        return f"BMojoCache(layers={len(self.layers)}, columns={self.get_seq_length()}, nbytes={self.nbytes})"
+    def __iter__(self) -> Iterator[tuple]:
+        """One tuple per layer, `(keys, values, other states)`; `BMojoCache(items)` makes a cache of them, also of
+        several caches' items joined along the rows (`cache_gather_bmojo`).
+
+        Raises:
+            ValueError: if a forward stopped halfway.
+        """
+        self._require_finished()
+        return items_of(self.facts, self.layers)
 
 
-def _compare(found: BMojoCache, wanted: BMojoCache) -> None:
-    """Raises ValueError unless both caches belong to models of the same sizes and the same computation."""
-    remedy = "a cache belongs to one model: build BMojoCache(model.config)."
-    if len(found.specs) != len(wanted.specs):
-        raise ValueError(f"the cache has {len(found.specs)} layers but the model has {len(wanted.specs)}; {remedy}")
-    pairs = [(f"layer {i}: ", a._asdict(), b._asdict()) for i, (a, b) in enumerate(zip(found.specs, wanted.specs))]
-    for where, ours, theirs in [*pairs, ("", found.facts, wanted.facts)]:
-        for name, value in theirs.items():
-            if ours.get(name) != value:
-                raise ValueError(
-                    f"{where}the cache has {name}={ours.get(name)!r} but the model has {value!r}; {remedy}"
-                )
+class _OtherCaches:
+    """transformers' caches know layers by their type: for "bmojo" they find this, and say what to build instead."""
+
+    _layer_type = "bmojo"
+
+    def __init__(self, *args, **kwargs):
+        raise ValueError(
+            "config of a B'MOJO model: DynamicCache, StaticCache and their kin keep keys and values alone, not SSM "
+            "states and the eidetic memory; build BMojoCache(model.config), or pass nothing to have one built."
+        )
+
+
+class _NoDynamicLayer(_OtherCaches, DynamicLayer):
+    pass
+
+
+class _NoStaticLayer(_OtherCaches, StaticLayer):
+    pass
 
 
 __all__ = ["BMojoCache", "RememberedToken"]

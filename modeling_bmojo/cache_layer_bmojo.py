@@ -2,21 +2,25 @@
 
 States (sizes in `LayerSpec`), with `seen` = real tokens of each row so far; pads are never counted:
 
-    keys, values    [B, F + M + W, G, D]   visible fading tokens | pool of eidetic and window tokens: what a query sees
+    keys, values    [B, G, F + M + W, D]   visible fading tokens | pool of eidetic and window tokens: what a query sees
     positions       [B, F + M + W]         position of each entry in its row, -1 = empty
     innovations     [B, F + M + W]         e of the pool's tokens (0 for fading tokens)
-    delay_*         [B, W / s, G, D]       fading tokens that are made but not yet beyond the window (F > 0)
+    delay_*         [B, W / s, G, D]       keys and values of fading tokens not yet beyond the window (F > 0)
     outputs         [B, k, E]              last k SSM outputs, for the predictor of `innovation="output"`
     key_sum         [B, G, D]              sum of all keys without positions, for `innovation="key"`; float64
     conv            [B, K - 1, C]          last inputs of the SSM's convolution
     ssm             [B, H, P, N]           SSM state (S6: H P channels), fp32 (fp64 for fp64 models) in any dtype
+    pads            [B]                    first layer only: fingerprint of the pads (`cache_pads_bmojo`); None: no pads
     last_hidden     [B, E]                 last layer only: the model's output for the last real token
 
 A pool token is in the window if its position is at least `seen - W`, else in the eidetic memory. Their order means
 nothing (positions are in the keys), so a token that moves from window to memory stays where it is, and a new one takes
 the place of the one that is forgotten. Fading token i is made at position (i + 1) s - 1, so n tokens make n // s;
 delay line and visible fading tokens are rings: number i sits in slot i mod size. A full-attention layer keeps every
-token: `keys`, `values` `[B, capacity, G, D]`, position = slot.
+token: `keys`, `values` `[B, G, capacity, D]`, position = slot.
+
+`keys` and `values` stand head by head, as in transformers' caches and as attention reads them; tokens come and go as
+`[B, T, G, D]`, like everywhere else in this package.
 """
 
 from typing import NamedTuple
@@ -68,6 +72,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         "conv",
         "ssm",
         "seen",
+        "pads",
         "last_hidden",
     )
 
@@ -76,6 +81,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.spec = spec
         self.columns = 0  # columns of input read, pads included: what transformers calls the sequence length
         self.even = True  # no pad was ever read, so that `seen` is `columns` in every row
+        self.unfinished = False  # first layer only: whoever wrote to the layers has not come to an end
         self.device: torch.device | None = None
         for name in self.STATES:
             setattr(self, name, None)
@@ -103,11 +109,10 @@ class BMojoCacheLayer(CacheLayerMixin):
 
         self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         if spec.has_attention and spec.window is None:
-            self.keys, self.values = (zeros(0, spec.kv_heads, spec.head_dim) for _ in range(2))
+            self.keys, self.values = (zeros(spec.kv_heads, 0, spec.head_dim) for _ in range(2))
         elif spec.has_attention:
             entries = spec.slots + spec.fading + spec.window
-            # Head by head in memory, as attention reads them.
-            self.keys, self.values = (zeros(spec.kv_heads, entries, spec.head_dim).transpose(1, 2) for _ in range(2))
+            self.keys, self.values = (zeros(spec.kv_heads, entries, spec.head_dim) for _ in range(2))
             self.positions = zeros(entries, dtype=torch.int64) - 1
             self.innovations = zeros(entries, dtype=wide)
         if spec.fading:
@@ -140,33 +145,13 @@ class BMojoCacheLayer(CacheLayerMixin):
         return {name: value for name in self.STATES if (value := getattr(self, name)) is not None}
 
     def restore(self, states: dict[str, torch.Tensor], columns: int) -> None:
-        """Takes in states that another layer of the same spec had.
-
-        Raises:
-            ValueError: if a state is missing, unknown or of another shape than this layer's spec gives.
-        """
-        if "seen" not in states:
-            raise ValueError("the state 'seen' is missing")
-        model = BMojoCacheLayer(self.spec)
-        kind = states.get("keys", states.get("conv", states["seen"])).dtype
-        model.lazy_initialization(torch.empty(states["seen"].shape[0], dtype=kind, device="meta"))
-        expected = model.states()
-        optional = {"last_hidden"} & set(states)
-        if optional:
-            expected["last_hidden"] = torch.empty(model.batch_size, self.spec.hidden, device="meta")
-        if set(states) != set(expected):
-            wrong = sorted(set(states) ^ set(expected))
-            raise ValueError(f"states {wrong} are missing or unknown")
-        for name, value in expected.items():
-            grows = self.spec.has_attention and self.spec.window is None and name in ("keys", "values")
-            found = states[name].shape
-            if found != value.shape and not (grows and (found[0], *found[2:]) == (value.shape[0], *value.shape[2:])):
-                raise ValueError(f"the state {name!r} has shape {list(found)} instead of {list(value.shape)}")
-            if states[name].is_floating_point() != value.is_floating_point():
-                raise ValueError(f"the state {name!r} is of dtype {states[name].dtype}")
-        self._take_in(states)
-        self.columns, self.device, self.is_initialized = columns, states["seen"].device, True
+        """Takes in the states that a layer of the same spec had after `columns` columns."""
+        for name, value in states.items():
+            setattr(self, name, value)
+        self.columns, self.device, self.is_initialized = columns, self.seen.device, True
         self.even = bool((self.seen == columns).all())
+        if self.even:
+            self.pads = None
 
     # --- windowed layers: reading in blocks -------------------------------------------------------------------------
 
@@ -174,17 +159,22 @@ class BMojoCacheLayer(CacheLayerMixin):
         """The memories in reading order, by position; empty entries come first."""
         spec = self.spec
         pool = self.positions[:, spec.fading :].argsort(dim=1, stable=True) + spec.fading
-        keys, values = _take(self.keys, pool), _take(self.values, pool)
+        kept_keys, kept_values = self.by_token()
+        keys, values = _take(kept_keys, pool), _take(kept_values, pool)
         positions, innovations = self.positions.gather(1, pool), self.innovations.gather(1, pool)
         if not spec.fading:
             return Past(keys, values, positions, innovations, None, None, None)
         visible = self._ring_order(spec.fading, behind=spec.delayed)
         delay = self._ring_order(spec.delayed)
-        fading_keys = torch.cat([_take(self.keys, visible), _take(self.delay_keys, delay)], dim=1)
-        fading_values = torch.cat([_take(self.values, visible), _take(self.delay_values, delay)], dim=1)
+        fading_keys = torch.cat([_take(kept_keys, visible), _take(self.delay_keys, delay)], dim=1)
+        fading_values = torch.cat([_take(kept_values, visible), _take(self.delay_values, delay)], dim=1)
         number = self.made[:, None] + torch.arange(-spec.fading - spec.delayed, 0, device=self.seen.device)
         fading_positions = (number + 1) * spec.stride - 1
         return Past(keys, values, positions, innovations, fading_keys, fading_values, fading_positions)
+
+    def by_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views `[B, S, G, D]` of keys and values."""
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
     def _ring_order(self, size: int, behind: int = 0) -> torch.Tensor:
         """Slots of a ring from old to new, `[B, size]`, for a ring whose last fading token is `made - behind - 1`."""
@@ -205,8 +195,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         keep = keep if eidetic is None else torch.cat([eidetic, keep], dim=1)
         empty, keep = keep < 0, keep.clamp(min=0)
         part = slice(spec.fading, None)
-        self.keys[:, part] = _take(line.keys, keep).to(self.keys.dtype)
-        self.values[:, part] = _take(line.values, keep).to(self.values.dtype)
+        keys, values = self.by_token()
+        keys[:, part] = _take(line.keys, keep).to(keys.dtype)
+        values[:, part] = _take(line.values, keep).to(values.dtype)
         self.positions[:, part] = line.positions.gather(1, keep).masked_fill(empty, -1)
         self.innovations[:, part] = line.innovations.gather(1, keep).to(self.innovations.dtype)
         if line.fading_keys is None or line.fading_keys.shape[1] == 0:
@@ -219,8 +210,8 @@ class BMojoCacheLayer(CacheLayerMixin):
         empty, visible = visible < 0, visible.clamp(min=0)
         delay = start - spec.delayed + (torch.arange(spec.delayed, device=lengths.device) - after) % spec.delayed
         for buffer, ring, new in (
-            (self.keys, self.delay_keys, line.fading_keys),
-            (self.values, self.delay_values, line.fading_values),
+            (keys, self.delay_keys, line.fading_keys),
+            (values, self.delay_values, line.fading_values),
         ):
             buffer[:, : spec.fading] = _take(new, visible).to(buffer.dtype)
             ring.copy_(_take(new, delay.clamp(min=0)))
@@ -254,12 +245,13 @@ class BMojoCacheLayer(CacheLayerMixin):
         seen = self.columns if known else self.seen
         rows = torch.arange(self.seen.shape[0], device=self.seen.device)
         leaving = seen - spec.window
+        kept = self.by_token()
         if fading is not None:
-            self._fade(rows, seen, fading, active)
+            self._fade(rows, seen, kept, fading, active)
         full = known and seen >= spec.slots + spec.window
         slot = self._forgotten(leaving if known else leaving[:, None], decay, full)
-        _write(self.keys, rows, slot, keys[:, 0], active)
-        _write(self.values, rows, slot, values[:, 0], active)
+        for buffer, new in zip(kept, (keys, values)):
+            _write(buffer, rows, slot, new[:, 0], active)
         _write(self.positions, rows, slot, seen, active)
         if innovations is not None:
             _write(self.innovations, rows, slot, innovations[:, 0], active)
@@ -282,9 +274,16 @@ class BMojoCacheLayer(CacheLayerMixin):
             return False
         return not (self.seen.is_cuda and torch.cuda.is_current_stream_capturing())
 
-    def _fade(self, rows: torch.Tensor, seen: torch.Tensor | int, fading: tuple, active: torch.Tensor | None) -> None:
+    def _fade(
+        self,
+        rows: torch.Tensor,
+        seen: torch.Tensor | int,
+        kept: tuple[torch.Tensor, torch.Tensor],
+        fading: tuple[torch.Tensor, torch.Tensor],
+        active: torch.Tensor | None,
+    ) -> None:
         """Where the token at position `seen` makes a fading token: it joins the delay line, and the one that it
-        replaces there, W tokens older, becomes visible."""
+        replaces there, W tokens older, becomes visible. kept: what `by_token` gives."""
         spec, number = self.spec, seen // self.spec.stride
         delayed, visible = number % spec.delayed, (number - spec.delayed) % spec.fading
         leaving = seen - spec.window
@@ -294,8 +293,7 @@ class BMojoCacheLayer(CacheLayerMixin):
             leaving = leaving.clamp(min=-1)
             due = (seen + 1) % spec.stride == 0
             active = due if active is None else active & due
-        rings = ((self.keys, self.delay_keys, fading[0]), (self.values, self.delay_values, fading[1]))
-        for buffer, delay, new in rings:
+        for buffer, delay, new in zip(kept, (self.delay_keys, self.delay_values), fading):
             _write(buffer, rows, visible, _read(delay, rows, delayed), active)
             _write(delay, rows, delayed, new[:, 0], active)
         _write(self.positions, rows, visible, leaving, active)
@@ -330,22 +328,23 @@ class BMojoCacheLayer(CacheLayerMixin):
             keys and values `[B, columns + T, G, D]`, differentiable in the new ones if `live`.
         """
         upto = self.columns + keys.shape[1]
-        if self.keys.shape[1] < upto:
-            missing = max(upto - self.keys.shape[1], GROWTH, self.keys.shape[1] // 2)
-            room = (0, 0, 0, 0, 0, missing)
+        capacity = self.keys.shape[2]
+        if capacity < upto:
+            room = (0, 0, 0, max(upto - capacity, GROWTH, capacity // 2))
             self.keys, self.values = (torch.nn.functional.pad(value, room) for value in (self.keys, self.values))
         index = self.seen[:, None] + torch.arange(keys.shape[1], device=keys.device)
         rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
         if live:
             grown = tuple(
                 buffer.to(new.dtype).index_put((rows, index), new)
-                for buffer, new in ((self.keys, keys), (self.values, values))
+                for buffer, new in zip(self.by_token(), (keys, values))
             )
-            self.keys, self.values = (value.detach().to(self.keys.dtype) for value in grown)
+            self.keys, self.values = (value.detach().to(self.keys.dtype).transpose(1, 2) for value in grown)
             return grown[0][:, :upto], grown[1][:, :upto]
-        self.keys[rows, index] = keys.to(self.keys.dtype)
-        self.values[rows, index] = values.to(self.values.dtype)
-        return self.keys[:, :upto].to(keys.dtype), self.values[:, :upto].to(values.dtype)
+        kept_keys, kept_values = self.by_token()
+        kept_keys[rows, index] = keys.to(kept_keys.dtype)
+        kept_values[rows, index] = values.to(kept_values.dtype)
+        return kept_keys[:, :upto].to(keys.dtype), kept_values[:, :upto].to(values.dtype)
 
     # --- SSM states -------------------------------------------------------------------------------------------------
 
@@ -413,13 +412,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.columns, self.even, self.is_initialized = 0, True, False
 
     def _map(self, function) -> None:
-        self._take_in({name: function(value) for name, value in self.states().items()})
-
-    def _take_in(self, states: dict[str, torch.Tensor]) -> None:
-        """Replaces states; keys and values stand head by head in memory again, as attention reads them."""
-        for name, value in states.items():
-            if name in ("keys", "values") and self.spec.window is not None:
-                value = value.transpose(1, 2).contiguous().transpose(1, 2)
+        for name, value in {name: function(value) for name, value in self.states().items()}.items():
             setattr(self, name, value)
 
     def to(self, device: torch.device | str) -> "BMojoCacheLayer":

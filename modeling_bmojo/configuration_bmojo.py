@@ -460,6 +460,14 @@ class BMojoConfig(PreTrainedConfig):
             rule = "must be False with ssm_type='mamba', which has no norm after the gate"
             self._reject("ssm_norm", self.ssm_norm, rule, "leave it out")
 
+    @property
+    def sliding_window(self):
+        """What transformers' caches ask a layer of type "sliding_attention": they cannot hold a B'MOJO memory."""
+        raise _OtherWindow(
+            "sliding_window: BMojoConfig has window_size instead, because DynamicCache, StaticCache and their kin keep "
+            "keys and values alone; build BMojoCache(model.config), or pass nothing to have one built."
+        )
+
     def layer_spec(self, layer_idx: int) -> LayerSpec:
         """What layer `layer_idx` remembers, as sizes (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
@@ -485,6 +493,10 @@ class BMojoConfig(PreTrainedConfig):
             conv_channels=channels,
             conv_kernel=self.ssm_conv_kernel,
         )
+
+
+class _OtherWindow(AttributeError, ValueError):
+    """So that `getattr(config, name, None)` and `hasattr` find no such attribute, and whoever needs it is told why."""
 
 
 def _is_number(value: Any) -> bool:

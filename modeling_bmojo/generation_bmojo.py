@@ -58,6 +58,13 @@ class BMojoGenerationMixin(GenerationMixin):
             _refuse_empty_rows(mask)
         return super().generate(inputs, generation_config, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Where `generate_batch` and the continuous batching of `transformers serve` begin: refused."""
+        raise ValueError(
+            "generate_batch, continuous batching: its paged cache keeps keys and values alone, not SSM states and the "
+            "eidetic memory; use generate() on a padded batch."
+        )
+
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, attention_mask=None, ended_rows=None, **kwargs
     ):

@@ -345,7 +345,7 @@ class BMojoModel(BMojoPreTrainedModel):
             past_key_values = BMojoCache(self.config)
 
         if past_key_values is not None:
-            past_key_values.begin()
+            past_key_values.begin(mask)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, rows=rows, past_key_values=past_key_values)

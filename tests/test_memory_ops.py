@@ -312,6 +312,6 @@ def assert_entries(layer, row, fading, kept, beyond, local):
         positions = layer.positions[row, part]
         held = positions[positions >= 0]
         assert sorted(held.tolist()) == sorted(expected)
-        keys, values = layer.keys[row, part, 0, 0][positions >= 0], layer.values[row, part, 0, 0][positions >= 0]
+        keys, values = layer.keys[row, 0, part, 0][positions >= 0], layer.values[row, 0, part, 0][positions >= 0]
         assert torch.equal(keys, held + offset)
         assert torch.equal(values, held + 0.5 + offset)

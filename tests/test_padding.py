@@ -90,7 +90,7 @@ def memory(cache, row):
             if getattr(layer, name) is not None:
                 held[f"{index}.{name}"] = getattr(layer, name)[row]
         if spec.has_attention and spec.window is None:
-            held[f"{index}.keys"], held[f"{index}.values"] = layer.keys[row, :seen], layer.values[row, :seen]
+            held[f"{index}.keys"], held[f"{index}.values"] = layer.keys[row, :, :seen], layer.values[row, :, :seen]
             continue
         positions = layer.positions[row] if spec.has_attention else torch.empty(0)
         in_window, is_fading = positions >= seen - (spec.window or 0), torch.arange(len(positions)) < spec.fading
@@ -104,7 +104,8 @@ def memory(cache, row):
                 else ("positions", "keys", "values", "innovations")
             )
             for name in names:
-                held[f"{index}.{section}.{name}"] = getattr(layer, name)[row][order]
+                state = getattr(layer, name)[row]
+                held[f"{index}.{section}.{name}"] = (state.transpose(0, 1) if state.dim() == 3 else state)[order]
         if layer.delay_keys is not None:
             made = seen // spec.stride
             slots = torch.arange(max(0, made - spec.delayed), made) % spec.delayed

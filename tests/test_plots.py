@@ -123,7 +123,7 @@ def test_bytes_are_those_of_a_cache(name, dtype):
 def test_bytes_of_full_attention_grow_by_what_is_read():
     model = build(**MIXED_LAYERS)
     held = read(model, tokens(LENGTH, batch=1))
-    spare = held.layers[2].keys.shape[1] - LENGTH
+    spare = held.layers[2].keys.shape[2] - LENGTH
     per_token = 2 * SIZES["num_key_value_heads"] * model.config.head_dim * 8
     assert memory_bytes(model.config, LENGTH, torch.float64)[0] == held.nbytes - spare * per_token
 

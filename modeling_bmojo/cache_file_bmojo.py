@@ -1,0 +1,211 @@
+"""A cache's file: one safetensors file of all states, with a checksum, checked before it is trusted.
+
+    metadata   format, columns, facts (the configuration), specs (every layer's sizes), sha256
+    tensors    "<layer>.<state>", as in the table of `cache_layer_bmojo`
+
+sha256 is of the whole file with its own 64 digits as zeros. Reading goes from what is cheap to what is large: the
+header and whose cache it is, the names, shapes and dtypes, the checksum; then the states are loaded, on the CPU, and
+compared with what reading text can leave (`cache_checks_bmojo`).
+
+Format 4, until version 0.1, had no checksum, no fingerprint of the pads, fewer facts, and keys as `[B, S, G, D]`.
+"""
+
+import errno
+import hashlib
+import os
+import re
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .cache_checks_bmojo import check_tables, check_values
+from .cache_facts_bmojo import check_written, described, undescribed
+from .configuration_bmojo import BMojoConfig, LayerSpec
+from .files_bmojo import write_whole
+
+
+FORMAT, OLD_FORMAT = "bmojo-cache-5", "bmojo-cache-4"
+DIGITS = 64
+READ_AT_ONCE = 1 << 20
+LARGEST_HEADER = 100_000_000  # safetensors' own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
+OPTIONAL = {FORMAT: frozenset({"pads"}), OLD_FORMAT: frozenset({"pads", "last_hidden"})}
+
+
+class Contents(NamedTuple):
+    """columns: read. layers: the states of each."""
+
+    columns: int
+    layers: list[dict[str, torch.Tensor]]
+
+
+def write_cache(
+    path: str | os.PathLike, contents: Contents, facts: dict[str, Any], specs: list[LayerSpec], still
+) -> None:
+    """Writes a cache's file.
+
+    Args:
+        contents: states on the CPU, contiguous. still: called at the end, raises if they have changed meanwhile.
+
+    Raises:
+        ValueError: if the states cannot be those of a cache, or the folder does not exist. OSError: see `write_whole`.
+    """
+    tables = [{name: (list(value.shape), value.dtype) for name, value in states.items()} for states in contents.layers]
+    try:
+        check_tables(specs, tables, contents.columns, OPTIONAL[FORMAT])
+        check_values(specs, contents.layers, contents.columns, pads_known=True)
+    except ValueError as error:
+        raise ValueError(f"the cache is not saved: {error}; reset() it and read the text again.") from error
+    tensors = {f"{i}.{name}": value for i, states in enumerate(contents.layers) for name, value in states.items()}
+    metadata = {"format": FORMAT, "columns": str(contents.columns), **described(facts, specs)}
+    metadata["sha256"] = "0" * DIGITS
+
+    def write(partial: str) -> None:
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+        with open(partial, "rb+") as file:
+            place = _place_of_digits(file)
+            digits = _digest(file, place)
+            file.seek(place)
+            file.write(digits.encode())
+        still()
+
+    write_whole(path, write)
+
+
+def read_cache(path: str | os.PathLike, config: BMojoConfig) -> Contents:
+    """Reads what `write_cache` wrote, for a model of `config`; on the CPU, nothing of it mapped to the file.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    where = f"path={os.fspath(path)!r}"
+    while True:
+        if not os.path.isfile(path):
+            raise ValueError(f"{where}: there is no such file; give one that BMojoCache.save wrote.")
+        before, failure = _identity(path), None
+        try:
+            contents = _read(path, config)
+        except (SafetensorError, ValueError) as error:
+            failure = error
+        # Where another save replaced the file meanwhile, it was read partly from one and partly from the other.
+        if _identity(path) == before:
+            break
+    if isinstance(failure, SafetensorError):
+        raise ValueError(f"{where}: damaged or truncated ({failure}); save it again.") from failure
+    if failure is not None:
+        text = str(failure).rstrip(".")
+        raise ValueError(f"{where}: {text}; give a file that BMojoCache.save wrote for this model.") from failure
+    return contents
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(path: str | os.PathLike, config: BMojoConfig) -> Contents:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+        written = metadata.get("format")
+        if written not in OPTIONAL:
+            raise ValueError(f"format {written!r} is neither {FORMAT!r} nor {OLD_FORMAT!r}")
+        if written == FORMAT:
+            _check_digest(path, metadata.get("sha256"))
+        elif "sha256" in metadata:
+            raise ValueError(f"format {written!r} has no sha256, but the file has one: it was changed")
+        columns = _columns(metadata.get("columns", ""))
+        facts, specs = undescribed(metadata)
+        check_written(facts, specs, config, complete=written == FORMAT)
+        return _states(file, config, columns, written)
+
+
+def _columns(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", text):
+        raise ValueError(f"columns={text[:40]!r}: must be the number of columns read, at least 1")
+    return int(text)
+
+
+def _states(file, config: BMojoConfig, columns: int, written: str) -> Contents:
+    """The states of an open file, checked before and after they are loaded."""
+    specs = [config.layer_spec(index) for index in range(config.num_hidden_layers)]
+    names: list[dict[str, str]] = [{} for _ in specs]
+    for full in file.keys():  # noqa: SIM118 (not a dict)
+        layer, _, name = full.partition(".")
+        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", layer) or int(layer) >= len(specs):
+            raise ValueError(f"the tensor {full!r} belongs to no layer of {len(specs)}")
+        names[int(layer)][name] = full
+    heads_last = written == OLD_FORMAT
+    tables = [{name: _entry(file, full, name, heads_last) for name, full in layer.items()} for layer in names]
+    check_tables(specs, tables, columns, OPTIONAL[written])
+    # Copies: what safetensors gives is mapped to the file, and would follow whatever is written into it later.
+    layers = [{name: file.get_tensor(full).clone() for name, full in layer.items()} for layer in names]
+    if heads_last:
+        for states in layers:
+            states |= {name: _swapped(states[name]) for name in ("keys", "values") if name in states}
+    check_values(specs, layers, columns, pads_known=written == FORMAT)
+    return Contents(columns, layers)
+
+
+def _entry(file, full: str, name: str, heads_last: bool) -> tuple[list[int], torch.dtype]:
+    part = file.get_slice(full)
+    shape, dtype = list(part.get_shape()), part.get_dtype()
+    if dtype not in DTYPES:
+        raise ValueError(f"the tensor {full!r} is of dtype {dtype}: no state is")
+    if heads_last and name in ("keys", "values") and len(shape) == 4:
+        shape[1], shape[2] = shape[2], shape[1]
+    return shape, DTYPES[dtype]
+
+
+def _swapped(value: torch.Tensor) -> torch.Tensor:
+    """`[B, S, G, D]` to `[B, G, S, D]`, in memory too."""
+    return value.transpose(1, 2).contiguous()
+
+
+# --- the checksum ---------------------------------------------------------------------------------------------------
+
+
+def _check_digest(path: str | os.PathLike, stated: str | None) -> None:
+    with open(path, "rb") as file:
+        found = _digest(file, _place_of_digits(file))
+    if stated != found:
+        raise ValueError(f"its sha256 is {found} but should be {stated}: it was damaged or changed after it was saved")
+
+
+def _place_of_digits(file) -> int:
+    """Where in the file its checksum stands; the header is read, bounded, and must hold it once."""
+    file.seek(0)
+    size = int.from_bytes(file.read(8), "little")
+    header = file.read(min(size, LARGEST_HEADER))
+    found = list(re.finditer(rb'"sha256":"[0-9a-f]{%d}"' % DIGITS, header))
+    if len(found) != 1:
+        raise ValueError("its header does not hold one sha256: damaged, or not written by BMojoCache.save")
+    return 8 + found[0].start() + len(b'"sha256":"')
+
+
+def _digest(file, place: int) -> str:
+    """sha256 of an open file in which the digits at `place` count as zeros."""
+    file.seek(0)
+    digest = hashlib.sha256(file.read(place))
+    digest.update(b"0" * DIGITS)
+    file.seek(place + DIGITS)
+    while part := file.read(READ_AT_ONCE):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+__all__ = ["Contents", "read_cache", "write_cache"]
