@@ -4,15 +4,15 @@ Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, s
 Mamba (arXiv 2312.00752).
 """
 
-import difflib
 import math
 from dataclasses import field
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
 from transformers.activations import ACT2CLS
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .config_files_bmojo import FileConfig
+from .register_bmojo import register_names
 
 
 LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
@@ -22,28 +22,8 @@ NORM_POSITIONS = ("pre", "post")
 SSM_TYPES = ("mamba2", "mamba")
 KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
 
-# Keys that transformers itself (or an old checkpoint) may pass besides the declared fields. Anything else is a typo or
-# comes from another model, and silently keeping it would silently ignore the user's wish.
-_KNOWN_EXTRA_KEYS = {
-    "torch_dtype",
-    "rope_theta",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "attn_implementation",
-    "experts_implementation",
-    "model_type",
-    "auto_map",
-    "quantization_config",
-    "tokenizer_class",
-    "use_return_dict",
-    "tf_legacy_loss",
-    "use_bfloat16",
-    "torchscript",
-    "pruned_heads",
-}
+# Before anything of transformers asks for our names.
+register_names()
 
 
 class LayerSpec(NamedTuple):
@@ -84,7 +64,7 @@ class LayerSpec(NamedTuple):
         return self.window // self.stride if self.fading else 0
 
 
-class BMojoConfig(PreTrainedConfig):
+class BMojoConfig(FileConfig):
     r"""
     Configuration of a [`BMojoModel`]. The backbone fields mean what they mean in `LlamaConfig`; the memory and `ssm_*`
     fields are B'MOJO's own. Contradictory values raise `ValueError` naming field, value, rule and remedy.
@@ -220,26 +200,17 @@ class BMojoConfig(PreTrainedConfig):
     ssm_time_step_limit: list[float] | tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self, **kwargs):
-        self._refuse_unknown(kwargs)
+        of_others = self._take_file_forms(kwargs)
         self._validate_types()
         no_positions = self.rope_parameters is None and not kwargs.get("rope_scaling") and "rope_theta" not in kwargs
         self._fill_defaults()
         # Before transformers sees them: it renames some layer types of other models without a word.
         self._validate_sizes()
         self.validate_layer_type()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs, **of_others)
         if no_positions:
             self.rope_parameters = None
         self.validate()
-
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = _KNOWN_EXTRA_KEYS | set(GenerationConfig._get_default_generation_params())
-        for key in kwargs:
-            if key in known or key.startswith("_"):
-                continue
-            close = difflib.get_close_matches(key, list(self.__dataclass_fields__), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it."
-            raise ValueError(f"{key}={kwargs[key]!r}: BMojoConfig has no field of this name; {hint}")
 
     def _validate_types(self) -> None:
         """The types that filling in defaults relies on."""
@@ -291,6 +262,7 @@ class BMojoConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, its value, the rule it breaks and the remedy.
         """
+        self.warn_of_typos()
         self._validate_sizes()
         self.validate_layer_type()
         self._validate_memory()
