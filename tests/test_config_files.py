@@ -90,7 +90,7 @@ def test_the_old_key_is_read_and_two_that_disagree_are_refused(tmp_path):
     other = {**file, "layer_types": ["bmojo"] * 4}
     with pytest.raises(ValueError, match=r"layer_kinds=.*: contradicts layer_types=.*; give one of them"):
         BMojoConfig(**other)
-    with pytest.raises(ValueError, match="layer_types.*must be a list"):
+    with pytest.raises(ValueError, match=r"layer_types.*must be a list"):
         BMojoConfig(**{**file, "layer_kinds": 4})
 
 
@@ -122,12 +122,12 @@ def test_a_key_of_others_comes_back(tmp_path, caplog):
 
 
 def test_a_typo_is_refused_where_it_is_written_and_named_where_it_is_read(tmp_path, caplog):
-    with pytest.raises(ValueError, match="window_sizee=3: .*did you mean 'window_size'"):
+    with pytest.raises(ValueError, match=r"window_sizee=3: .*did you mean 'window_size'"):
         config(window_sizee=3)
-    with pytest.raises(ValueError, match="window_sizee=3: .*did you mean 'window_size'"):
+    with pytest.raises(ValueError, match=r"window_sizee=3: .*did you mean 'window_size'"):
         AutoConfig.for_model("bmojo", window_sizee=3)
     file = written(config(), tmp_path)
-    with pytest.raises(ValueError, match="window_sizee=3: .*did you mean 'window_size'"):
+    with pytest.raises(ValueError, match=r"window_sizee=3: .*did you mean 'window_size'"):
         AutoConfig.from_pretrained(tmp_path, window_sizee=3)
     unused = AutoConfig.from_pretrained(tmp_path, window_sizee=3, return_unused_kwargs=True)[1]
     assert unused == {"window_sizee": 3}  # who asks for what is left is told; models then refuse it
