@@ -8,6 +8,7 @@ import math
 from dataclasses import field
 from typing import Any, NamedTuple
 
+import torch
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -213,7 +214,10 @@ class BMojoConfig(FileConfig):
         self.validate()
 
     def _validate_types(self) -> None:
-        """The types that filling in defaults relies on."""
+        """The types that filling in defaults relies on, and that reading a saved configuration does."""
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            self._reject("dtype", self.dtype, "must be a torch dtype or its name", "e.g. 'bfloat16'")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             self._require_int(name, 1, "give a positive size")
         for name in ("layer_types", "no_rope_layers"):
@@ -263,6 +267,7 @@ class BMojoConfig(FileConfig):
             ValueError: naming the field, its value, the rule it breaks and the remedy.
         """
         self.warn_of_typos()
+        self._validate_types()
         self._validate_sizes()
         self.validate_layer_type()
         self._validate_memory()
@@ -272,12 +277,18 @@ class BMojoConfig(FileConfig):
 
     def _validate_rope(self) -> None:
         rope = self.rope_parameters
+        for name in ("rope_theta", "partial_rotary_factor"):
+            # The constructor takes these older names into rope_parameters. Set later they would be heard by who loads
+            # the saved configuration, and by nobody before.
+            if name in vars(self):
+                self._reject(name, getattr(self, name), "is no attribute", f"set config.rope_parameters[{name!r}]")
         if rope is None:
             return
         types = ["default", *ROPE_INIT_FUNCTIONS]
         if rope.get("rope_type") not in types:
             self._reject("rope_parameters", rope, f"its rope_type must be one of {types}", "pick one of them")
-        if not _is_number(rope["rope_theta"]) or not 0 < rope["rope_theta"] < math.inf:
+        theta = rope.get("rope_theta")
+        if not _is_number(theta) or not 0 < theta < math.inf:
             self._reject("rope_parameters", rope, "its rope_theta must be a positive number", "e.g. 10000.0")
         share = rope.get("partial_rotary_factor", 1.0)
         if not _is_number(share) or not 0 < share <= 1:
@@ -342,6 +353,8 @@ class BMojoConfig(FileConfig):
 
     def validate_layer_type(self) -> None:
         """Overrides transformers' closed list of layer types by B'MOJO's own."""
+        if self.layer_types is None:  # the constructor has filled it; it was taken away since
+            self._reject("layer_types", None, "must be a list with one entry per layer", "give a list")
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 self._reject(f"layer_types[{index}]", kind, f"must be one of {list(LAYER_TYPES)}", "pick one of them")

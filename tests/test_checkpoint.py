@@ -248,11 +248,6 @@ DAMAGES = {
     "index damaged": (lambda folder: truncate(folder / "model.safetensors.index.json"), ValueError, r"line \d+"),
     "config damaged": (lambda folder: truncate(folder / "config.json"), OSError, r"config\.json.*not a valid JSON"),
     "config missing": (lambda folder: (folder / "config.json").unlink(), (OSError, ValueError), r"config\.json"),
-    "unknown field": (
-        lambda folder: edit_config(folder, windw_size=9),
-        ValueError,
-        r"windw_size=9: BMojoConfig has no field of this name; did you mean 'window_size'",
-    ),
     "contradictory field": (lambda folder: edit_config(folder, window_size=0), ValueError, "window_size=0: must be"),
     "unknown layer type": (
         lambda folder: edit_config(folder, layer_types=["bmojo", "hyena"]),

@@ -150,12 +150,28 @@ def test_an_attribute_that_looks_like_a_typo_is_named_before_it_is_used_or_saved
 def test_a_config_that_cannot_be_written_leaves_the_file_alone(tmp_path):
     ours = config()
     before = written(ours, tmp_path)
-    for name, value in {"window_size": 0, "of_a_tool": object(), "layer_types": ["bmojo"], "temperature": 0.5}.items():
+    refused = {
+        "window_size": 0,
+        "layer_types": None,
+        "layer_kinds": ["bmojo"],
+        "no_rope_layers": 1,
+        "rope_parameters": {"rope_type": "default"},
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.5,
+        "ssm_time_step_limit": None,
+        "dtype": "floaty",
+        "temperature": 0.5,
+    }
+    for name, value in refused.items():
         broken = copy.deepcopy(ours)
         setattr(broken, name, value)
-        with pytest.raises((ValueError, TypeError)):
+        with pytest.raises(ValueError, match=name.replace("kinds", "types")):
             broken.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "config.json").read_text()) == before, name
+    ours.of_a_tool = object()
+    with pytest.raises(TypeError, match="JSON"):
+        ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == before
 
 
 # Trainer -------------------------------------------------------------------------------------------------------------
