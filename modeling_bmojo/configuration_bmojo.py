@@ -137,6 +137,7 @@ class BMojoConfig(FileConfig):
     """
 
     model_type = "bmojo"
+    _auto_class = "AutoConfig"  # save_pretrained writes this module, and all that it imports, into the folder
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 32000

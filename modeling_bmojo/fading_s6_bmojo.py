@@ -21,10 +21,11 @@ from .dispatch_bmojo import Kernels
 from .fading_bmojo import CausalConv, surprise_of_output
 from .linear_bmojo import BMojoLinear
 from .memory_ops import prediction_error
+from .register_bmojo import NoDecay
 from .s6_ops import predict_s6_input
 
 
-class S6Scalars(nn.Module):
+class S6Scalars(NoDecay):
     """Decay rates, time-step biases and skips of all channels, apart so that adapters can train and save them.
 
     `dt_bias` is Mamba's `dt_proj.bias`: here, because it decides the time step and is too fine for bf16.
