@@ -10,9 +10,9 @@
 that `transformers serve` has imported when it asks.
 """
 
-import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
+from transformers.utils.import_utils import _LazyModule
 
 
 # Auto class -> our class, by name, and transformers' table of such names.
@@ -37,11 +37,16 @@ AUTO_MAP = {"AutoConfig": "configuration_bmojo.BMojoConfig"} | {
 
 
 def register_names() -> None:
-    """Enters our names. As an attribute of `transformers` stands the Auto class: it finds the code that belongs to the
-    folder being loaded, where a class of ours would be that of the folder loaded first."""
+    """Enters our names.
+
+    As an attribute of `transformers` stands the Auto class: it finds the code that belongs to the folder being loaded,
+    where a class of ours would be that of the folder loaded first. It is set on the module's class, because there are
+    two modules `transformers` as soon as transformers.processing_utils is imported, which runs its __init__ again, and
+    who asks may hold either.
+    """
     for auto_class, name in ARCHITECTURES.items():
         TABLES[auto_class]["bmojo"] = name
-        setattr(transformers, name, getattr(modeling_auto, auto_class))
+        setattr(_LazyModule, name, getattr(modeling_auto, auto_class))
 
 
 class NoDecay(nn.LayerNorm):
