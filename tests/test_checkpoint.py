@@ -5,10 +5,7 @@ The graft's own export is in test_graft.py; here a user saves and loads a model 
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from hypothesis import strategies as st
 from oracles import randomize_
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from strangers import run_stranger
 from tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 from transformers import (
     AutoConfig,
@@ -250,7 +248,7 @@ DAMAGES = {
     "config missing": (lambda folder: (folder / "config.json").unlink(), (OSError, ValueError), r"config\.json"),
     "contradictory field": (lambda folder: edit_config(folder, window_size=0), ValueError, "window_size=0: must be"),
     "unknown layer type": (
-        lambda folder: edit_config(folder, layer_types=["bmojo", "hyena"]),
+        lambda folder: edit_config(folder, layer_kinds=["bmojo", "hyena"]),
         ValueError,
         r"layer_types\[1\]='hyena': must be one of",
     ),
@@ -341,25 +339,9 @@ def test_heads(auto, tmp_path):
 
 # The exported code ---------------------------------------------------------------------------------------------------
 STRANGER = """
-import importlib.abc, sys
-
-class NoPackage(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_bmojo":
-            raise ImportError("this process has no package modeling_bmojo")
-
-sys.meta_path.insert(0, NoPackage())
-try:
-    import modeling_bmojo
-except ImportError:
-    pass
-else:
-    sys.exit("the package can be imported")
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-torch.set_num_threads(1)
 folder, given, result = sys.argv[1:]
 ids = load_file(given)["ids"]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -372,15 +354,11 @@ save_file({"sequences": out.sequences, "logits": logits}, result)
 """
 
 
-def run_stranger(folder, tmp_path):
+def run_folder(folder, tmp_path):
     """Loads, generates and saves in a process that cannot import the package; returns what it computed."""
     given, result = tmp_path / "given.safetensors", tmp_path / "result.safetensors"
     save_file({"ids": tokens()}, given)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", STRANGER, str(folder), str(given), str(result)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_stranger(STRANGER, tmp_path, folder, given, result)
     return load_file(result)
 
 
@@ -405,7 +383,7 @@ def test_a_registered_model_travels_with_its_code(name, tmp_path, monkeypatch):
     model.save_pretrained(folder)
     named, files = exported_code(folder)
     assert named == {"configuration_bmojo.py", "modeling_bmojo.py"} <= files
-    result = run_stranger(folder, tmp_path)
+    result = run_folder(folder, tmp_path)
     with torch.no_grad():
         expected = model.generate(tokens(), max_new_tokens=12, do_sample=False)
         logits = model(input_ids=tokens()).logits
