@@ -21,9 +21,17 @@ HAVE_TEST := $(VENV)/.have-test
 HAVE_BENCH := $(VENV)/.have-bench
 HAVE_NOTEBOOKS := $(VENV)/.have-notebooks
 HAVE_RUFF := $(VENV)/.have-ruff
+# The oldest and the newest transformers that are supported besides the pinned one, each in an environment of its own.
+OTHER_VERSIONS := 5.20.2 5.24.0
+VENVS := .venvs
+HAVE_VERSIONS := $(OTHER_VERSIONS:%=$(VENVS)/transformers-%/.have)
+# What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints with
+# their code, Trainer.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,arguments cache checkpoint contract family family_s6 generate \
+	padding parity training versions))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench notebooks lint format clean
+.PHONY: help demo test test-versions bench notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -31,12 +39,13 @@ help:
 	@echo "make demo     graft a real Transformer into B'MOJO, let it read a long document and answer"
 	@echo "                SOURCE=...           hub id or local path of another model (default: SmolLM2-135M-Instruct)"
 	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
+	@echo "make test-versions  the core tests on the oldest and the newest transformers that are supported"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
 	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
 	@echo "make notebooks  run the notebooks in place with the real model (a quarter of an hour); then, to read and change"
 	@echo "                them: .venv/bin/jupyter lab notebooks"
 	@echo "make lint     check style with ruff    (make format mends what can be mended)"
-	@echo "make clean    remove .venv and caches; models under outputs/ stay"
+	@echo "make clean    remove .venv, .venvs and caches; models under outputs/ stay"
 	@echo ""
 	@echo "PYTHON=...           the Python that .venv is made from (default: python3)"
 	@echo "TORCH_INDEX_URL=...  package index to take torch from, for instance one with CPU-only builds"
@@ -50,6 +59,13 @@ demo: $(HAVE_PACKAGE) $(if $(SOURCE),,$(HAVE_SMOLLM2))
 test: $(HAVE_TEST) $(HAVE_SMOLLM2)
 	@echo "==> test: pytest, one process per core"
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
+
+test-versions: $(OTHER_VERSIONS:%=test-version-%)
+
+.PHONY: $(OTHER_VERSIONS:%=test-version-%)
+$(OTHER_VERSIONS:%=test-version-%): test-version-%: $(VENVS)/transformers-%/.have
+	@echo "==> test: the core tests on transformers $*"
+	@$(VENVS)/transformers-$*/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(CORE_TESTS) $(ARGS)
 
 # Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.
 bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)
@@ -72,8 +88,8 @@ format: $(HAVE_RUFF)
 	@$(PY) -m ruff format .
 
 clean:
-	@echo "==> clean: .venv and caches (models under outputs/ stay)"
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@echo "==> clean: .venv, .venvs and caches (models under outputs/ stay)"
+	@rm -rf $(VENV) $(VENVS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where venv cannot bring pip along (Debian without python3-venv), the Python's own pip puts one in.
@@ -109,6 +125,16 @@ $(HAVE_SMOLLM2): $(HAVE_PACKAGE)
 $(HAVE_TEST): $(HAVE_PACKAGE)
 	@echo "==> set-up: what the tests need (pytest, hypothesis, ...)"
 	@$(PIP) install $(QUIET) -c constraints.txt -e ".[test]"
+	@touch $@
+
+# As .venv, but for the version of transformers; of the test tools only what the core tests use.
+$(HAVE_VERSIONS): $(VENVS)/transformers-%/.have: $(HAVE_VENV) pyproject.toml constraints.txt
+	@echo "==> set-up: an environment with transformers $*"
+	@mkdir -p $(VENVS)
+	@$(PY) -m venv --without-pip $(@D) && sed '/^transformers==/d' constraints.txt >$(@D)/constraints.txt
+	@$(PIP) --python $(@D)/bin/python install $(TORCH_QUIET) $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "$(TORCH)"
+	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c $(@D)/constraints.txt "transformers==$*" -e ".[convert]" \
+		datasets hypothesis pytest pytest-xdist
 	@touch $@
 
 $(HAVE_BENCH): $(HAVE_PACKAGE)

@@ -14,7 +14,7 @@ from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import BMojoConfig, BMojoForCausalLM, cache_of
 
 from .export import meta_model
 from .families import source_window
@@ -84,7 +84,7 @@ def graft_logits(config: BMojoConfig, weights: Weights, ids: torch.Tensor) -> to
         model = BMojoForCausalLM(config)
     # With a cache, so that the fading memories run too, although no token is beyond the window yet.
     out = on_disk(model, weights, {})(input_ids=ids, use_cache=True)
-    for index, layer in enumerate(out.past_key_values.layers):
+    for index, layer in enumerate(cache_of(out).layers):
         wrong = [name for name, state in layer.states().items() if not state.isfinite().all()]
         if wrong:
             raise ValueError(

@@ -118,7 +118,8 @@ def read(model: Any, ids: list[int]) -> Reading:
     with torch.inference_mode(), tqdm(total=len(ids), desc="Reading", unit="token") as bar:
         for first in range(0, len(ids), READ_CHUNK):
             chunk = torch.tensor([ids[first : first + READ_CHUNK]], device=model.device)
-            cache = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            out = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out["cache"] if "cache" in out else out["past_key_values"]  # by transformers' version
             bar.update(chunk.shape[1])
     seconds = time.perf_counter() - start
     layers = [index for index, kind in enumerate(model.config.layer_types) if kind == "bmojo"]

@@ -6,6 +6,8 @@ the text by themselves; the equal prefix ends at the first token that differs. E
 
 import torch
 
+from modeling_bmojo import CACHE_NAME, cache_of
+
 from .scores_nll import Reading, bucket_means
 
 
@@ -14,8 +16,8 @@ def continue_greedily(model: torch.nn.Module, reading: Reading, steps: int) -> l
     """The `steps` tokens that the model writes after the text; moves `reading.cache` on."""
     device, cache, written = next(model.parameters()).device, reading.cache, [reading.following]
     while len(written) < steps:
-        out = model(input_ids=torch.tensor([[written[-1]]], device=device), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=torch.tensor([[written[-1]]], device=device), **{CACHE_NAME: cache}, use_cache=True)
+        cache = cache_of(out)
         written.append(int(out.logits[0, -1].argmax()))
     return written
 

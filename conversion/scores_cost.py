@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from modeling_bmojo import CACHE_NAME, cache_of
+
 
 @torch.inference_mode()
 def measure_cost(
@@ -40,14 +42,14 @@ def _pass(model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, bar
     """Seconds of reading `ids` and of writing `steps` tokens, and the cache after both."""
     cache, start = None, _now(ids.device)
     for piece in ids.split(chunk, dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+        cache = cache_of(out)
         if bar is not None:
             bar.update(piece.shape[1])
     token = out.logits[:, -1:].argmax(-1)
     middle = _now(ids.device)
     for _ in range(steps):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        out = model(input_ids=token, **{CACHE_NAME: cache}, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
     return middle - start, _now(ids.device) - middle, cache
 

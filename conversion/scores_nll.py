@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
+from modeling_bmojo import CACHE_NAME, cache_of
+
 
 class Reading(NamedTuple):
     """What a model made of a text.
@@ -45,8 +47,8 @@ def read(model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = None)
     cache, nll, predicted, following = None, [], [], -1
     for first in range(0, ids.shape[1], chunk):
         piece = ids[:, first : first + chunk]
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache, logits = out.past_key_values, out.logits[0].float()
+        out = model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True)
+        cache, logits = cache_of(out), out.logits[0].float()
         best = logits.argmax(-1)
         targets = ids[0, first + 1 : first + 1 + piece.shape[1]]
         nll.append(cross_entropy(logits[: len(targets)], targets, reduction="none").cpu())

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
+from modeling_bmojo import CACHE_NAME, cache_of
+
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
@@ -120,8 +122,8 @@ def _last_logits(model: torch.nn.Module, prompt: Prompt, chunk: int) -> torch.Te
     ids = prompt.ids.to(next(model.parameters()).device)
     cache, end = None, prompt.digits[0] - 1
     for piece in ids[:, :end].split(chunk, dim=1):
-        cache = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    return model(input_ids=ids[:, end:], past_key_values=cache, use_cache=True).logits[0].float().cpu()
+        cache = cache_of(model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1))
+    return model(input_ids=ids[:, end:], **{CACHE_NAME: cache}, use_cache=True).logits[0].float().cpu()
 
 
 def by_distance(results: Sequence[dict[str, Any]], window: int) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from transformers import AutoConfig
 
 from .cache_bmojo import BMojoCache, RememberedToken
+from .compat_bmojo import CACHE_NAME, cache_of
 from .configuration_bmojo import BMojoConfig
 from .explain_bmojo import explain_kernels
 from .lora_report_bmojo import LayerCoverage, check_adapter, lora_coverage, print_lora_coverage
@@ -30,6 +31,7 @@ AutoConfig.register("bmojo", BMojoConfig, exist_ok=True)
 
 __all__ = [
     "AUTO_CLASSES",
+    "CACHE_NAME",
     "BMojoCache",
     "BMojoConfig",
     "BMojoForCausalLM",
@@ -43,6 +45,7 @@ __all__ = [
     "MemoryView",
     "RememberedToken",
     "bmojo_lora_config",
+    "cache_of",
     "check_adapter",
     "explain_kernels",
     "lora_coverage",

@@ -131,6 +131,11 @@ class BMojoCache(Cache):
                 "batch, or batch_repeat_interleave / batch_select_indices to change it."
             )
 
+    def check_mask(self, mask: torch.Tensor) -> None:
+        counts = mask.sum(dim=1)
+        if bool((counts != self.seen.to(mask.device)).any()):
+            raise ValueError("attention_mask: past")
+
     @property
     def seen(self) -> torch.Tensor | None:
         """Real tokens read per row, `[B]` int64; None before the first forward."""

@@ -17,16 +17,20 @@ CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
 
 
-def cache_argument(arguments: dict[str, Any]) -> Any:
-    """The cache among keyword arguments, which loses it under either name; None if there is none.
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache that was given under either name; None if neither.
 
     Raises:
-        ValueError: for two different caches.
+        ValueError: for two different ones.
     """
-    given = [value for name in CACHE_NAMES if (value := arguments.pop(name, None)) is not None]
-    if len(given) == 2 and given[0] is not given[1]:
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
         raise ValueError("past_key_values, cache: two names of one argument, and both are given; pass one of them.")
-    return given[0] if given else None
+    return cache if past_key_values is None else past_key_values
+
+
+def cache_argument(arguments: dict[str, Any]) -> Any:
+    """As `one_cache`, from keyword arguments, which lose it."""
+    return one_cache(*(arguments.pop(name, None) for name in CACHE_NAMES))
 
 
 def cache_of(outputs: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .compat_bmojo import CACHE_NAMES
 from .config_files_bmojo import FileConfig
 from .register_bmojo import register_names
 
@@ -138,7 +139,7 @@ class BMojoConfig(FileConfig):
 
     model_type = "bmojo"
     _auto_class = "AutoConfig"  # save_pretrained writes this module, and all that it imports, into the folder
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 32000
     hidden_size: int = 2048

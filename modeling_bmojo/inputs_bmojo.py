@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .cache_bmojo import BMojoCache
+from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
 from .layout_bmojo import RowLayout, packed_layout, padded_layout, sequence_starts
 
@@ -61,18 +62,28 @@ def check_tokens(config: BMojoConfig, input_ids: torch.Tensor | None, inputs_emb
         )
 
 
+def check_cache(cache: object, config: BMojoConfig, batch: int | None = None) -> None:
+    """Raises ValueError unless `cache` is a BMojoCache of a model of `config` and, if given, of `batch` rows."""
+    # By name, not by class: code loaded with trust_remote_code has classes of its own.
+    if type(cache).__name__ != "BMojoCache":
+        raise ValueError(
+            f"{CACHE_NAME} is a {type(cache).__name__}: must be a BMojoCache, which also holds SSM states and the "
+            "eidetic memory; pass BMojoCache(model.config), or nothing to have one built."
+        )
+    cache.check(config, batch)
+
+
 def new_token_mask(
-    attention_mask: torch.Tensor | None, batch: int, columns: int, past: int, fresh: bool
+    attention_mask: torch.Tensor | None, batch: int, columns: int, past: int, cache: BMojoCache | None = None
 ) -> torch.Tensor | None:
     """Which of the new columns are real tokens, `[B, T]` bool, or None if all are.
 
     Args:
         attention_mask: None, or `[B, P + T]` or `[B, T]` with 1 for real tokens. past: P.
-        fresh: no cache was passed in, so a row without any real token is a mistake (in chunked prefill it is not: the
-            first chunk of a left-padded row may be all pads).
+        cache: what the P columns of the past are compared with: they must say what was read.
 
     Raises:
-        ValueError: for another kind or shape of mask, or a row of zeros in a whole prompt.
+        ValueError: for another kind or shape of mask, values other than 0 and 1, or another past than the cache's.
     """
     if attention_mask is None:
         return None
@@ -88,17 +99,21 @@ def new_token_mask(
             f"attention_mask of shape {list(attention_mask.shape)}: must be [{batch}, {past + columns}], one entry per "
             f"token read so far ({past}) and now ({columns}); pass the tokenizer's mask."
         )
-    mask = attention_mask[:, -columns:].to(torch.bool)
-    # On a GPU one column is handled with its mask as it stands: asking would stall it at every decoding step.
-    ask = columns > 1 or (mask.device.type == "cpu" and not torch.compiler.is_compiling())
-    if ask and bool(mask.all()):
-        return None
-    if fresh and not bool(mask.any(dim=1).all()):
-        row = int((~mask.any(dim=1)).to(torch.int64).argmax())
+    new = attention_mask[:, -columns:]
+    mask = new.to(torch.bool)
+    # Values are not looked at in compiled code, which would stop there, nor on a GPU for a single column, which would
+    # stall it at every decoding step: there the mask is handled as it stands.
+    if torch.compiler.is_compiling() or (columns == 1 and mask.device.type != "cpu"):
+        return mask
+    if new.dtype != torch.bool and not bool((new == mask).all()):
+        wrong = new[new != mask][0].item()
         raise ValueError(
-            f"attention_mask[{row}] is all zeros: every row needs at least one real token; drop the empty row."
+            f"attention_mask holds {wrong}: must be 1 = real token or 0 = pad; for packed sequences pass seq_idx "
+            "(their numbers) or position_ids that start anew in each."
         )
-    return mask
+    if cache is not None and attention_mask.shape[1] > columns:
+        cache.check_mask(attention_mask[:, :-columns].to(torch.bool))
+    return None if bool(mask.all()) else mask
 
 
 def _check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None) -> None:
@@ -111,16 +126,17 @@ def _check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, 
 
 
 def _check_continues(cache: BMojoCache, mask: torch.Tensor | None, position_ids: torch.Tensor) -> None:
-    """A row that has read tokens cannot start at position 0 again: that would be another sequence."""
+    """A row that has read n tokens goes on at position n or later: one further back would be another sequence."""
     first = position_ids[:, 0] if mask is None else position_ids.gather(1, mask.to(torch.int8).argmax(1)[:, None])[:, 0]
-    restarts = (first == 0) & (cache.seen.to(first.device) > 0)
+    seen = cache.seen.to(first.device)
+    goes_back = first < seen
     if mask is not None:
-        restarts = restarts & mask.any(dim=1)
-    if bool(restarts.any()):
-        row = int(restarts.to(torch.int8).argmax())
+        goes_back = goes_back & mask.any(dim=1)
+    if bool(goes_back.any()):
+        row = int(goes_back.to(torch.int8).argmax())
         raise ValueError(
-            f"position_ids[{row}] starts at 0 but the cache has read {int(cache.seen[row])} tokens of that row; leave "
-            "position_ids out to continue it, or read another sequence with a cache of its own."
+            f"position_ids[{row}] starts at {int(first[row])} but the cache has read {int(seen[row])} tokens of that "
+            "row; leave position_ids out to continue it, or read another sequence with a cache of its own."
         )
 
 
@@ -171,7 +187,9 @@ def build_rows(
     device = inputs_embeds.device
     past = 0 if cache is None else cache.get_seq_length()
     _check_columns(batch, columns, position_ids, packing["seq_idx"])
-    if past and columns > 1 and position_ids is not None:
+    # As for masks: values are not looked at where that would stop compiled code or stall a GPU at every step.
+    looks = not torch.compiler.is_compiling() and (columns > 1 or device.type == "cpu")
+    if past and looks and position_ids is not None:
         _check_continues(cache, mask, position_ids.expand(batch, -1))
     starts = sequence_starts(batch, columns, mask, position_ids, packing["seq_idx"], packing["cu_seq_lens"])
     if starts is not None:

@@ -100,7 +100,8 @@ def sequence_starts(
     """Where packed sequences begin, `[B, T]` bool, or None if every row is one sequence.
 
     Read from `seq_idx` `[B, T]` (a change of value), `cu_seq_lens` (cumulated lengths over the flattened batch) or
-    `position_ids` `[B, T]` (a real token after the first with position 0: trainers that pack send only these).
+    `position_ids` `[B, T]` (a real token whose position is not beyond that of the real token before it: trainers that
+    pack send only these. Positions may skip ahead within a sequence).
 
     Raises:
         ValueError: if `cu_seq_lens` does not run from 0 to B T in steps of at least 1.
@@ -118,7 +119,7 @@ def sequence_starts(
         starts[torch.tensor(bounds[:-1], device=starts.device)] = True
         change = starts.view(batch, columns)[:, 1:]
     elif position_ids is not None and position_ids.shape[-1] > 1:
-        change = position_ids.expand(batch, -1)[:, 1:] == 0
+        change = _goes_back(position_ids.expand(batch, -1), mask)
     else:
         return None
     real = torch.ones(batch, columns, dtype=torch.bool, device=change.device) if mask is None else mask
@@ -128,3 +129,13 @@ def sequence_starts(
     if not bool(inner.any()):
         return None
     return torch.cat([real[:, :1], inner | (real[:, 1:] & ~seen_before)], dim=1)
+
+
+def _goes_back(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Whether the position of column t + 1 is at most that of the last real token up to column t, `[B, T - 1]` bool."""
+    before = position_ids[:, :-1]
+    if mask is not None:
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, columns, 0).cummax(dim=1).values[:, :-1]
+        before = position_ids.gather(1, last.to(position_ids.device))
+    return position_ids[:, 1:] <= before

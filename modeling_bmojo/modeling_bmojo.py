@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -41,13 +40,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .arguments_bmojo import built_fields, check_built, packing_lengths, refuse_unknown
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .cache_bmojo import BMojoCache
-from .compat_bmojo import CACHE_NAME, cache_argument
+from .compat_bmojo import CACHE_NAME, CACHE_NAMES, cache_of, one_cache
 from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .fading_s6_bmojo import S6FadingMemory, S6Scalars, TimeStepProjection
-from .inputs_bmojo import Rows, build_rows, carry_last, check_tokens, new_token_mask
+from .generation_bmojo import BMojoGenerationMixin
+from .inputs_bmojo import Rows, build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
 from .layout_bmojo import sequence_starts
 from .linear_bmojo import BMojoLinear, make_plain
@@ -213,7 +214,7 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BMojoDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -283,6 +284,7 @@ class BMojoModel(BMojoPreTrainedModel):
         self.norm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None if config.rope_parameters is None else BMojoRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._built = built_fields(config)
         self.post_init()
 
     @capture_outputs
@@ -296,28 +298,38 @@ class BMojoModel(BMojoPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        cache: BMojoCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
         Args:
             input_ids: `[B, T]`. inputs_embeds: `[B, T, E]`, instead of input_ids.
-            attention_mask: `[B, T]`, or `[B, P + T]` with a cache that has read P columns; 1 = real token, 0 = pad, in
-                any pattern. Pads take no part in anything; their output is that of the last real token before them.
-            position_ids: `[B, T]`; default: real tokens counted from what the cache has seen. Positions that restart
-                at 0 mark packed sequences, which do not see each other.
-            past_key_values: a `BMojoCache` to continue; no gradient flows into what it holds.
+            attention_mask: `[B, T]`, or `[B, P + T]` with a cache that has read P columns, the first P as they were
+                read; 1 = real token, 0 = pad, in any pattern. Pads take no part in anything; their output is that of
+                the last real token before them, zeros where there is none.
+            position_ids: `[B, T]`; default: real tokens counted from what the cache has seen. A position that is not
+                beyond the one before it starts another, packed sequence; sequences do not see each other.
+            past_key_values, cache: two names of one argument, a `BMojoCache` to continue (transformers 5.24 renames the
+                first to the second); no gradient flows into what it holds.
             use_cache: build and return one; default: the config's `use_cache`, but not in training.
             seq_idx: `[B, T]` index of the packed sequence of each token. cu_seq_lens_q: their cumulated lengths.
+            Others: only names in `arguments_bmojo.HARMLESS`, or None.
 
         Returns:
-            `last_hidden_state` `[B, T, E]`, `past_key_values`, and on demand `hidden_states` and `attentions`
-            (`[B, H, T, S]` per attention layer; the column of a token beyond the window adds the weight on the token
-            itself and on its fading token). Weights are formed in plain PyTorch, whatever the attention implementation.
+            `last_hidden_state` `[B, T, E]`, the cache (under the name that this transformers has for it), and on demand
+            `hidden_states` and `attentions` (`[B, H, T, S]` per attention layer; the column of a token beyond the
+            window adds the weight on the token itself and on its fading token). Weights are formed in plain PyTorch,
+            whatever the attention implementation.
 
         Raises:
-            ValueError: for empty input, ids outside the vocabulary, a mask of another kind or shape, a cache of another
-                model or batch size, or packed sequences with a cache.
+            ValueError: for empty input, ids outside the vocabulary, a mask of another kind or shape or with another
+                past than the cache's, a cache of another model or batch size, packed sequences with a cache, arguments
+                of unknown meaning, or a configuration that was changed after the model was built.
         """
+        refuse_unknown(kwargs)
+        if not torch.compiler.is_compiling():
+            check_built(self._built, self.config)
+        past_key_values = one_cache(past_key_values, cache)
         check_tokens(self.config, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -326,18 +338,18 @@ class BMojoModel(BMojoPreTrainedModel):
         batch, columns = inputs_embeds.shape[:2]
         fresh = past_key_values is None
         if not fresh:
-            _check_cache(past_key_values, self.config, batch)
+            check_cache(past_key_values, self.config, batch)
             if self.gradient_checkpointing and self.training:
                 raise ValueError(
-                    "past_key_values in training with gradient checkpointing: recomputation would not find the states "
+                    f"{CACHE_NAME} in training with gradient checkpointing: recomputation would not find the states "
                     "as they were; switch one of them off, or call model.eval() to generate."
                 )
         past = 0 if fresh else past_key_values.get_seq_length()
-        mask = new_token_mask(attention_mask, batch, columns, past, fresh)
+        mask = new_token_mask(attention_mask, batch, columns, past, past_key_values)
         output_attentions = kwargs.pop("output_attentions", None)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        packing = {"seq_idx": seq_idx, "cu_seq_lens": cu_seq_lens_q}
+        packing = {"seq_idx": seq_idx, "cu_seq_lens": packing_lengths(cu_seq_lens_q, kwargs)}
         rows, packed = build_rows(
             inputs_embeds, mask, position_ids, packing, past_key_values, self.rotary_emb, bool(output_attentions)
         )
@@ -354,7 +366,7 @@ class BMojoModel(BMojoPreTrainedModel):
         hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
         if past_key_values is not None:
             past_key_values.finish(hidden_states[:, -1])
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
@@ -365,17 +377,7 @@ class BMojoModel(BMojoPreTrainedModel):
         return use_cache
 
 
-def _check_cache(cache: object, config: BMojoConfig, batch: int | None = None) -> None:
-    # By name, not by class: code loaded with trust_remote_code has classes of its own.
-    if type(cache).__name__ != "BMojoCache":
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: must be a BMojoCache, which also holds SSM states and the "
-            "eidetic memory; pass BMojoCache(model.config), or nothing to have one built."
-        )
-    cache.check(config, batch)
-
-
-class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
+class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
     """B'MOJO with a language modelling head."""
 
     _auto_class = "AutoModelForCausalLM"
@@ -399,6 +401,9 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cache: BMojoCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         r"""
@@ -410,15 +415,25 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             Others: see [`BMojoModel.forward`].
 
         Returns:
-            `loss` (if labels), `logits` `[B, T, V]`, `past_key_values`, `hidden_states`, `attentions`.
+            `loss` (if labels), `logits` `[B, T, V]`, the cache, `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: as [`BMojoModel.forward`]; for `shift_labels` without `labels`.
         """
+        if labels is None and kwargs.get("shift_labels") is not None:
+            raise ValueError(
+                "shift_labels without labels: there would be no loss, and a sequence that is cut over several devices "
+                "cannot be read by a memory; pass labels, and keep each sequence on one device."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
         logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
@@ -430,62 +445,10 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: cache_of(outputs)},
         )
-
-    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
-        """`GenerationMixin.generate`, on a `BMojoCache`; refuses the modes that need to take tokens back.
-
-        Raises:
-            ValueError: for contrastive search, assisted decoding, another cache implementation, a mask that does not
-                fit the prompt, or a cache of another kind or model.
-        """
-        _refuse_modes([kwargs, vars(generation_config or self.generation_config)])
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if cache is not None:
-            _check_cache(cache, self.config)
-        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        if mask is not None and prompt is not None and prompt.dim() > 1:
-            past = 0 if cache is None else cache.get_seq_length()
-            new_token_mask(mask, *prompt.shape[:2], past=past, fresh=False)
-            if not bool(mask.any(dim=1).all()):
-                new_token_mask(mask, *mask.shape, past=0, fresh=True)
-        return super().generate(inputs, generation_config, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
-    ):
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past and next_sequence_length is not None and next_sequence_length <= 0:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens and the cache has read {past}: nothing new to read; "
-                "pass the whole text, or only the new tokens with an attention_mask for what was read and what is new."
-            )
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
-        """None: the model counts real tokens itself, and goes on rightly behind right and inner pads."""
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = BMojoCache(self.config)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """The 2-D mask as it is: the memories decide what a token sees."""
-        return attention_mask
 
 
 def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -497,28 +460,6 @@ def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> to
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]
     return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
-
-
-def _refuse_modes(places: list[dict]) -> None:
-    """Raises ValueError for generation modes that a bounded memory forbids; the first of `places` to name one binds."""
-
-    def asked(name: str):
-        return next((place[name] for place in places if name in place), None)
-
-    refused = {
-        "penalty_alpha": "contrastive search re-reads its candidates; use sampling (do_sample=True)",
-        "assistant_model": "assisted decoding rejects drafted tokens; decode without an assistant",
-        "prompt_lookup_num_tokens": "prompt lookup decoding rejects drafted tokens; decode without it",
-    }
-    for name, reason in refused.items():
-        if asked(name):
-            value = asked(name) if isinstance(asked(name), int | float) else type(asked(name)).__name__
-            raise ValueError(f"{name}={value}: a B'MOJO memory cannot take back what it has read, and {reason}.")
-    if asked("cache_implementation") not in (None, "dynamic"):
-        raise ValueError(
-            f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory is constant in size and has "
-            "one form; leave it out (BMojoCache.offload and .to move it between devices)."
-        )
 
 
 class BMojoForSequenceClassification(GenericForSequenceClassification, BMojoPreTrainedModel):
@@ -554,6 +495,8 @@ class BMojoForSequenceClassification(GenericForSequenceClassification, BMojoPreT
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
             **_given_cache(past_key_values, cache),
             **kwargs,
         )
@@ -636,6 +579,8 @@ class BMojoForQuestionAnswering(GenericForQuestionAnswering, BMojoPreTrainedMode
             inputs_embeds=inputs_embeds,
             start_positions=start_positions,
             end_positions=end_positions,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
             **_given_cache(past_key_values, cache),
             **kwargs,
         )
@@ -643,7 +588,7 @@ class BMojoForQuestionAnswering(GenericForQuestionAnswering, BMojoPreTrainedMode
 
 def _given_cache(past_key_values: BMojoCache | None, cache: BMojoCache | None) -> dict[str, BMojoCache | None]:
     """The cache under the name that transformers' heads take it by."""
-    return {CACHE_NAME: cache_argument({"past_key_values": past_key_values, "cache": cache})}
+    return {CACHE_NAME: one_cache(past_key_values, cache)}
 
 
 def _refuse_packing(

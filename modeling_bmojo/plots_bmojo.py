@@ -77,7 +77,7 @@ def plot_innovation(
     """
     cache = source.cache if isinstance(source, InnovationTrace) else source
     if cache.seen is None:
-        raise ValueError("source: the cache is empty; let a model read with past_key_values=cache first.")
+        raise ValueError("source: the cache is empty; let a model read with cache=cache first.")
     if not -len(cache.seen) <= row < len(cache.seen):
         raise ValueError(f"row={row}: the cache has {len(cache.seen)} rows; rows count from 0.")
     layers = remembering_layers(cache)

@@ -101,7 +101,7 @@ def show_memory(
             `attention_mask` do not fit the cache.
     """
     if cache.seen is None:
-        raise ValueError("cache: is empty; run the model with past_key_values=cache, then show it.")
+        raise ValueError("cache: is empty; run the model with cache=cache, then show it.")
     layers = _windowed_layers(cache, layer)
     ids, mask = _table("input_ids", input_ids), None
     if attention_mask is not None:

@@ -62,7 +62,7 @@ def trace_innovation(
         for start in range(0, input_ids.shape[1], step):
             end = min(start + step, input_ids.shape[1])
             mask = None if attention_mask is None else attention_mask[:, :end]
-            model(input_ids=input_ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
+            model(input_ids=input_ids[:, start:end], attention_mask=mask, cache=cache, use_cache=True)
             for index, layer in enumerate(layers):
                 _note(cache, layer, found[index])
     kept = torch.zeros(found.shape, dtype=torch.bool)
@@ -139,7 +139,7 @@ def measure_bytes(model: nn.Module, lengths: Sequence[int]) -> list[int]:
             while read < length:
                 count = min(READ_AT_ONCE, length - read)
                 ids = torch.randint(0, model.config.vocab_size, (1, count), generator=generator)
-                model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+                model(input_ids=ids.to(model.device), cache=cache, use_cache=True)
                 read += count
             found.append(cache.nbytes)
     return found

@@ -482,10 +482,6 @@ BAD_INPUTS = {
         dict(input_ids=tokens(4), attention_mask=torch.ones(1, 4)),
         r"attention_mask of shape \[1, 4\]",
     ),
-    "a row of pads": (
-        dict(input_ids=tokens(2), attention_mask=torch.tensor([[0, 0], [0, 1]])),
-        r"attention_mask\[0\] is all zeros",
-    ),
     "positions of another length": (
         dict(input_ids=tokens(4), position_ids=torch.arange(3)[None]),
         r"position_ids.*\[1, 3\]",

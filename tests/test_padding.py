@@ -283,12 +283,18 @@ def test_masks_of_any_type(dtype):
     assert_rows_alone(model, rows, logits, mask, cache)
 
 
-def test_a_row_of_pads_only_is_a_mistake_in_a_whole_prompt():
+def test_a_row_of_pads_only_is_read_as_nothing():
+    """No row to go on from, so generate() refuses it; but a batch of training or evaluation goes through."""
     model = build()
     ids, mask = pad(sequences([9, 4]), "left")
     mask[1] = 0
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        alone = model(input_ids=ids[:1], attention_mask=mask[:1]).logits
+    assert_near(logits[0], alone[0])
+    assert not logits[1].any()
     with pytest.raises(ValueError, match=r"attention_mask\[1\] is all zeros"):
-        model(input_ids=ids, attention_mask=mask)
+        model.generate(ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

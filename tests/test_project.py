@@ -28,6 +28,7 @@ REQUIRED_ROOTS = {"torch", "transformers", "safetensors", "huggingface_hub", "nu
 UNTRACKED = {
     ".git",
     ".venv",
+    ".venvs",
     ".hypothesis",
     ".pytest_cache",
     ".ruff_cache",

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
-from modeling_bmojo import BMojoCache
+from modeling_bmojo import CACHE_NAME, BMojoCache
 
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
@@ -26,7 +26,7 @@ ROOM = 512  # places of the static cache beyond the tokens read
 def read(side: str, model: torch.nn.Module, tokens: int):
     """The cache after T tokens, of the kind that suits a compiled step."""
     cache = BMojoCache(model.config) if side == "ours" else StaticCache(model.config, max_cache_len=tokens + ROOM)
-    model(random_ids(model.config.vocab_size, tokens), past_key_values=cache, logits_to_keep=1)
+    model(random_ids(model.config.vocab_size, tokens), **{CACHE_NAME: cache}, logits_to_keep=1)
     return cache
 
 
@@ -37,7 +37,7 @@ def stepper(forward, model: torch.nn.Module, cache, count: int) -> Action:
     def decode() -> torch.Tensor:
         with torch.no_grad():
             for _ in range(count):
-                logits = forward(ids, past_key_values=cache, use_cache=True).logits
+                logits = forward(ids, **{CACHE_NAME: cache}, use_cache=True).logits
             return logits
 
     return decode

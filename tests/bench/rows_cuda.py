@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoConfig, BMojoForCausalLM
 
 from . import adapters, rows_attention, rows_scan
 from .models import load, random_ids
@@ -127,7 +127,7 @@ def decode_figures(context: Context) -> Iterator[Figure | str]:
     memory = BMojoCache(models["ours"].config)
     ids = random_ids(models["ours"].config.vocab_size, DECODE_TOKENS, DECODE_ROWS).cuda()
     for chunk in ids.split(READ_CHUNK, dim=1):
-        models["ours"](chunk, past_key_values=memory, logits_to_keep=1)
+        models["ours"](chunk, **{CACHE_NAME: memory}, logits_to_keep=1)
     options = dict(rows=DECODE_ROWS, device="cuda", dtype=torch.bfloat16)
     caches = {"ours": memory, "theirs": filled_cache(models["theirs"].config, DECODE_TOKENS, **options)}
     actions = {side: steps(models[side], caches[side], rows=DECODE_ROWS) for side in SIDES}

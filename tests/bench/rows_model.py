@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from transformers import DynamicCache
 
-from modeling_bmojo import BMojoCache, BMojoForCausalLM
+from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoForCausalLM, cache_of
 
 from .memory import Measured, in_child
 from .models import load, random_ids
@@ -64,8 +64,8 @@ def model_checks(context: Context) -> list[Check]:
     tokens, steps = 2 * window + 30, 8
     ids = random_ids(ours.config.vocab_size, tokens)
     whole = ours(ids, use_cache=False, logits_to_keep=steps).logits
-    cache = ours(ids[:, :-steps], use_cache=True, logits_to_keep=1).past_key_values
-    single = [ours(ids[:, i : i + 1], past_key_values=cache).logits for i in range(tokens - steps, tokens)]
+    cache = cache_of(ours(ids[:, :-steps], use_cache=True, logits_to_keep=1))
+    single = [ours(ids[:, i : i + 1], **{CACHE_NAME: cache}).logits for i in range(tokens - steps, tokens)]
     beyond = difference(torch.cat(single, dim=1), whole)
     return [*found, Check(f"graft, last {steps} of {tokens:,} tokens: one by one against at once", beyond, 1e-3)]
 
@@ -135,7 +135,7 @@ def steps(model: torch.nn.Module, cache, count: int = STEPS, rows: int = 1) -> A
     def decode() -> None:
         with torch.inference_mode():
             for _ in range(count):
-                model(ids, past_key_values=cache, use_cache=True)
+                model(ids, **{CACHE_NAME: cache}, use_cache=True)
 
     return decode
 
@@ -148,7 +148,7 @@ def per_token(seconds: dict[str, list[float]], count: int = STEPS) -> dict[str, 
 def read_on(model: torch.nn.Module, cache: BMojoCache, tokens: int) -> None:
     """Reads until `cache` has seen T tokens."""
     seen = cache.get_seq_length()
-    model(random_ids(model.config.vocab_size, tokens)[:, seen:], past_key_values=cache, logits_to_keep=1)
+    model(random_ids(model.config.vocab_size, tokens)[:, seen:], **{CACHE_NAME: cache}, logits_to_keep=1)
 
 
 def decode_figures(context: Context) -> Iterator[Figure | str]:
@@ -184,7 +184,7 @@ def one_layer(model: BMojoForCausalLM) -> BMojoForCausalLM:
 @torch.inference_mode()
 def our_bytes(single: BMojoForCausalLM, layers: int, tokens: int) -> int:
     """Bytes of the cache of `layers` such layers after T tokens; the model's last output is held once."""
-    cache = single(random_ids(single.config.vocab_size, tokens), use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(single(random_ids(single.config.vocab_size, tokens), use_cache=True, logits_to_keep=1))
     return layers * (cache.nbytes - cache.last_hidden.nbytes) + cache.last_hidden.nbytes
 
 
@@ -195,9 +195,9 @@ def cache_checks(context: Context) -> list[Check]:
     ours, theirs = models["ours"], models["theirs"]
     tokens = ours.config.window_size + 40
     ids = random_ids(ours.config.vocab_size, tokens)
-    held = ours(ids, use_cache=True, logits_to_keep=1).past_key_values.nbytes
+    held = cache_of(ours(ids, use_cache=True, logits_to_keep=1)).nbytes
     counted = our_bytes(one_layer(ours), ours.config.num_hidden_layers, tokens)
-    layers = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
+    layers = cache_of(theirs(ids, use_cache=True, logits_to_keep=1)).layers
     source = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return [
         Check(f"bytes after {tokens} tokens, ours, layer by layer", abs(held - counted), 0),

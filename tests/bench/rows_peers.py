@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from transformers import FalconH1Config, FalconH1ForCausalLM
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import CACHE_NAME, BMojoConfig, BMojoForCausalLM, cache_of
 
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
@@ -48,8 +48,8 @@ def checks(context: Context) -> list[Check]:
     found = []
     for side, model in models(quick=True).items():
         ids = random_ids(model.config.vocab_size, 700)
-        cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        step = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        cache = cache_of(model(ids[:, :-1], use_cache=True, logits_to_keep=1))
+        step = model(ids[:, -1:], **{CACHE_NAME: cache}, use_cache=True).logits
         largest = difference(step, model(ids, use_cache=False, logits_to_keep=1).logits)
         found.append(Check(f"{side}: token 700 by a step against all at once", largest, 1e-3))
     return found
@@ -63,7 +63,7 @@ def figures(context: Context) -> Iterator[Figure | str]:
         reads = {side: prefill(model, tokens) for side, model in pair.items()}
         seconds = context.alternate(reads, Plan(least=3, most=5, budget=30))
         yield figure("prefill", "FalconH1", tokens, seconds["ours"], seconds["theirs"])
-        caches = {side: read().past_key_values for side, read in reads.items()}
+        caches = {side: cache_of(read()) for side, read in reads.items()}
         tries = {side: steps(pair[side], caches[side]) for side in SIDES}
         seconds = per_token(context.alternate(tries, Plan(least=5, most=15, budget=15)))
         yield figure("one decoding step", "FalconH1", tokens, seconds["ours"], seconds["theirs"])

@@ -1,0 +1,133 @@
+"""Which arguments a forward takes, and what it refuses: nothing that carries a meaning is passed over.
+
+transformers, trainers and other libraries hand models keyword arguments of their own, and rename them. A name that this
+code does not know may be a cache, packing lengths or another mask; ignoring it gives other text without a word. So:
+
+    a value of None passes, whatever its name: it says nothing
+    a name in HARMLESS passes if its value means nothing to this model, by the rule that stands there
+    everything else is refused
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .compat_bmojo import CACHE_NAME
+from .configuration_bmojo import BMojoConfig
+
+
+def _always(value: Any) -> bool:
+    return True
+
+
+def _only(wanted: Any) -> Callable[[Any], bool]:
+    return lambda value: value is wanted
+
+
+def _all_zero(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (torch.compiler.is_compiling() or not bool(value.any()))
+
+
+# Unknown names that pass, and for which values. Each is here because somebody in transformers' own code passes it.
+HARMLESS: dict[str, Callable[[Any], bool]] = {
+    # read by transformers' decorators around forward
+    "output_attentions": _always,
+    "output_hidden_states": _always,
+    "return_dict": _always,
+    # the loss's, which the heads hand on to it
+    "num_items_in_batch": _always,
+    "ignore_index": _always,
+    "shift_labels": _always,
+    # follow from cu_seq_lens_q, which is read; cu_seq_lens_k is compared with it
+    "max_length_q": _always,
+    "max_length_k": _always,
+    "cu_seq_lens_k": _always,
+    # ask for what this model does anyway, or for what it does not have
+    "is_causal": _only(True),
+    "output_router_logits": _only(False),
+    "token_type_ids": _all_zero,
+}
+# What to do about names that are known to carry a meaning.
+REMEDIES = {
+    "token_type_ids": "there are no segments here: call the tokenizer with return_token_type_ids=False",
+    "is_causal": "every layer reads from left to right; leave it out",
+    "cache_params": f"pass a BMojoCache as {CACHE_NAME}",
+    "past_key_value": f"pass a BMojoCache as {CACHE_NAME}",
+    "attn_mask": "pass attention_mask, [batch, tokens] with 1 = real and 0 = pad",
+    "padding_mask": "pass attention_mask, [batch, tokens] with 1 = real and 0 = pad",
+    "cu_seqlens": "pass cu_seq_lens_q, or seq_idx",
+    "labels": "a model without a head has no loss; use BMojoForCausalLM",
+}
+
+
+def refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for the first of the left-over keyword arguments of a forward that carries a meaning."""
+    for name, value in arguments.items():
+        if value is None or (name in HARMLESS and HARMLESS[name](value)):
+            continue
+        shown = f"{type(value).__name__} of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else value
+        remedy = REMEDIES.get(name, "leave it out, or pass it under the name that this model's forward documents")
+        raise ValueError(f"{name}={shown!s}: B'MOJO does not know this argument and cannot pass over it; {remedy}.")
+
+
+def packing_lengths(cu_seq_lens_q: torch.Tensor | None, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """`cu_seq_lens_q`, after a look at what came with it.
+
+    Raises:
+        ValueError: if `cu_seq_lens_k` stands alone or differs: a query reads the sequence that it is in.
+    """
+    keys = arguments.get("cu_seq_lens_k")
+    if keys is None or keys is cu_seq_lens_q:
+        return cu_seq_lens_q
+    if cu_seq_lens_q is None or not torch.equal(keys.cpu(), cu_seq_lens_q.cpu()):
+        raise ValueError(
+            f"cu_seq_lens_k={keys.tolist()}: must equal cu_seq_lens_q, because each packed sequence reads itself; pass "
+            "the same lengths for both."
+        )
+    return cu_seq_lens_q
+
+
+# Fields that may change on the configuration of a model that is already built: they are read at every call, or by
+# nothing after initialisation. All others are built into the layers.
+LIVE_FIELDS = {
+    "vocab_size",  # resize_token_embeddings sets it
+    "max_position_embeddings",  # trainers set it to their length; the RoPE types that read it read it at every call
+    "initializer_range",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "embedding_multiplier",
+    "logits_scaling",
+    "kernel_backend",
+    "ssm_time_step_min",
+    "ssm_time_step_max",
+    "ssm_time_step_floor",
+    "ssm_scalars_in_fp32",
+}
+
+
+def built_fields(config: BMojoConfig) -> dict[str, Any]:
+    """The fields that a model's layers are made of, with their values now."""
+    own = [name for name in BMojoConfig.__annotations__ if name not in LIVE_FIELDS]
+    return {name: _frozen(getattr(config, name)) for name in own}
+
+
+def check_built(built: dict[str, Any], config: BMojoConfig) -> None:
+    """Raises ValueError if a field that the layers were made of has changed since: they would not follow it."""
+    for name, value in built.items():
+        now = getattr(config, name)
+        if now != value and _frozen(now) != value:
+            raise ValueError(
+                f"{name}={now!r}: the model was built with {value!r} and its layers keep that; set it back, or build "
+                f"or load a model with it: from_pretrained(folder, {name}={now!r})."
+            )
+
+
+def _frozen(value: Any) -> Any:
+    """A copy that a later change in place does not reach; tuples and lists of the same entries are equal."""
+    if isinstance(value, list | tuple):
+        return [_frozen(each) for each in value]
+    return {key: _frozen(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,153 @@
+"""`generate()` for B'MOJO: transformers' own loops on a `BMojoCache`.
+
+What is said here and nowhere else: the modes that a bounded memory cannot serve, which tokens a prompt has left to
+read, and that a row that has ended reads nothing more (transformers feeds it pads as if they were text).
+"""
+
+from typing import Any
+
+import torch
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
+
+from .cache_bmojo import BMojoCache
+from .compat_bmojo import CACHE_NAME, cache_argument
+from .inputs_bmojo import check_cache, new_token_mask
+
+
+class EndedRows(StoppingCriteriaList):
+    """Stopping criteria that remember, during one generate(), which rows of the batch got a pad for their last token.
+
+    padded: `[B]` bool, the rows that had ended before the last token was chosen (the token that ends a row is still
+        text). None: no row; always so where nothing makes generate() put pads behind a row's end.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        super().__init__(criteria)
+        self.ended: torch.Tensor | None = None
+        self.padded: torch.Tensor | None = None
+        self.pads_follow = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs) -> torch.BoolTensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        if self.pads_follow and input_ids.shape[0] > 1:  # a batch of one stops with its row
+            self.padded = self.ended
+            self.ended = done if self.ended is None else self.ended | done
+        return done
+
+
+class BMojoGenerationMixin(GenerationMixin):
+    """`GenerationMixin` whose memory is a `BMojoCache`."""
+
+    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
+        """`GenerationMixin.generate`, on a `BMojoCache`; refuses the modes that need to take tokens back.
+
+        Raises:
+            ValueError: for contrastive search, assisted decoding, another cache implementation, a mask that does not
+                fit the prompt, or a cache of another kind or model.
+        """
+        _refuse_modes([kwargs, vars(generation_config or self.generation_config)])
+        cache, mask = cache_argument(kwargs), kwargs.get("attention_mask")
+        if cache is not None:
+            check_cache(cache, self.config)
+            kwargs[CACHE_NAME] = cache
+        prompt = next(
+            (v for v in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if v is not None), None
+        )
+        if mask is not None and prompt is not None and prompt.dim() > 1:
+            new_token_mask(mask, *prompt.shape[:2], past=0 if cache is None else cache.get_seq_length())
+            _refuse_empty_rows(mask)
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, attention_mask=None, ended_rows=None, **kwargs
+    ):
+        """transformers' method. ended_rows: of this generate(); None outside of sampling and greedy search."""
+        cache = cache_argument(kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens and the cache has read {past}: nothing new to read; "
+                "pass the whole text, or only the new tokens with an attention_mask for what was read and what is new."
+            )
+        padded = None if ended_rows is None else ended_rows.padded
+        if padded is not None and cache is not None and bool(padded.any()):
+            attention_mask = _without(attention_mask, padded.to(input_ids.device))
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            **{CACHE_NAME: cache},
+            **kwargs,
+        )
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        ended_rows = EndedRows(stopping_criteria)
+        return super()._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=ended_rows,
+            generation_config=generation_config,
+            ended_rows=ended_rows,
+            **kwargs,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
+        """None: the model counts real tokens itself, and goes on rightly behind right and inner pads."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        if model_kwargs.get(CACHE_NAME) is not None:
+            model_kwargs[CACHE_NAME]._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = BMojoCache(self.config)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """The 2-D mask as it is: the memories decide what a token sees."""
+        return attention_mask
+
+
+def _without(attention_mask: torch.Tensor | None, padded: torch.Tensor) -> torch.Tensor:
+    """The mask for one new column, a pad in the rows `padded` `[B]`: of all columns if there was a mask, else of it."""
+    if attention_mask is None:
+        return (~padded)[:, None]
+    # In place: generate() made this tensor for this step, and makes the next step's from it.
+    attention_mask[:, -1].masked_fill_(padded.to(attention_mask.device), 0)
+    return attention_mask
+
+
+def _refuse_empty_rows(mask: torch.Tensor) -> None:
+    empty = ~mask.bool().any(dim=1)
+    if bool(empty.any()):
+        row = int(empty.to(torch.int8).argmax())
+        raise ValueError(
+            f"attention_mask[{row}] is all zeros: every row needs at least one real token to go on from; drop the "
+            "empty row, or give it a start token such as bos."
+        )
+
+
+def _refuse_modes(places: list[dict]) -> None:
+    """Raises ValueError for generation modes that a bounded memory forbids; the first of `places` to name one binds."""
+
+    def asked(name: str):
+        return next((place[name] for place in places if name in place), None)
+
+    refused = {
+        "penalty_alpha": "contrastive search re-reads its candidates; use sampling (do_sample=True)",
+        "assistant_model": "assisted decoding rejects drafted tokens; decode without an assistant",
+        "prompt_lookup_num_tokens": "prompt lookup decoding rejects drafted tokens; decode without it",
+    }
+    for name, reason in refused.items():
+        if asked(name):
+            value = asked(name) if isinstance(asked(name), int | float) else type(asked(name)).__name__
+            raise ValueError(f"{name}={value}: a B'MOJO memory cannot take back what it has read, and {reason}.")
+    if asked("cache_implementation") not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory is constant in size and has "
+            "one form; leave it out (BMojoCache.offload and .to move it between devices)."
+        )
+
+
+__all__ = ["BMojoGenerationMixin"]
