@@ -101,6 +101,9 @@ assert not hasattr(transformers, "BMojoForCausalLM")
 from transformers.cli.serving.model_manager import ModelManager
 served = ModelManager(device="cpu", trust_remote_code=True)._load_model(f"{folder}@main")
 assert type(served).__name__ == "BMojoForCausalLM", type(served)
+options = dict(max_new_tokens=3, do_sample=False, generation_config=served.generation_config)
+told = served.generate(torch.arange(1, 9)[None], tokenizer=object(), **options)  # as it calls generate()
+assert torch.equal(told, served.generate(torch.arange(1, 9)[None], **options))
 
 y = torch.arange(1, 41).view(2, 20)
 args = TrainingArguments(str(work / "run"), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
