@@ -24,8 +24,6 @@ from .trace_bmojo import InnovationTrace, memory_bytes, trace_innovation
 
 __version__ = "0.1.0"
 
-__version__ = "0.1.0"
-
 # Here and not in a module that travels: a folder's code must not answer for other folders of this model type.
 AutoConfig.register("bmojo", BMojoConfig, exist_ok=True)
 

@@ -487,6 +487,7 @@ class BMojoForSequenceClassification(GenericForSequenceClassification, BMojoPreT
         Raises:
             ValueError: for packed sequences, see `_refuse_packing`; and see [`BMojoModel.forward`].
         """
+        cu_seq_lens_q = packing_lengths(cu_seq_lens_q, kwargs)
         _refuse_packing(self, input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         return super().forward(
             input_ids=input_ids,
@@ -571,6 +572,7 @@ class BMojoForQuestionAnswering(GenericForQuestionAnswering, BMojoPreTrainedMode
         Raises:
             ValueError: for packed sequences, see `_refuse_packing`; and see [`BMojoModel.forward`].
         """
+        cu_seq_lens_q = packing_lengths(cu_seq_lens_q, kwargs)
         _refuse_packing(self, input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         return super().forward(
             input_ids=input_ids,
