@@ -1,10 +1,9 @@
 """What a checkpoint folder holds beside its weights: config with auto_map, exported code, tokenizer, generation config.
 
-The code is copied by transformers' own exporter (`register_for_auto_class`, `custom_object_save`), so the folder loads
-with `trust_remote_code=True` where the package is not installed.
+The code is copied by transformers' own exporter (`custom_object_save`), so the folder loads with
+`trust_remote_code=True` where the package is not installed.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-import modeling_bmojo
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 from .weights import write_json
 
 
-# Auto class -> our class, by name: what a folder's auto_map offers.
-AUTO_CLASSES = {"AutoConfig": "BMojoConfig"} | {
-    auto_class.__name__: model_class.__name__ for auto_class, model_class in modeling_bmojo.AUTO_CLASSES.items()
-}
 PROBE = "In 1995, version 3.12.4\n\n1.  Hello  World's\ttab; été — 日本 x=100\n\n\n42"
 
 
@@ -38,21 +32,9 @@ def save_description(folder: Path, config: BMojoConfig, dtype: torch.dtype, gene
     model = meta_model(config)
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
-    model.config.auto_map = {}
-    for auto_class, name in AUTO_CLASSES.items():
-        getattr(modeling_bmojo, name).register_for_auto_class(auto_class)
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
-    _write_auto_map(folder / "config.json")
     write_json(folder / "generation_config.json", dict(generation))
-
-
-def _write_auto_map(path: Path) -> None:
-    """Completes auto_map: saving a causal model names that class alone."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    modules = {name: getattr(modeling_bmojo, name).__module__.rsplit(".", 1)[-1] for name in AUTO_CLASSES.values()}
-    config["auto_map"] = {auto_class: f"{modules[name]}.{name}" for auto_class, name in AUTO_CLASSES.items()}
-    write_json(path, config)
 
 
 def generation_settings(stated: Mapping[str, Any], config: BMojoConfig) -> dict[str, Any]:

@@ -79,16 +79,13 @@ def write_checkpoint(
 
 
 def _save_model(folder: Path, student: Student, tensors: dict[str, torch.Tensor], max_shard_size: str) -> None:
-    """Weights, exported code and config by transformers' exporter; auto_map and generation settings as they were."""
+    """Weights, exported code and config by transformers' exporter; generation settings as they were."""
     model = meta_model(copy.deepcopy(student.config))
     tied = {name: tensors[original] for name, original in model.all_tied_weights_keys.items()}
     model.load_state_dict({**tensors, **tied}, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["auto_map"] = {**config.get("auto_map", {}), **getattr(student.config, "auto_map", {})}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if (student.folder / "generation_config.json").is_file():
         shutil.copyfile(student.folder / "generation_config.json", folder / "generation_config.json")
 

@@ -1,13 +1,6 @@
 """B'MOJO for Hugging Face Transformers: configuration, cache and models; importing it registers the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from transformers import AutoConfig
 
 from .cache_bmojo import BMojoCache, RememberedToken
 from .compat_bmojo import CACHE_NAME, cache_of
@@ -15,6 +8,7 @@ from .configuration_bmojo import BMojoConfig
 from .explain_bmojo import explain_kernels
 from .lora_report_bmojo import LayerCoverage, check_adapter, lora_coverage, print_lora_coverage
 from .modeling_bmojo import (
+    AUTO_CLASSES,
     BMojoForCausalLM,
     BMojoForQuestionAnswering,
     BMojoForSequenceClassification,
@@ -30,20 +24,8 @@ from .trace_bmojo import InnovationTrace, memory_bytes, trace_innovation
 
 __version__ = "0.1.0"
 
-AUTO_CLASSES = {
-    AutoModel: BMojoModel,
-    AutoModelForCausalLM: BMojoForCausalLM,
-    AutoModelForSequenceClassification: BMojoForSequenceClassification,
-    AutoModelForTokenClassification: BMojoForTokenClassification,
-    AutoModelForQuestionAnswering: BMojoForQuestionAnswering,
-}
-
+# Here and not in a module that travels: a folder's code must not answer for other folders of this model type.
 AutoConfig.register("bmojo", BMojoConfig, exist_ok=True)
-BMojoConfig.register_for_auto_class()
-for auto_class, model_class in AUTO_CLASSES.items():
-    auto_class.register(BMojoConfig, model_class, exist_ok=True)
-    # save_pretrained then writes the code beside the weights, so that the folder loads without this package.
-    model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
     "AUTO_CLASSES",

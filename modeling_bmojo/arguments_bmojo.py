@@ -43,6 +43,9 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
     "max_length_q": _always,
     "max_length_k": _always,
     "cu_seq_lens_k": _always,
+    # generate()'s, for stop strings; it hands them on with everything else (`transformers serve` always gives them)
+    "tokenizer": _always,
+    "assistant_tokenizer": _always,
     # ask for what this model does anyway, or for what it does not have
     "is_causal": _only(True),
     "output_router_logits": _only(False),

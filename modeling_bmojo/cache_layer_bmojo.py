@@ -53,7 +53,11 @@ class Past(NamedTuple):
 
 
 class BMojoCacheLayer(CacheLayerMixin):
-    """All states of one layer. Written by the model; every operation treats every state alike, by `states()`."""
+    """All states of one layer. Written by the model; every operation treats every state alike, by `states()`.
+
+    Where gradients are off it is by a block and not by a decorator: torch.compile cannot enter a decorated method of an
+    object that is made inside the compiled code, as a model's own cache is.
+    """
 
     is_compileable = False
     is_croppable = False
@@ -180,7 +184,6 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Slots of a ring from old to new, `[B, size]`, for a ring whose last fading token is `made - behind - 1`."""
         return (self.made[:, None] - behind + torch.arange(size, device=self.seen.device)) % size
 
-    @torch.no_grad()
     def commit(self, line: Past, before: Past | None, eidetic: torch.Tensor | None, lengths: torch.Tensor) -> None:
         """Takes in T tokens that the layer has just attended to.
 
@@ -189,37 +192,39 @@ class BMojoCacheLayer(CacheLayerMixin):
             eidetic: `[B, M]` the entries of `line` to hold from now on, -1 = empty; None if M = 0.
             lengths: `[B]` real tokens per row, which come first among the new ones.
         """
-        spec = self.spec
-        start = 0 if before is None else before.positions.shape[1]
-        keep = start + lengths[:, None] + torch.arange(-spec.window, 0, device=lengths.device)
-        keep = keep if eidetic is None else torch.cat([eidetic, keep], dim=1)
-        empty, keep = keep < 0, keep.clamp(min=0)
-        part = slice(spec.fading, None)
-        keys, values = self.by_token()
-        keys[:, part] = _take(line.keys, keep).to(keys.dtype)
-        values[:, part] = _take(line.values, keep).to(values.dtype)
-        self.positions[:, part] = line.positions.gather(1, keep).masked_fill(empty, -1)
-        self.innovations[:, part] = line.innovations.gather(1, keep).to(self.innovations.dtype)
-        if line.fading_keys is None or line.fading_keys.shape[1] == 0:
-            return
-        after = ((self.seen + lengths) // spec.stride)[:, None]
-        start = (0 if before is None else before.fading_positions.shape[1]) + after - self.made[:, None]
-        # Slot r of a ring of size n whose last token is e - 1 holds the (r - e mod n)-th of the n tokens up to e.
-        ring = torch.arange(spec.fading, device=lengths.device)
-        visible = start - spec.delayed - spec.fading + (ring - after + spec.delayed) % spec.fading
-        empty, visible = visible < 0, visible.clamp(min=0)
-        delay = start - spec.delayed + (torch.arange(spec.delayed, device=lengths.device) - after) % spec.delayed
-        for buffer, ring, new in (
-            (keys, self.delay_keys, line.fading_keys),
-            (values, self.delay_values, line.fading_values),
-        ):
-            buffer[:, : spec.fading] = _take(new, visible).to(buffer.dtype)
-            ring.copy_(_take(new, delay.clamp(min=0)))
-        self.positions[:, : spec.fading] = line.fading_positions.gather(1, visible).masked_fill(empty, -1).clamp(min=-1)
+        with torch.no_grad():
+            spec = self.spec
+            start = 0 if before is None else before.positions.shape[1]
+            keep = start + lengths[:, None] + torch.arange(-spec.window, 0, device=lengths.device)
+            keep = keep if eidetic is None else torch.cat([eidetic, keep], dim=1)
+            empty, keep = keep < 0, keep.clamp(min=0)
+            part = slice(spec.fading, None)
+            keys, values = self.by_token()
+            keys[:, part] = _take(line.keys, keep).to(keys.dtype)
+            values[:, part] = _take(line.values, keep).to(values.dtype)
+            self.positions[:, part] = line.positions.gather(1, keep).masked_fill(empty, -1)
+            self.innovations[:, part] = line.innovations.gather(1, keep).to(self.innovations.dtype)
+            if line.fading_keys is None or line.fading_keys.shape[1] == 0:
+                return
+            after = ((self.seen + lengths) // spec.stride)[:, None]
+            start = (0 if before is None else before.fading_positions.shape[1]) + after - self.made[:, None]
+            # Slot r of a ring of size n whose last token is e - 1 holds the (r - e mod n)-th of the n tokens up to e.
+            ring = torch.arange(spec.fading, device=lengths.device)
+            visible = start - spec.delayed - spec.fading + (ring - after + spec.delayed) % spec.fading
+            empty, visible = visible < 0, visible.clamp(min=0)
+            delay = start - spec.delayed + (torch.arange(spec.delayed, device=lengths.device) - after) % spec.delayed
+            for buffer, ring, new in (
+                (keys, self.delay_keys, line.fading_keys),
+                (values, self.delay_values, line.fading_values),
+            ):
+                buffer[:, : spec.fading] = _take(new, visible).to(buffer.dtype)
+                ring.copy_(_take(new, delay.clamp(min=0)))
+            self.positions[:, : spec.fading] = (
+                line.fading_positions.gather(1, visible).masked_fill(empty, -1).clamp(min=-1)
+            )
 
     # --- windowed layers: one token ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(
         self,
         keys: torch.Tensor,
@@ -241,23 +246,24 @@ class BMojoCacheLayer(CacheLayerMixin):
         Returns:
             `[B, F + M + W]` bool: which entries the token's query sees; None: all of them.
         """
-        spec, known = self.spec, self._counts(active)
-        seen = self.columns if known else self.seen
-        rows = torch.arange(self.seen.shape[0], device=self.seen.device)
-        leaving = seen - spec.window
-        kept = self.by_token()
-        if fading is not None:
-            self._fade(rows, seen, kept, fading, active)
-        full = known and seen >= spec.slots + spec.window
-        slot = self._forgotten(leaving if known else leaving[:, None], decay, full)
-        for buffer, new in zip(kept, (keys, values)):
-            _write(buffer, rows, slot, new[:, 0], active)
-        _write(self.positions, rows, slot, seen, active)
-        if innovations is not None:
-            _write(self.innovations, rows, slot, innovations[:, 0], active)
-        if known and seen + 1 >= spec.slots + spec.window and (leaving + 1) // spec.stride >= spec.fading:
-            return None
-        return self.positions >= 0
+        with torch.no_grad():
+            spec, known = self.spec, self._counts(active)
+            seen = self.columns if known else self.seen
+            rows = torch.arange(self.seen.shape[0], device=self.seen.device)
+            leaving = seen - spec.window
+            kept = self.by_token()
+            if fading is not None:
+                self._fade(rows, seen, kept, fading, active)
+            full = known and seen >= spec.slots + spec.window
+            slot = self._forgotten(leaving if known else leaving[:, None], decay, full)
+            for buffer, new in zip(kept, (keys, values)):
+                _write(buffer, rows, slot, new[:, 0], active)
+            _write(self.positions, rows, slot, seen, active)
+            if innovations is not None:
+                _write(self.innovations, rows, slot, innovations[:, 0], active)
+            if known and seen + 1 >= spec.slots + spec.window and (leaving + 1) // spec.stride >= spec.fading:
+                return None
+            return self.positions >= 0
 
     def makes_fading(self, lengths: torch.Tensor | None) -> bool:
         """Whether the next token may make a fading token, as far as that is known without looking at tensors.
@@ -348,31 +354,31 @@ class BMojoCacheLayer(CacheLayerMixin):
 
     # --- SSM states -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def shift(self, name: str, new: torch.Tensor, lengths: torch.Tensor | None, first: int = 0) -> None:
         """Moves the history `name` `[B, k, C]` on by the first `lengths` (None: all) rows of `new` `[B, T, C']`.
 
         Where C' < C only the channels from `first` on move; the caller moves the others.
         """
-        history = getattr(self, name)[..., first : first + new.shape[-1]]
-        if history.shape[1] == 0:
-            return
-        if lengths is None:
-            kept = history.shape[1]
-            history.copy_(torch.cat([history, new[:, -kept:].to(history.dtype)], dim=1)[:, -kept:])
-            return
-        index = lengths[:, None] + torch.arange(-history.shape[1], 0, device=history.device)
-        fresh = _take(new, index.clamp(min=0)).to(history.dtype)
-        older = _take(history, (index + history.shape[1]).clamp(max=history.shape[1] - 1))
-        history.copy_(torch.where((index >= 0)[..., None], fresh, older))
+        with torch.no_grad():
+            history = getattr(self, name)[..., first : first + new.shape[-1]]
+            if history.shape[1] == 0:
+                return
+            if lengths is None:
+                kept = history.shape[1]
+                history.copy_(torch.cat([history, new[:, -kept:].to(history.dtype)], dim=1)[:, -kept:])
+                return
+            index = lengths[:, None] + torch.arange(-history.shape[1], 0, device=history.device)
+            fresh = _take(new, index.clamp(min=0)).to(history.dtype)
+            older = _take(history, (index + history.shape[1]).clamp(max=history.shape[1] - 1))
+            history.copy_(torch.where((index >= 0)[..., None], fresh, older))
 
-    @torch.no_grad()
     def add_keys(self, keys: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Adds the first `lengths` (None: all) of the keys `[B, T, G, D]` of each row to `key_sum`."""
-        if lengths is not None:
-            pads = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
-            keys = keys.masked_fill(pads[..., None, None], 0.0)
-        self.key_sum += keys.sum(dim=1, dtype=self.key_sum.dtype)
+        with torch.no_grad():
+            if lengths is not None:
+                pads = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
+                keys = keys.masked_fill(pads[..., None, None], 0.0)
+            self.key_sum += keys.sum(dim=1, dtype=self.key_sum.dtype)
 
     def advance(self, lengths: torch.Tensor | None, columns: int) -> None:
         """Counts `columns` columns as read, `lengths` `[B]` of them real (None: all). Called last, once per forward."""

@@ -70,7 +70,7 @@ def check_past_mask(
     found = f"has read {read}" if said != read else f"has read {read} in other columns"
     raise ValueError(
         f"attention_mask[{row}] calls {said} of the {columns} columns before the new ones real tokens, but the cache "
-        f"{found}; what was read cannot be taken back. Pass the mask that it was read with (a row that ended in generate() "
-        "has read the token that ended it, and no pads behind it), or a mask of the new columns alone, or read the text "
-        "anew."
+        f"{found}; what was read cannot be taken back. Pass the mask that it was read with (a row that ended in "
+        "generate() has read the token that ended it, and no pads behind it), or a mask of the new columns alone, or "
+        "read the text anew."
     )

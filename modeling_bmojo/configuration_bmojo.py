@@ -4,17 +4,17 @@ Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, s
 Mamba (arXiv 2312.00752).
 """
 
-import difflib
 import math
 from dataclasses import field
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
+import torch
 from transformers.activations import ACT2CLS
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .compat_bmojo import CACHE_NAMES
+from .config_files_bmojo import FileConfig
+from .register_bmojo import register_names
 
 
 LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
@@ -24,28 +24,8 @@ NORM_POSITIONS = ("pre", "post")
 SSM_TYPES = ("mamba2", "mamba")
 KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
 
-# Keys that transformers itself (or an old checkpoint) may pass besides the declared fields. Anything else is a typo or
-# comes from another model, and silently keeping it would silently ignore the user's wish.
-_KNOWN_EXTRA_KEYS = {
-    "torch_dtype",
-    "rope_theta",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "attn_implementation",
-    "experts_implementation",
-    "model_type",
-    "auto_map",
-    "quantization_config",
-    "tokenizer_class",
-    "use_return_dict",
-    "tf_legacy_loss",
-    "use_bfloat16",
-    "torchscript",
-    "pruned_heads",
-}
+# Before anything of transformers asks for our names.
+register_names()
 
 
 class LayerSpec(NamedTuple):
@@ -86,7 +66,7 @@ class LayerSpec(NamedTuple):
         return self.window // self.stride if self.fading else 0
 
 
-class BMojoConfig(PreTrainedConfig):
+class BMojoConfig(FileConfig):
     r"""
     Configuration of a [`BMojoModel`]. The backbone fields mean what they mean in `LlamaConfig`; the memory and `ssm_*`
     fields are B'MOJO's own. Contradictory values raise `ValueError` naming field, value, rule and remedy.
@@ -158,6 +138,7 @@ class BMojoConfig(PreTrainedConfig):
     """
 
     model_type = "bmojo"
+    _auto_class = "AutoConfig"  # save_pretrained writes this module, and all that it imports, into the folder
     keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 32000
@@ -222,29 +203,23 @@ class BMojoConfig(PreTrainedConfig):
     ssm_time_step_limit: list[float] | tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self, **kwargs):
-        self._refuse_unknown(kwargs)
+        of_others = self._take_file_forms(kwargs)
         self._validate_types()
         no_positions = self.rope_parameters is None and not kwargs.get("rope_scaling") and "rope_theta" not in kwargs
         self._fill_defaults()
         # Before transformers sees them: it renames some layer types of other models without a word.
         self._validate_sizes()
         self.validate_layer_type()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs, **of_others)
         if no_positions:
             self.rope_parameters = None
         self.validate()
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        known = _KNOWN_EXTRA_KEYS | set(GenerationConfig._get_default_generation_params())
-        for key in kwargs:
-            if key in known or key.startswith("_"):
-                continue
-            close = difflib.get_close_matches(key, list(self.__dataclass_fields__), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it."
-            raise ValueError(f"{key}={kwargs[key]!r}: BMojoConfig has no field of this name; {hint}")
-
     def _validate_types(self) -> None:
-        """The types that filling in defaults relies on."""
+        """The types that filling in defaults relies on, and that reading a saved configuration does."""
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            self._reject("dtype", self.dtype, "must be a torch dtype or its name", "e.g. 'bfloat16'")
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             self._require_int(name, 1, "give a positive size")
         for name in ("layer_types", "no_rope_layers"):
@@ -293,6 +268,8 @@ class BMojoConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, its value, the rule it breaks and the remedy.
         """
+        self.warn_of_typos()
+        self._validate_types()
         self._validate_sizes()
         self.validate_layer_type()
         self._validate_memory()
@@ -302,12 +279,18 @@ class BMojoConfig(PreTrainedConfig):
 
     def _validate_rope(self) -> None:
         rope = self.rope_parameters
+        for name in ("rope_theta", "partial_rotary_factor"):
+            # The constructor takes these older names into rope_parameters. Set later they would be heard by who loads
+            # the saved configuration, and by nobody before.
+            if name in vars(self):
+                self._reject(name, getattr(self, name), "is no attribute", f"set config.rope_parameters[{name!r}]")
         if rope is None:
             return
         types = ["default", *ROPE_INIT_FUNCTIONS]
         if rope.get("rope_type") not in types:
             self._reject("rope_parameters", rope, f"its rope_type must be one of {types}", "pick one of them")
-        if not _is_number(rope["rope_theta"]) or not 0 < rope["rope_theta"] < math.inf:
+        theta = rope.get("rope_theta")
+        if not _is_number(theta) or not 0 < theta < math.inf:
             self._reject("rope_parameters", rope, "its rope_theta must be a positive number", "e.g. 10000.0")
         share = rope.get("partial_rotary_factor", 1.0)
         if not _is_number(share) or not 0 < share <= 1:
@@ -372,6 +355,8 @@ class BMojoConfig(PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Overrides transformers' closed list of layer types by B'MOJO's own."""
+        if self.layer_types is None:  # the constructor has filled it; it was taken away since
+            self._reject("layer_types", None, "must be a list with one entry per layer", "give a list")
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 self._reject(f"layer_types[{index}]", kind, f"must be one of {list(LAYER_TYPES)}", "pick one of them")

@@ -28,6 +28,7 @@ from .inputs_bmojo import Rows
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
 from .memory_ops import prediction_error
+from .register_bmojo import NoDecay
 from .ssm_ops import predict_input
 
 
@@ -58,7 +59,7 @@ class CausalConv(nn.Module):
         return self.kernels.run(op, x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), history)
 
 
-class SSMScalars(nn.Module):
+class SSMScalars(NoDecay):
     """Per-head decay, time-step bias and skip. A module of its own, so that adapters can train and save it."""
 
     def __init__(self, heads: int):

@@ -25,10 +25,11 @@ from .inputs_bmojo import Rows
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
 from .memory_ops import prediction_error
+from .register_bmojo import NoDecay
 from .s6_ops import predict_s6_input
 
 
-class S6Scalars(nn.Module):
+class S6Scalars(NoDecay):
     """Decay rates, time-step biases and skips of all channels, apart so that adapters can train and save them.
 
     `dt_bias` is Mamba's `dt_proj.bias`: here, because it decides the time step and is too fine for bf16.

@@ -13,6 +13,13 @@ import math
 
 import torch
 from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
@@ -21,7 +28,13 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
@@ -37,6 +50,7 @@ from .fading_s6_bmojo import S6FadingMemory, S6Scalars
 from .generation_bmojo import BMojoGenerationMixin
 from .inputs_bmojo import Rows, build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
+from .layout_bmojo import sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
 from .peft_bmojo import NoPrompts
@@ -261,6 +275,8 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
 class BMojoModel(BMojoPreTrainedModel):
     """Token embeddings, decoder layers and the final norm."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: BMojoConfig):
         config.validate()
         super().__init__(config)
@@ -367,6 +383,7 @@ class BMojoModel(BMojoPreTrainedModel):
 class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
     """B'MOJO with a language modelling head."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: BMojoConfig):
@@ -451,14 +468,174 @@ def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> to
 class BMojoForSequenceClassification(GenericForSequenceClassification, BMojoPreTrainedModel):
     """B'MOJO with a classification head on the last token."""
 
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False  # the loss is a mean over rows: Trainer divides it by the accumulated steps itself
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BMojoCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cache: BMojoCache | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """`logits` `[B, num_labels]`, and the loss of `labels` `[B]`.
+
+        Raises:
+            ValueError: for packed sequences, see `_refuse_packing`; and see [`BMojoModel.forward`].
+        """
+        cu_seq_lens_q = packing_lengths(cu_seq_lens_q, kwargs)
+        _refuse_packing(self, input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **_given_cache(past_key_values, cache),
+            **kwargs,
+        )
+
 
 class BMojoForTokenClassification(GenericForTokenClassification, BMojoPreTrainedModel):
     """B'MOJO with a classification head on every token."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BMojoCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cache: BMojoCache | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """`logits` `[B, T, num_labels]`, and the loss of `labels` `[B, T]`; sequences may be packed.
+
+        Args:
+            num_items_in_batch: labels of all accumulated batches, which the loss is divided by; None: a mean.
+        """
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            return_dict=True,
+            **_given_cache(past_key_values, cache),
+            **kwargs,
+        )
+        if labels is not None:
+            items = {"num_items_in_batch": num_items_in_batch}
+            outputs["loss"] = self.loss_function(outputs.logits, labels, self.config, **items)
+        return outputs
 
 
 class BMojoForQuestionAnswering(GenericForQuestionAnswering, BMojoPreTrainedModel):
     """B'MOJO with a span head for extractive question answering."""
 
+    _auto_class = "AutoModelForQuestionAnswering"
+    accepts_loss_kwargs = False
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BMojoCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cache: BMojoCache | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """`start_logits` and `end_logits` `[B, T]`, and the loss of the positions `[B]`.
+
+        Raises:
+            ValueError: for packed sequences, see `_refuse_packing`; and see [`BMojoModel.forward`].
+        """
+        cu_seq_lens_q = packing_lengths(cu_seq_lens_q, kwargs)
+        _refuse_packing(self, input_ids, inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **_given_cache(past_key_values, cache),
+            **kwargs,
+        )
+
+
+def _given_cache(past_key_values: BMojoCache | None, cache: BMojoCache | None) -> dict[str, BMojoCache | None]:
+    """The cache under the name that transformers' heads take it by."""
+    return {CACHE_NAME: one_cache(past_key_values, cache)}
+
+
+def _refuse_packing(
+    model: BMojoPreTrainedModel,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None,
+) -> None:
+    """A head with one answer per row (a class, a span) has none for each of several sequences in it.
+
+    Raises:
+        ValueError: for packed sequences, whichever of the three arguments tells of them.
+    """
+    given = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "position_ids": position_ids}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return
+    check_tokens(model.config, input_ids, inputs_embeds)
+    batch, columns = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    mask = None if attention_mask is None else attention_mask[:, -columns:].to(torch.bool)
+    for name in given:
+        alone = {"position_ids": None, "seq_idx": None, "cu_seq_lens_q": None, name: given[name]}
+        if sequence_starts(batch, columns, mask, *alone.values()) is not None:
+            raise ValueError(
+                f"{name} tells of several sequences in one row: {type(model).__name__} gives one answer per row; pass "
+                "each sequence as a row of its own, padded."
+            )
+
+
+# Auto class -> what it makes of our configuration; transformers' heads get their backbone in this way, too.
+AUTO_CLASSES = {
+    AutoModel: BMojoModel,
+    AutoModelForCausalLM: BMojoForCausalLM,
+    AutoModelForSequenceClassification: BMojoForSequenceClassification,
+    AutoModelForTokenClassification: BMojoForTokenClassification,
+    AutoModelForQuestionAnswering: BMojoForQuestionAnswering,
+}
+for _auto, _model in AUTO_CLASSES.items():
+    _auto.register(BMojoConfig, _model, exist_ok=True)
 
 __all__ = [
     "BMojoForCausalLM",

@@ -222,8 +222,9 @@ def _public(state: torch.Tensor) -> torch.Tensor:
 # Two opaque operators: torch.compile puts one call into its graph instead of unrolling the chunks, and autograd saves
 # the inputs and the states only.
 def _namespace() -> str:
-    """A name that is this module's own: a checkpoint may bring another copy of this file, or load one a second time."""
-    name = re.sub(r"\W", "_", __name__)
+    """A name that is this module's own: a checkpoint may bring another copy of this file, or load one a second time.
+    torch reads it as ASCII, and the name of a checkpoint's folder, which is part of `__name__`, may hold any letter."""
+    name = re.sub(r"\W", "_", __name__, flags=re.ASCII)
     while hasattr(getattr(torch.ops, name), "scan"):
         name += "_"
     return name
