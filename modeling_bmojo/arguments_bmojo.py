@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .cache_facts_bmojo import plain
 from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
 
@@ -115,22 +116,15 @@ LIVE_FIELDS = {
 def built_fields(config: BMojoConfig) -> dict[str, Any]:
     """The fields that a model's layers are made of, with their values now."""
     own = [name for name in BMojoConfig.__annotations__ if name not in LIVE_FIELDS]
-    return {name: _frozen(getattr(config, name)) for name in own}
+    return {name: plain(getattr(config, name)) for name in own}
 
 
 def check_built(built: dict[str, Any], config: BMojoConfig) -> None:
     """Raises ValueError if a field that the layers were made of has changed since: they would not follow it."""
     for name, value in built.items():
         now = getattr(config, name)
-        if now != value and _frozen(now) != value:
+        if now != value and plain(now) != value:
             raise ValueError(
                 f"{name}={now!r}: the model was built with {value!r} and its layers keep that; set it back, or build "
                 f"or load a model with it: from_pretrained(folder, {name}={now!r})."
             )
-
-
-def _frozen(value: Any) -> Any:
-    """A copy that a later change in place does not reach; tuples and lists of the same entries are equal."""
-    if isinstance(value, list | tuple):
-        return [_frozen(each) for each in value]
-    return {key: _frozen(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -33,8 +33,10 @@ FACTS = tuple(name for name in BMojoConfig.__annotations__ if name not in NEUTRA
 
 
 def plain(value: Any) -> Any:
-    """A value as it comes back from JSON, a copy: tuples are lists."""
-    return json.loads(json.dumps(value))
+    """A field's value as it comes back from JSON: a copy, of lists where it has tuples."""
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return {key: plain(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def facts_of(config: BMojoConfig) -> dict[str, Any]:
