@@ -25,10 +25,11 @@ HAVE_RUFF := $(VENV)/.have-ruff
 OTHER_VERSIONS := 5.20.2 5.24.0
 VENVS := .venvs
 HAVE_VERSIONS := $(OTHER_VERSIONS:%=$(VENVS)/transformers-%/.have)
-# What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints with
-# their code, Trainer.
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,arguments cache checkpoint contract family family_s6 generate \
-	padding parity training versions))
+# What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints and
+# the code they carry, Trainer, and what users reported of other models.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,arguments cache cache_file cache_ways checkpoint compile \
+	config_files contract family family_s6 four_bit fsdp2 generate hooks linear padding parity rotary trainer training \
+	travel versions))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-versions bench notebooks lint format clean
@@ -133,8 +134,8 @@ $(HAVE_VERSIONS): $(VENVS)/transformers-%/.have: $(HAVE_VENV) pyproject.toml con
 	@mkdir -p $(VENVS)
 	@$(PY) -m venv --without-pip $(@D) && sed '/^transformers==/d' constraints.txt >$(@D)/constraints.txt
 	@$(PIP) --python $(@D)/bin/python install $(TORCH_QUIET) $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "$(TORCH)"
-	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c $(@D)/constraints.txt "transformers==$*" -e ".[convert]" \
-		datasets hypothesis pytest pytest-xdist
+	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c $(@D)/constraints.txt "transformers==$*" -e ".[convert,train]" \
+		hypothesis pytest pytest-xdist
 	@touch $@
 
 $(HAVE_BENCH): $(HAVE_PACKAGE)

@@ -16,6 +16,7 @@ from .cache_file_bmojo import FORMAT, Contents, read_cache, write_cache
 from .cache_gather_bmojo import items_of, joined
 from .cache_layer_bmojo import BMojoCacheLayer
 from .cache_pads_bmojo import check_past_mask, pads_in
+from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig, LayerSpec
 
 
@@ -27,7 +28,7 @@ class RememberedToken(NamedTuple):
 
 
 class BMojoCache(Cache):
-    """The memory of a B'MOJO model, constant in size. `generate()` builds and returns one as `past_key_values`.
+    """The memory of a B'MOJO model, constant in size. `generate()` builds and returns one (`cache_of(outputs)`).
 
     Args:
         config: the model's configuration, as it is now; its layer types and sizes say what each layer holds. Tensors
@@ -38,7 +39,7 @@ class BMojoCache(Cache):
 
     ```python
     >>> cache = BMojoCache(model.config)
-    >>> model(document_ids, past_key_values=cache)                   # read
+    >>> model(document_ids, cache=cache)                             # read
     >>> cache.save("document.safetensors")                           # keep
     >>> cache = BMojoCache.load("document.safetensors", model.config)  # resume, also elsewhere
     >>> cache.remembered(layer_idx=0)[:3]
@@ -90,7 +91,7 @@ class BMojoCache(Cache):
         check_live(self.facts, config)
         if batch is not None and self.get_seq_length() > 0 and self.batch_size != batch:
             raise ValueError(
-                f"past_key_values has batch size {self.batch_size} but the input has {batch} rows; use one cache per "
+                f"{CACHE_NAME} has batch size {self.batch_size} but the input has {batch} rows; use one cache per "
                 "batch, or batch_repeat_interleave / batch_select_indices to change it."
             )
 
@@ -113,7 +114,7 @@ class BMojoCache(Cache):
     def _require_finished(self) -> None:
         if self.layers[0].unfinished:
             raise ValueError(
-                "past_key_values: a forward that wrote this cache, or an operation on it, stopped halfway, so its "
+                f"{CACHE_NAME}: a forward that wrote this cache, or an operation on it, stopped halfway, so its "
                 "layers disagree; go back to a copy (copy.deepcopy before reading), or reset() it and read again."
             )
 
@@ -222,7 +223,7 @@ class BMojoCache(Cache):
             OSError: if the file cannot be written, for want of space say; what stood there before is unchanged.
         """
         if not self.layers[0].is_initialized:
-            raise ValueError("the cache is empty: run the model with past_key_values=cache before saving it.")
+            raise ValueError("the cache is empty: run the model with cache=cache before saving it.")
         self._require_finished()
         columns = self.get_seq_length()
 

@@ -20,7 +20,7 @@ from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, RememberedToken, cache_file_bmojo
+from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoConfig, BMojoForCausalLM, RememberedToken, cache_file_bmojo
 
 
 BASE = SIZES
@@ -533,7 +533,7 @@ def test_update_is_refused():
 )
 def test_other_caches_are_refused(cache):
     model = build()
-    wanted = f"past_key_values is a {type(cache).__name__}: must be a BMojoCache"
+    wanted = f"{CACHE_NAME} is a {type(cache).__name__}: must be a BMojoCache"
     with pytest.raises(ValueError, match=wanted):
         model(input_ids=tokens(3), past_key_values=cache)
     with pytest.raises(ValueError, match=wanted):
@@ -541,7 +541,7 @@ def test_other_caches_are_refused(cache):
 
 
 def test_a_dynamic_cache_is_refused_by_generate():
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache: must be a BMojoCache"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} is a DynamicCache: must be a BMojoCache"):
         build().generate(tokens(3), past_key_values=DynamicCache(), max_new_tokens=2)
 
 
