@@ -4,7 +4,6 @@ The code is copied by transformers' own exporter (`register_for_auto_class`, `cu
 with `trust_remote_code=True` where the package is not installed.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 import modeling_bmojo
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
-from .weights import write_json
+from .files import read_json, write_json
 
 
 # Auto class -> our class, by name: what a folder's auto_map offers.
@@ -49,7 +48,7 @@ def save_description(folder: Path, config: BMojoConfig, dtype: torch.dtype, gene
 
 def _write_auto_map(path: Path) -> None:
     """Completes auto_map: saving a causal model names that class alone."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, "the exported config")
     modules = {name: getattr(modeling_bmojo, name).__module__.rsplit(".", 1)[-1] for name in AUTO_CLASSES.values()}
     config["auto_map"] = {auto_class: f"{modules[name]}.{name}" for auto_class, name in AUTO_CLASSES.items()}
     write_json(path, config)
