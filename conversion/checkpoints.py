@@ -3,8 +3,8 @@
 A run works in `<output>.training/`: `recipe.json`, `checkpoint-<step>/`, `runs/` (TensorBoard). A checkpoint holds the
 trained tensors (`trained.safetensors`) and what the Trainer needs to go on. `files.json` is written last: the names,
 sizes and SHA-256 of the other files, and of the recipe. So a checkpoint without it was cut short and is never used, and
-one that was damaged later is refused by the name of the file. Whatever is removed loses its mark last (the recipe of a
-work folder) or first (the `files.json` of a checkpoint), so that every remainder is known for what it is.
+one that was damaged later is refused by the name of the file. A checkpoint that is removed loses that file first, and a
+work folder its name, so that what a killed process leaves of them is known for what it is.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerState
 
-from .files import leftovers, read_json, sha256, sync, write_json
+from .files import leftovers, partial_name, read_json, sha256, sync, write_json
 from .report import REPORT_FILE
 from .training_settings import TrainingSettings
 
@@ -260,22 +260,16 @@ def start_work(output: Path, recipe: Mapping[str, Any]) -> Path:
     """An empty work folder with the recipe in it, in place of an earlier run's (ValueError: of anything else)."""
     work = work_folder(output)
     _check_ours(output, work)  # once more: reading the data took a while
-    remove_work(work)
+    remove_work(output)
     work.mkdir(parents=True)
     write_json(work / RECIPE_FILE, recipe)
     return work
 
 
-def remove_work(work: Path) -> None:
-    """Deletes a work folder; the recipe, by which it is known as ours, last."""
-    if not work.exists():
-        return
-    for checkpoint in folders_of(work):
-        remove_checkpoint(checkpoint)
-    for path in work.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != RECIPE_FILE:
-            path.unlink()
-    (work / RECIPE_FILE).unlink(missing_ok=True)
-    work.rmdir()
+def remove_work(output: Path) -> None:
+    """Deletes the work folder; from its new name on it is a remainder that the next writer of `output` clears away."""
+    work = work_folder(output)
+    if work.exists():
+        doomed = partial_name(output)
+        work.rename(doomed)
+        shutil.rmtree(doomed)

@@ -38,7 +38,7 @@ from .report import (
 from .settings import DTYPES, GraftSettings
 from .sources import Source, open_config, open_source, source_files
 from .ssm_init import SSM_INITS
-from .staging import check_output, check_space, sole_writer, staged_folder
+from .staging import check_output, check_space, is_settled, sole_writer, staged_folder
 from .weights import LazyTensors, digest, open_weights, row_blocks, write_shards
 
 
@@ -85,7 +85,7 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
         ValueError: anything about the settings, the source or the output that stops the conversion.
     """
     output = Path(settings.output)
-    if reuse and why_outdated(output, settings) is None:
+    if reuse and is_settled(output) and why_outdated(output, settings) is None:
         return False  # without a lock, so that a graft on a read-only disk can be kept too
     with sole_writer(output):
         if reuse and output.exists():  # a killed run may have left it aside until now

@@ -109,6 +109,13 @@ def clear_leftovers(output: Path) -> None:
         lock.unlink()
 
 
+def is_settled(output: Path) -> bool:
+    """Whether nothing lies beside `output` that a writer is using, or a killed one has left."""
+    output = output.absolute()
+    lock = output.with_name(f"{output.name}.lock")
+    return not (lock.exists() or leftovers(output) or _beside(output, REPLACED) or _beside(output, OLD_LOCK))
+
+
 def _beside(output: Path, suffix: re.Pattern) -> list[Path]:
     """What lies beside `output` under its name and such a suffix."""
     found = output.parent.glob(f"{glob.escape(output.name)}.*")

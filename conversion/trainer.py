@@ -164,6 +164,14 @@ class BMojoTrainer(Trainer):
         self._counted_rows.update(everyone)
         return torch.tensor(fresh, device=rows.device)
 
+    # Steps -----------------------------------------------------------------------------------------------------------
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """The Trainer's own; nothing where a resumed run has no step left, which the Trainer sees only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
     # Checkpoints -----------------------------------------------------------------------------------------------------
     @property
     def _is_sharded(self) -> bool:

@@ -124,7 +124,7 @@ def _train(settings: TrainingSettings, options: RunOptions, folder: Path, argume
     tensors = trainer.full_state()
     if arguments.should_save:
         _write(task, settings, tensors, trainer.state)
-        remove_work(work)
+        remove_work(output)
     return Result(output, trainer.state, *task.sizes, seconds, cpu_seconds)
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.faults [--every K] [--only NAME ...] [--modes kill torn full]
 
-Each scenario (scenarios.py) runs undisturbed once; its file events (events.py) are the points of disturbance. At each
-K-th of them a forked process is killed, or gets no more space. Then the programs are run as a user would run them, and
+Each scenario (scenarios.py) runs undisturbed once; its file events (events.py) are the points of disturbance: some of
+every kind, or each K-th. There a forked process is killed, or gets no more space. Then the programs are run as a user
+would run them, and
 
 - every run ends with status 0, or with 2 and one message; a full disk is such a message too
 - what they have written in the end is, bit for bit, what the undisturbed run wrote, and nothing else lies around.
@@ -14,6 +15,7 @@ torch and transformers are imported once; every run is a fork of this process. L
 import argparse
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -86,7 +88,9 @@ def complaint(run: Run) -> str | None:
     if "Traceback" in run.said or run.status not in (0, 2):
         return f"status {run.status} and no message of ours:\n{run.said[-3000:]}"
     messages = sum(line.startswith("error: ") for line in run.said.splitlines())
-    return None if messages == (run.status == 2) else f"{messages} messages with status {run.status}:\n{run.said[-2000:]}"
+    return (
+        None if messages == (run.status == 2) else f"{messages} messages with status {run.status}:\n{run.said[-2000:]}"
+    )
 
 
 def go_on(scenario: Scenario, work: Path, expected: dict[str, Any]) -> str | None:
@@ -114,19 +118,30 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
 
 
 def points(events: list[tuple[str, str]], modes: list[str], every: int) -> list[tuple[int, str]]:
-    """Where to disturb, and how: each `every`-th event of those at which a mode can do anything."""
+    """Where to disturb, and how: each `every`-th event of those at which a mode can do anything.
+
+    0: the first event of every kind, and to kill at, the last one. Kinds do not tell apart steps, random names, and the
+    files of a result that are neither weights nor its report.
+    """
+    kinds: dict[tuple, list[int]] = {}
+    for number, (name, path) in enumerate(events):
+        kind = re.sub(r"[0-9a-f]{12}|\d+", "N", path)
+        if "-N/" in kind and "checkpoint" not in kind and not re.search("safetensors|report", kind):
+            kind = "a file of a result"
+        kinds.setdefault((name, kind), []).append(number)
+    first, last = ([numbers[place] for numbers in kinds.values()] for place in (0, -1))
     found = []
     for mode in modes:
+        chosen = range(0, len(events), every) if every else sorted({*first, *(last if mode == "kill" else [])})
         able = {"kill": None, "torn": FILLED, "full": TAKES_SPACE}[mode]
-        numbers = [number for number, (name, _) in enumerate(events) if able is None or name in able]
-        found += [(number, mode) for number in numbers[::every]]
+        found += [(number, mode) for number in chosen if able is None or events[number][0] in able]
     return found
 
 
 def disturb(scenario: Scenario, folder: Path, modes: list[str], every: int) -> tuple[int, list[str]]:
     """Number of disturbances, and what went wrong."""
     before, work = folder / "before", folder / "work"
-    prepared = forked(lambda: (scenario.prepare(before) and 0 or 0, None))
+    prepared = forked(lambda: ((scenario.prepare(before) and 0) or 0, None))
     assert prepared.status == 0, prepared.said
     shutil.copytree(before, work)
     run = run_watched(scenario, work, None, "kill")
@@ -151,7 +166,7 @@ def disturb(scenario: Scenario, folder: Path, modes: list[str], every: int) -> t
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--every", type=int, default=EVERY, help=f"each how many-th event (default {EVERY}; 1: all)")
+    parser.add_argument("--every", type=int, default=0, help="each K-th event; 1: all (default: some of every kind)")
     parser.add_argument("--only", nargs="+", help="names of scenarios")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     given = parser.parse_args()
@@ -169,9 +184,6 @@ def main() -> int:
             print(f"{scenario.name}: {count} disturbances, {len(wrong)} failed; {seconds:.0f} s", flush=True)
     print(f"{total} disturbances, {len(failures)} failed; {time.monotonic() - begin:.0f} s")
     return 1 if failures else 0
-
-
-EVERY = 5
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from training_setup import QUIET, T, letters, tiny_graft
 from conversion import align, finetune, graft, restore
 
 
+STEADY = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}  # one step too many would show
 DURATIONS = ("runtime", "per_second")  # in the log of a training: of no two runs the same
 
 
@@ -45,7 +46,9 @@ def outcome(work: Path) -> dict[str, Any]:
     for path in sorted(path for path in work.rglob("*") if path.is_file()):
         name = path.relative_to(work).as_posix()
         if path.name == "training_log.json":
-            found[name] = [_without_durations(entry) for entry in json.loads(path.read_text())]
+            # The Trainer's last entry sums up the steps since the last start alone.
+            steps = [entry for entry in json.loads(path.read_text()) if "train_loss" not in entry]
+            found[name] = _without_durations(steps)
         elif path.name == "graft_report.json":
             found[name] = _without_durations(json.loads(path.read_text()))
         else:
@@ -80,14 +83,23 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         "source": str(tiny_graft()),
         "output": "unset",
         "data": {"files": str(texts / "*.txt"), "sequence_length": T, "packing": "concatenate", "held_out": 0},
-        "trainer": {"max_steps": 3, "learning_rate": 1e-2, "save_steps": 1, "save_total_limit": 1, **QUIET},
+        "trainer": {
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "save_steps": 1,
+            "save_total_limit": 1,
+            **QUIET,
+        },
     }
     aligned = settings(folder, "align", **training, losses={"mixer": 1.0})
     tuned = settings(folder, "finetune", **training)
     adapted = settings(folder, "lora", **training, lora={"r": 2, "merge": True})
     to = ["--output", "WORK/out"]
-    other = ["--set", "seed=7", *to]
     go_on = [["--resume"], [], ["--overwrite"]]
+
+    def then(recipe: str, *flags: list[str]) -> list[list[str]]:
+        return [[recipe, *given, *to] for given in flags]
 
     def nothing(work: Path) -> None:
         work.mkdir()
@@ -108,18 +120,18 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         earlier(finetune, tuned)(work)
         _stopped(work, tuned, step=2, program=finetune, extra=["--overwrite", "--set", "seed=8"])
 
+    again = ["WORK/graft", "--max-shard-size", "40KB", *to]
+    reuse, resume = then(grafted, ["--reuse"]), then(tuned, ["--resume"], ["--overwrite"])
+    old = [earlier(graft, grafted), unfinished_of_others]
     return [
-        Scenario("graft", nothing, graft, [grafted, *to], [[grafted, "--reuse", *to]]),
-        Scenario("graft over", earlier(graft, grafted), graft, [grafted, "--overwrite", *to],
-                 [[grafted, "--reuse", *to]]),
-        Scenario("align", nothing, align, [aligned, *to], [[aligned, *flags, *to] for flags in go_on]),
-        Scenario("align on", unfinished, align, [aligned, "--resume", *to], [[aligned, *flags, *to] for flags in go_on]),
-        Scenario("finetune over", unfinished_of_others, finetune, [tuned, "--overwrite", *to],
-                 [[tuned, *flags, *to] for flags in (["--resume"], ["--overwrite"])]),
-        Scenario("lora", nothing, finetune, [adapted, *to], [[adapted, *flags, *to] for flags in go_on]),
-        Scenario("restore", lambda work: shutil.copytree(tiny_graft(), work / "graft"), restore,
-                 ["WORK/graft", "--max-shard-size", "40KB", *to], [["WORK/graft", "--max-shard-size", "40KB", *to]]),
-    ]  # fmt: skip
+        Scenario("graft", nothing, graft, [grafted, *to], reuse),
+        Scenario("graft over", old[0], graft, [grafted, "--overwrite", *to], reuse),
+        Scenario("align", nothing, align, [aligned, *to], then(aligned, *go_on)),
+        Scenario("align on", unfinished, align, [aligned, "--resume", *to], then(aligned, *go_on)),
+        Scenario("finetune over", old[1], finetune, [tuned, "--overwrite", *to], resume),
+        Scenario("lora", nothing, finetune, [adapted, *to], then(adapted, *go_on)),
+        Scenario("restore", lambda work: shutil.copytree(tiny_graft(), work / "graft"), restore, again, [again]),
+    ]
 
 
 def _stopped(work: Path, recipe: str, step: int, program: Any = align, extra: list[str] | None = None) -> None:
