@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .programs import run_program
+
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
@@ -213,8 +215,8 @@ def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
             print(f"    [{position:5d}]  {excerpt(pieces, position)}")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """The demo, step by step."""
+def run(arguments: argparse.Namespace) -> int:
+    """The demo, step by step; returns its exit status."""
     begin = time.perf_counter()
     document = read_document(arguments.document)
     question = arguments.question or (QUESTION if arguments.document is None else "What is this text about?")
@@ -241,6 +243,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"\nDone in {time.perf_counter() - begin:.0f} s. This graft is untrained: it answers from its window, and what"
     )
     print("the other memories hold becomes useful by training. docs/graft.md explains every step.")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,15 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before transformers is imported: downloads and the copies of loaded code belong into the checkout, not the home.
     os.environ.setdefault("HF_HOME", str(OUTPUTS / "huggingface"))
     os.environ.setdefault("HF_MODULES_CACHE", str(OUTPUTS / "huggingface" / "modules"))
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(lambda: run(arguments), "the graft, if it was done, is kept")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ from .evaluation import prepare, run
 from .evaluation_plot import draw
 from .evaluation_report import markdown, summarise
 from .evaluation_settings import SECTIONS, EvaluationSettings, load_evaluation
-from .evaluation_store import PLOT_FILE, TABLE_FILE, Store, check_folder, write_text
+from .evaluation_store import PLOT_FILE, TABLE_FILE, Store, check_folder
+from .files import write_text
+from .programs import run_program
 from .settings import parse_assignments, read_yaml
+from .staging import sole_writer
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,6 +56,11 @@ def evaluate(settings: EvaluationSettings, command: str, overwrite: bool = False
     Raises:
         ValueError: anything about settings, source, grafts, texts or output that stops the evaluation.
     """
+    with sole_writer(Path(settings.output)):
+        return _evaluate(settings, command, overwrite, reuse)
+
+
+def _evaluate(settings: EvaluationSettings, command: str, overwrite: bool, reuse: bool) -> str:
     folder = Path(settings.output)
     check_folder(folder, overwrite, reuse)
     job = prepare(settings)
@@ -73,18 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
     command = f"python -m conversion.evaluate {shlex.join(argv)}"
-    try:
+
+    def work() -> int:
         settings = settings_of(arguments)
-        table = evaluate(settings, command, arguments.overwrite, arguments.reuse)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is stored, --reuse goes on from there", file=sys.stderr)
-        return 130
-    print(table)
-    print(f"Written to {settings.output}")
-    return 0
+        print(evaluate(settings, command, arguments.overwrite, arguments.reuse))
+        print(f"Written to {settings.output}")
+        return 0
+
+    return run_program(work, "what was measured is stored, --reuse goes on from there")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_bmojo import BMojoConfig
 
 from .baselines import Models, Row, equal_memory_window
 from .evaluation_settings import EvaluationSettings, graft_entries
 from .evaluation_store import Store, hardware
+from .files import read_json
 from .pipeline import Plan, plan_graft
 from .plotting import require_matplotlib
 from .report import code_fingerprint
@@ -27,8 +28,9 @@ from .scores_agreement import continue_greedily, equal_prefix, equal_share
 from .scores_cost import measure_cost
 from .scores_nll import bucket_means, curve, read
 from .scores_passkey import Prompt, make_prompts, score_prompts
-from .sources import open_source
+from .sources import open_config, open_source, open_tokenizer
 from .texts import fingerprint, openings, read_texts, sequences, token_stream
+from .weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -128,21 +130,23 @@ def _grafts(
     """The graft folders with their configs; every one must be a B'MOJO model of the source's vocabulary."""
     found = []
     for folder, name, overrides in graft_entries(settings):
+        what = f"grafts: {str(folder)!r}"
         if not (folder / "config.json").is_file():
-            raise ValueError(f"grafts: {str(folder)!r} is no checkpoint folder (it has no config.json).")
-        stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            raise ValueError(f"{what} is no checkpoint folder (it has no config.json).")
+        stated = read_json(folder / "config.json", what)
         if stated.get("model_type") != "bmojo":
-            raise ValueError(f"grafts: {str(folder)!r} holds a {stated.get('model_type')!r} model, not a B'MOJO model.")
+            raise ValueError(f"{what} holds a {stated.get('model_type')!r} model, not a B'MOJO model.")
         if not any(folder.glob("*.safetensors")):
-            raise ValueError(f"grafts: {str(folder)!r} has no safetensors weights.")
-        config = BMojoConfig.from_pretrained(folder, **overrides)
+            raise ValueError(f"{what} has no safetensors weights.")
+        open_weights(folder, what)
+        config = open_config(folder, what, **overrides)
         if config.vocab_size != plan.config.vocab_size:
             raise ValueError(
-                f"grafts: {str(folder)!r} has a vocabulary of {config.vocab_size} tokens, source {settings.source!r} "
+                f"{what} has a vocabulary of {config.vocab_size} tokens, source {settings.source!r} "
                 f"one of {plan.config.vocab_size}; compare models of one vocabulary."
             )
         if (folder / "tokenizer.json").is_file():
-            theirs = AutoTokenizer.from_pretrained(folder)
+            theirs = open_tokenizer(folder, what)
             if theirs.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"grafts: the tokenizer of {str(folder)!r} has other tokens than the source's.")
         found.append((folder, name, config, overrides))

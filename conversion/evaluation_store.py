@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .files import read_json, write_text
 from .report import versions
 
 
@@ -61,10 +62,7 @@ class Store:
         self.header = {"settings": dict(settings), "command": command, "machine": where}
         self.measurements: dict[str, dict[str, Any]] = {}
         if reuse and (folder / RESULT_FILE).is_file():
-            try:
-                self.measurements = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["measurements"]
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{folder / RESULT_FILE}: is damaged ({error}); pass --overwrite.") from error
+            self.measurements = _measurements(folder)
 
     def has(self, row: str, section: str, key: str) -> bool:
         return self.measurements.get(row, {}).get(section, {}).get("key") == key
@@ -86,15 +84,17 @@ class Store:
         write_text(self.folder / RESULT_FILE, text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file beside its place and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+def _measurements(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the folder's file holds (ValueError: it is damaged)."""
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        found = read_json(folder / RESULT_FILE, str(folder)).get("measurements")
+    except ValueError as error:
+        raise ValueError(f"{error} It is damaged; pass --overwrite.") from error
+    rows = list(found.values()) if isinstance(found, dict) else [None]
+    sections = [section for row in rows for section in (row.values() if isinstance(row, dict) else [None])]
+    if not all(isinstance(section, dict) for section in sections):
+        raise ValueError(f"{folder / RESULT_FILE}: is damaged (no measurements by row and section); pass --overwrite.")
+    return found
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
-from .weights import write_json
+from .files import write_json
 
 
 PROBE = "In 1995, version 3.12.4\n\n1.  Hello  World's\ttab; été — 日本 x=100\n\n\n42"

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .pipeline import graft, is_current
+from .pipeline import graft
+from .programs import run_program
 from .report import read_report
 from .settings import load_settings, parse_assignments
 
@@ -34,36 +35,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
     arguments = parse_arguments(argv)
-    try:
+
+    def work() -> int:
         overrides = parse_assignments(arguments.set)
         overrides |= {
             key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None
         }
         settings = load_settings(arguments.settings, overrides)
-        kept = arguments.reuse and is_current(Path(settings.output), settings)
-        output = graft(settings, arguments.overwrite, arguments.reuse)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    report = read_report(output)
-    if kept:
-        print(f"{output}: kept; the source, the settings and the code are those that made it.")
+        if graft(settings, arguments.overwrite, arguments.reuse):
+            print(summary(Path(settings.output)))
+        else:
+            print(f"{settings.output}: kept; the source, the settings and the code are those that made it.")
         return 0
+
+    return run_program(work)
+
+
+def summary(output: Path) -> str:
+    """What to print at the end: counts of tensors and parameters, and what the check found."""
+    report = read_report(output)
     counts = report["counts"]
-    print(
+    told = (
         f"{output}: {counts['copied']} tensors copied, {counts['initialised']} initialised, "
         f"{counts['dropped']} dropped; {counts['parameters'] / 1e6:,.1f} million parameters in {report['dtype']}."
     )
     if report["check"]:
         check = report["check"]
-        print(
-            f"Loaded again and compared with the source on {check['tokens']} tokens: "
+        told += (
+            f"\nLoaded again and compared with the source on {check['tokens']} tokens: "
             f"largest difference of the logits {check['max_logit_difference']:.2g}."
         )
-    return 0
+    return told
 
 
 if __name__ == "__main__":

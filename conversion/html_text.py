@@ -11,10 +11,13 @@ of tables, pages that scripts write. Exit status: 0 done, 2 refused.
 import argparse
 import glob
 import re
-import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+
+from .files import write_text
+from .programs import run_program
+from .staging import sole_writer
 
 
 BLOCKS = frozenset(
@@ -128,9 +131,9 @@ def convert(patterns: Sequence[str], output: Path) -> tuple[list[Path], int]:
     long = {name: text for name, text in texts.items() if len(text) >= SHORTEST}
     if not long:
         raise ValueError(f"pages: none has {SHORTEST:,} characters of text.")
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in long.items():
-        (output / name).write_text(text + "\n", encoding="utf-8")
+    with sole_writer(output):
+        for name, text in long.items():
+            write_text(output / name, text + "\n")
     return [output / name for name in long], len(texts) - len(long)
 
 
@@ -139,14 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pages", nargs="+", help="HTML files or patterns")
     parser.add_argument("--output", type=Path, required=True, help="folder of the text files")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         written, short = convert(given.pages, given.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    size = sum(path.stat().st_size for path in written)
-    print(f"{given.output}: {len(written)} texts, {size:,} bytes; {short} pages below {SHORTEST:,} characters left out")
-    return 0
+        size = sum(path.stat().st_size for path in written)
+        left_out = f"{short} pages below {SHORTEST:,} characters left out"
+        print(f"{given.output}: {len(written)} texts, {size:,} bytes; {left_out}")
+        return 0
+
+    return run_program(work, "files written so far are whole")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The model is loaded once, every layer built in both forms at once, since both re
 the layer's type in place (`running.layer_as`). The ranking is saved as JSON and as a diagram.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from modeling_bmojo import BMojoConfig
 
 from .families import source_layer_types
+from .files import write_json
 from .plotting import new_figure, require_matplotlib, save_figure
 from .running import assembled, layer_as, set_layer_kind
 from .scores_nll import mean_and_error, mean_beyond
@@ -107,7 +107,7 @@ def rank_layers(model: torch.nn.Module, kinds: Sequence[str], texts: Sequence[to
 
 def write_ranking(folder: Path, ranking: dict[str, Any]) -> None:
     """The ranking as JSON and as a bar per layer."""
-    (folder / RANKING_FILE).write_text(json.dumps(ranking, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RANKING_FILE, ranking)
     count = len(ranking["harm"])
     figure = new_figure(max(5.0, 0.28 * count + 1.5), 3.4)
     axes = figure.add_subplot()

@@ -6,6 +6,7 @@ compared with the source, and renamed into place. Peak memory: about one shard, 
 source excepted, which transformers dequantises as a whole).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,10 @@ from .card import model_card
 from .check import check_against_source
 from .export import generation_settings, meta_model, save_description, save_tokenizer
 from .families import backbone_fields, bmojo_config_for, family_of, source_layer_types, source_window
+from .files import read_json, write_text
 from .layer_choice import MEASURED, measure_layers, write_ranking
 from .report import (
+    REPORT_FILE,
     Piece,
     code_fingerprint,
     dtype_name,
@@ -33,10 +36,10 @@ from .report import (
     write_report,
 )
 from .settings import DTYPES, GraftSettings
-from .sources import Source, open_source, source_files
+from .sources import Source, open_config, open_source, source_files
 from .ssm_init import SSM_INITS
-from .staging import check_output, check_space, clear_leftovers, staged_folder
-from .weights import LazyTensors, digest, row_blocks, write_shards
+from .staging import check_output, check_space, is_settled, sole_writer, staged_folder
+from .weights import LazyTensors, digest, open_weights, row_blocks, write_shards
 
 
 SIDE_FILES_BYTES = 64 * 2**20  # room for tokenizer, code and card in the estimate of the disk space
@@ -71,8 +74,8 @@ class Plan:
         return {piece.source: self.dtypes[name] for name, piece in self.pieces.items()}
 
 
-def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False) -> Path:
-    """Writes the checkpoint folder and returns it.
+def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False) -> bool:
+    """Writes the checkpoint folder; False where an earlier one is kept.
 
     Args:
         overwrite: replace an earlier graft in the same folder.
@@ -82,27 +85,62 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
         ValueError: anything about the settings, the source or the output that stops the conversion.
     """
     output = Path(settings.output)
-    clear_leftovers(output)
-    if reuse and is_current(output, settings):
-        return output
-    check_output(output, overwrite or reuse)
-    plan = prepare(settings, overwrite or reuse)
-    if settings.layers == MEASURED:
-        plan = with_measured_layers(plan)
-    with staged_folder(output) as folder:
-        write_checkpoint(folder, plan)
-    return output
+    if reuse and is_settled(output) and why_outdated(output, settings) is None:
+        return False  # without a lock, so that a graft on a read-only disk can be kept too
+    with sole_writer(output):
+        if reuse and output.exists():  # a killed run may have left it aside until now
+            outdated = why_outdated(output, settings)
+            if outdated is None:
+                return False
+            print(f"{output}: made again, because {outdated}.", flush=True)
+        check_output(output, overwrite or reuse)
+        plan = prepare(settings, overwrite or reuse)
+        if settings.layers == MEASURED:
+            plan = with_measured_layers(plan)
+        with staged_folder(output) as folder:
+            write_checkpoint(folder, plan)
+    return True
 
 
-def is_current(output: Path, settings: GraftSettings) -> bool:
-    """Whether `output` holds a finished graft of the same source files and settings by the same code."""
+def why_outdated(output: Path, settings: GraftSettings) -> str | None:
+    """Why `output` holds no finished graft of the same source files and settings by the same code; None: it does.
+
+    Looks at every file that the graft wrote, at the weights' headers only: their values are not read.
+    """
     report = read_report(output)
     if report is None:
-        return False
-    same_source = report["source"].get("files") == source_files(settings.source)
-    return (
-        same_source and report.get("settings") == settings.as_dict() and report.get("code_sha256") == code_fingerprint()
-    )
+        return f"it has no {REPORT_FILE} that can be read"
+    if report.get("source", {}).get("files") != source_files(settings.source):
+        return "the source's files are others, or were changed"
+    if report.get("settings") != settings.as_dict():
+        return "the settings are others"
+    if report.get("code_sha256") != code_fingerprint():
+        return "the code that made it was another"
+    try:
+        return damage(output, report)
+    except ValueError as error:
+        return f"it is damaged ({error})"
+
+
+def damage(output: Path, report: Mapping[str, Any]) -> str | None:
+    """What is wrong with the files of a finished graft, None where nothing is seen (ValueError: the same).
+
+    A user may have edited the card, or a JSON file: these must be there, and the latter must be JSON.
+    """
+    for name, size in report.get("files", {}).items():
+        path = output / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.suffix == ".json":
+            read_json(path, output.name)
+        elif path.suffix == ".py" and path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    open_config(output, output.name)
+    weights = open_weights(output, output.name)
+    expected = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in report["target_tensors"].items()}
+    found = {name: (shape, weights.dtypes[name]) for name, shape in weights.shapes.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return f"its weights are not those of its report, such as {wrong[0]}" if wrong else None
 
 
 def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
@@ -276,7 +314,8 @@ def write_checkpoint(folder: Path, plan: Plan) -> None:
     report["check"] = None
     if plan.settings.check:
         report["check"] = check_against_source(folder, plan.source, plan.source_dtypes, plan.settings.seed)
-    (folder / "README.md").write_text(model_card(plan.config, plan.source.facts(), report), encoding="utf-8")
+    write_text(folder / "README.md", model_card(plan.config, plan.source.facts(), report))
+    report["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     write_report(folder, report)
 
 

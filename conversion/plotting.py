@@ -1,8 +1,9 @@
 """The one place that imports matplotlib, which is optional: figures without a display, saved whole or not at all."""
 
-import os
 from pathlib import Path
 from typing import Any
+
+from .files import partial_file
 
 
 def require_matplotlib(wanted_by: str) -> None:
@@ -21,10 +22,6 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a PNG beside its place and renames it."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    """Writes a PNG whole or not at all."""
+    with partial_file(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,9 +19,12 @@ import transformers
 import modeling_bmojo
 
 from .families import targets_of
+from .files import read_json, write_text
+from .weights import Weights, digest
 
 
 REPORT_FILE = "graft_report.json"
+CURRENT = "current-sha256"  # of a tensor after training; "sha256" stays that of the graft
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -136,12 +139,46 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     on_one_line = r"\[\s+((?:\d+,\s+)*\d+)\s+\]"  # shapes
     text = re.sub(on_one_line, lambda match: f"[{' '.join(match[1].split())}]", text)
-    (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+    write_text(folder / REPORT_FILE, text)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
     """The report of a completed graft, or None where the folder has none that can be read."""
     try:
-        return json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(folder / REPORT_FILE, str(folder))
+    except ValueError:
         return None
+    accounts = [report.get(name, {}) for name in ("source", "settings", "source_tensors", "target_tensors")]
+    whole = all(isinstance(account, dict) for account in accounts)
+    return report if whole and all(isinstance(entry, dict) for entry in accounts[3].values()) else None
+
+
+def require_report(folder: Path, what: str) -> dict[str, Any]:
+    """The folder's report, {} where it has none.
+
+    Raises:
+        ValueError: there is one that cannot be read: going on without it would say less of the result than is known.
+    """
+    report = read_report(folder)
+    if report is None and (folder / REPORT_FILE).exists():
+        raise ValueError(
+            f"{what}: its {REPORT_FILE} is damaged; put it back from a copy or graft anew. Without the file, the "
+            "folder is taken as a model of which nothing is known."
+        )
+    return report or {}
+
+
+def changed_tensors(report: Mapping[str, Any], weights: Weights) -> list[str]:
+    """Tensors of a folder that are not what its report says (SHA-256); all of its weights are read.
+
+    A result of training says of every tensor what it is now; older ones do not, and of them nothing is compared.
+    """
+    known = {
+        name: entry.get(CURRENT, None if report.get("training") else entry.get("sha256"))
+        for name, entry in report.get("target_tensors", {}).items()
+    }
+    return [
+        name
+        for name, stated in known.items()
+        if stated is not None and (name not in weights.shapes or digest(weights.rows(name).contiguous()) != stated)
+    ]

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
+from .files import write_json
+from .programs import run_program
 from .report import goals_of, read_report
 from .settings import check_shard_size
 from .sources import HUB_SIDE_FILES
-from .staging import check_output, check_space, staged_folder
-from .weights import Weights, digest, open_weights, write_json, write_shards
+from .staging import check_output, check_space, sole_writer, staged_folder
+from .weights import Weights, digest, open_weights, write_shards
 
 
 LOSSLESS = {("float16", "float32"), ("bfloat16", "float32")}  # casts that can be taken back
@@ -40,6 +42,11 @@ def restore(folder: Path, output: Path, max_shard_size: str = "2GB") -> list[str
     report = read_report(folder)
     if report is None or "config" not in report.get("source", {}):
         raise ValueError(f"{str(folder)!r}: has no graft_report.json with the source's config; graft the source again.")
+    with sole_writer(output):
+        return _restore(folder, output, report, max_shard_size)
+
+
+def _restore(folder: Path, output: Path, report: Mapping[str, Any], max_shard_size: str) -> list[str]:
     check_output(output, overwrite=False, sources=(folder,))
     tensors = {name: entry for name, entry in report["source_tensors"].items() if goals_of(entry)}
     refuse_rounded(tensors, report)
@@ -116,18 +123,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
     arguments = parse_arguments(argv)
-    output = Path(arguments.output)
-    try:
+
+    def work() -> int:
+        output = Path(arguments.output)
         left_out = restore(Path(arguments.folder), output, arguments.max_shard_size)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    note = f" Not written, because loading makes them anew: {', '.join(left_out)}." if left_out else ""
-    print(f"{output}: the source's tensors, byte for byte.{note}")
-    return 0
+        note = f" Not written, because loading makes them anew: {', '.join(left_out)}." if left_out else ""
+        print(f"{output}: the source's tensors, byte for byte.{note}")
+        return 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from modeling_bmojo import BMojoConfig
+
 from .families import family_named
+from .files import read_json
 from .gguf_source import GGUFSource
 from .weights import (
     INDEX_FILE,
@@ -23,7 +26,6 @@ from .weights import (
     Weights,
     most_common_dtype,
     open_weights,
-    read_json,
 )
 
 
@@ -102,6 +104,26 @@ def source_files(name: str) -> list[list[str | int]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
 
 
+def open_config(folder: Path, what: str, **fields: Any) -> BMojoConfig:
+    """The config of a B'MOJO checkpoint, with other values for some `fields`.
+
+    Raises:
+        ValueError: it is damaged, or holds values that the model refuses. what: the folder's name in messages.
+    """
+    try:
+        return BMojoConfig.from_pretrained(folder, **fields)
+    except Exception as error:  # transformers and huggingface_hub validate with exception types of their own
+        raise ValueError(f"{what}: its config.json is refused ({error}).") from error
+
+
+def open_tokenizer(folder: Path, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder (ValueError: there is none, or a damaged one)."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers, tokenizers and sentencepiece raise types of their own
+        raise ValueError(f"{what}: its tokenizer does not load ({error}).") from error
+
+
 def _open_folder(path: Path, label: str, allow_pickle: bool) -> Source:
     if (path / "config.json").is_file():
         return FolderSource(path, label, allow_pickle)
@@ -177,10 +199,7 @@ class FolderSource:
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         if not any((self.path / name).is_file() for name in names):
             return None
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except Exception as error:  # transformers, tokenizers and sentencepiece raise types of their own
-            raise ValueError(f"source {self.label!r}: its tokenizer does not load ({error}).") from error
+        return open_tokenizer(self.path, self._what)
 
     def generation_settings(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"

@@ -20,6 +20,7 @@ from .align_losses import Head
 from .export import meta_model
 from .sources import open_source
 from .training_settings import LossSettings
+from .weights import open_weights
 
 
 def shared_teacher(
@@ -70,6 +71,8 @@ def load_teacher(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
             source = open_source(name)
             model, tokenizer = source.load_model(dtype).to(dtype), source.tokenizer()
         else:
+            if Path(name).is_dir():
+                open_weights(Path(name), "its folder", allow_pickle=True)  # names what is damaged or leads out of it
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
             tokenizer = _tokenizer(name)
     except Exception as error:  # transformers, the hub and safetensors raise types of their own

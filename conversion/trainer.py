@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from .checkpoints import TENSORS_FILE, read_state
+from .checkpoints import FILES_FILE, TENSORS_FILE, check_files, checkpoints, rotate, seal
+from .files import writing
 from .packing import IGNORED
 
 
@@ -35,12 +36,12 @@ class BMojoTrainer(Trainer):
     """See the module's text.
 
     Args (besides the Trainer's):
-        trained: names of the model's parameters that train.
+        trained: names of the model's parameters that train. recipe: of the run, which its checkpoints record.
     """
 
-    def __init__(self, *arguments: Any, trained: list[str], **options: Any):
+    def __init__(self, *arguments: Any, trained: list[str], recipe: Mapping[str, Any], **options: Any):
         super().__init__(*arguments, **options)
-        self.trained = trained
+        self.trained, self.recipe = trained, recipe
         self._parts: dict[str, torch.Tensor] = {}
         self._held_out: dict[str, float] = {}
         self._counted_rows: set[int] = set()
@@ -163,6 +164,14 @@ class BMojoTrainer(Trainer):
         self._counted_rows.update(everyone)
         return torch.tensor(fresh, device=rows.device)
 
+    # Steps -----------------------------------------------------------------------------------------------------------
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """The Trainer's own; nothing where a resumed run has no step left, which the Trainer sees only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
     # Checkpoints -----------------------------------------------------------------------------------------------------
     @property
     def _is_sharded(self) -> bool:
@@ -170,13 +179,26 @@ class BMojoTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        """The Trainer's own; older checkpoints go only when this one is complete (`checkpoints.seal`)."""
+        work, limit = Path(self.args.output_dir), self.args.save_total_limit
+        folder = work / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(folder):
+                if self.args.should_save:
+                    (folder / FILES_FILE).unlink(missing_ok=True)
+                self.args.save_total_limit = None
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # the other processes' files are part of it
+                if self.args.should_save:
+                    seal(folder, self.recipe)
         except BaseException:
-            if read_state(folder) is None:
+            if folder not in checkpoints(work):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate(work, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # DeepSpeed that gathers no weights gives none; its own files are the checkpoint then.
@@ -201,9 +223,10 @@ class BMojoTrainer(Trainer):
         if self._is_sharded:
             super()._load_best_model()
         else:
-            load_trained(
-                self.accelerator.unwrap_model(self.model), self.trained, Path(self.state.best_model_checkpoint)
-            )
+            best = Path(self.state.best_model_checkpoint)
+            if self.args.should_save:
+                check_files(best, "keep='best'")
+            load_trained(self.accelerator.unwrap_model(self.model), self.trained, best)
 
     def full_state(self) -> dict[str, torch.Tensor]:
         """Every tensor of the model, whole; every process must ask, the main one gets them."""

@@ -2,11 +2,11 @@
 
 import argparse
 import platform
-import sys
 from collections.abc import Sequence
 
 from accelerate import PartialState
 
+from .programs import run_program
 from .settings import parse_assignments
 from .training_output import ADAPTER_FILE
 from .training_run import Result, RunOptions, train
@@ -40,18 +40,15 @@ def settings_of(kind: type[TrainingSettings], arguments: argparse.Namespace) -> 
 def run(program: str, kind: type[TrainingSettings], purpose: str, argv: Sequence[str] | None) -> int:
     """Runs the program and returns its exit status: 0 done, 2 refused or failed with a message, 130 interrupted."""
     arguments = parse_arguments(program, purpose, argv)
-    try:
+
+    def work() -> int:
         options = RunOptions(arguments.resume, arguments.overwrite, arguments.finish)
         result = train(settings_of(kind, arguments), options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted; {interrupt or 'checkpoints written so far are kept'}", file=sys.stderr)
-        return 130
-    if PartialState().is_main_process:
-        print(summary(result))
-    return 0
+        if PartialState().is_main_process:
+            print(summary(result))
+        return 0
+
+    return run_program(work, "checkpoints written so far are kept")
 
 
 def summary(result: Result) -> str:

@@ -5,7 +5,6 @@ Nothing is tokenised here.
 """
 
 import glob
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 
+from .files import sha256
 from .training_settings import DataSettings
 
 
@@ -24,7 +24,6 @@ BUILDERS = {
     ".parquet": "parquet",
     ".csv": "csv",
 }
-READ = 2**20  # bytes of a file that are read at a time for its fingerprint
 NUMBER = "number in all files"  # the column that holds it
 AnyDataset = Dataset | IterableDataset
 
@@ -42,8 +41,9 @@ def read_files(patterns: str | list[str], text_column: str) -> tuple[Dataset, li
             part = part.rename_column("text", text_column)
         parts.append(part)
     rows = _joined(parts)
+    # A change in the middle of a file must not go unnoticed, and all of it was read for the rows anyway.
     files = [Path(name) for names in found.values() for name in names]
-    return rows.add_column(NUMBER, np.arange(len(rows))), [[file.name, _fingerprint(file)] for file in files]
+    return rows.add_column(NUMBER, np.arange(len(rows))), [[file.name, sha256(file)[:16]] for file in files]
 
 
 def _matching(patterns: str | list[str]) -> dict[str, list[str]]:
@@ -87,16 +87,6 @@ class Place:
                     return f"row {number + 1} of {name!r} (the first is 1)"
                 number -= rows
         return f"data row {self.number + 1} (the first is 1)"
-
-
-def _fingerprint(file: Path) -> str:
-    """SHA-256 of a file: that it was changed in the middle must not go unnoticed, and all of it is read for the rows
-    anyway."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(READ):
-            digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 def _joined(parts: list[Dataset]) -> Dataset:

@@ -1,21 +1,22 @@
 """The model that a training program starts from: opened, checked, and told which of its tensors train."""
 
-import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 from .export import meta_model
+from .files import read_json
 from .four_bit import loading_options
-from .report import REPORT_FILE, read_report
-from .sources import HUB_ID
+from .report import REPORT_FILE, changed_tensors, require_report
+from .sources import HUB_ID, open_config, open_tokenizer
 from .training_settings import TrainingSettings
+from .weights import open_weights
 
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "README.md", "vocab*", "merges.txt", "tokenizer*", "spiece.model"]
@@ -48,8 +49,8 @@ def find_checkpoint(source: str) -> Path:
         folder = _download(source)
     _refuse_adapter(source, folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(folder / "config.json", f"source={source!r}")
+    except ValueError as error:
         raise ValueError(f"source={source!r}: has no readable config.json ({error}).") from error
     if config.get("model_type") != "bmojo":
         raise ValueError(
@@ -65,8 +66,8 @@ def _refuse_adapter(source: str, folder: Path) -> None:
     if not file.is_file() or (folder / "config.json").is_file():
         return
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+        base = read_json(file, f"source={source!r}").get("base_model_name_or_path")
+    except ValueError as error:
         raise ValueError(f"source={source!r}: is an adapter with an unreadable {file.name} ({error}).") from error
     raise ValueError(
         f"source={source!r}: is an adapter, not a model; give its base, {base!r}, or train it with lora.merge: true "
@@ -90,10 +91,12 @@ def open_student(settings: TrainingSettings) -> Student:
     Raises:
         ValueError: what is no B'MOJO checkpoint, a damaged one, `memory` fields that change tensors, or no tokenizer.
     """
-    folder = find_checkpoint(settings.source)
-    report = read_report(folder) or {}
+    folder, what = find_checkpoint(settings.source), f"source={settings.source!r}"
+    report = require_report(folder, what)
     dtype = getattr(torch, settings.dtype or report.get("dtype") or "float32")
+    config = open_config(folder, what, **settings.memory)
     _check_memory(folder, settings.memory)
+    open_weights(folder, what)  # names the file that is damaged, or leads out of the folder
     try:
         model, info = BMojoForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, **settings.memory, **loading_options(settings)
@@ -105,12 +108,24 @@ def open_student(settings: TrainingSettings) -> Student:
         raise ValueError(
             f"source={settings.source!r}: tensors and config do not fit ({', '.join(wrong[:4])}); it is damaged."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers and tokenizers raise types of their own
-        raise ValueError(f"source={settings.source!r}: its tokenizer does not load ({error}).") from error
-    config = BMojoConfig.from_pretrained(folder, **settings.memory)
-    return Student(folder, model, config, tokenizer, report, dtype)
+    return Student(folder, model, config, open_tokenizer(folder, what), report, dtype)
+
+
+def check_reported(folder: Path) -> None:
+    """Refuses a checkpoint whose weights are not what its report says (ValueError).
+
+    A teacher that shares them would not be the source, and the report of a result would say of them what is not so.
+    """
+    report = require_report(folder, f"source={str(folder)!r}")
+    if not report.get("target_tensors"):
+        return
+    changed = changed_tensors(report, open_weights(folder, f"source={str(folder)!r}"))
+    if changed:
+        raise ValueError(
+            f"source={str(folder)!r}: {len(changed)} of its tensors are not what its {REPORT_FILE} says (SHA-256), "
+            f"such as {changed[0]}: changed since, or damaged. Put the weights back or graft anew; or delete "
+            f"{REPORT_FILE} to train on them as they are (`train` by patterns, and a named teacher)."
+        )
 
 
 def _check_memory(folder: Path, memory: Mapping[str, Any]) -> None:

@@ -17,9 +17,11 @@ from transformers import GenerationConfig
 from transformers.trainer_callback import TrainerState
 
 from .export import meta_model, save_tokenizer
-from .report import dtype_name, versions, write_report
+from .files import write_text
+from .report import CURRENT, dtype_name, versions, write_report
 from .training_model import Student, initialised
 from .training_settings import TrainingSettings
+from .weights import digest
 
 
 LOG_FILE = "training_log.json"
@@ -74,7 +76,7 @@ def write_checkpoint(
     _save_model(folder, student, whole, max_shard_size)
     report["tokenizer"] = save_tokenizer(folder, student.tokenizer, student.config.vocab_size)
     card = trained_card(_read_text(student.folder / "README.md"), report, report["training"])
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     write_report(folder, report)
 
 
@@ -106,14 +108,14 @@ def write_adapter(
     adapter.save_pretrained(folder, state_dict=dict(tensors))
     student.tokenizer.save_pretrained(folder)
     card = trained_card(_read_text(folder / "README.md"), {}, [entry])
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     report = {key: student.report[key] for key in ("source", "settings") if key in student.report}
     write_report(folder, {**report, "adapter": True, "training": [*student.report.get("training", []), entry]})
 
 
 def write_log(folder: Path, state: TrainerState, runs: Path) -> None:
     """The training's log as JSON, and its TensorBoard files."""
-    (folder / LOG_FILE).write_text(json.dumps(state.log_history, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / LOG_FILE, json.dumps(state.log_history, indent=1) + "\n")
     if runs.is_dir():
         shutil.copytree(runs, folder / "runs", dirs_exist_ok=True)
 
@@ -139,6 +141,7 @@ def updated_report(
     for name, value in tensors.items():
         account = accounts.setdefault(name, {"shape": list(value.shape)})
         account["dtype"] = dtype_name(value.dtype)
+        account[CURRENT] = digest(value)
         if name in trained:
             account["trained-by"] = [*account.get("trained-by", []), entry["program"]]
     return updated

@@ -4,11 +4,13 @@ Order of work: everything that can be refused is checked first (settings, folder
 runs in `<output>.training/`, which --resume goes on with; the result is written beside its place and renamed into it.
 """
 
-import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
@@ -17,24 +19,27 @@ from transformers.trainer_callback import TrainerState
 from . import four_bit
 from .checkpoints import (
     best_checkpoint,
+    check_files,
     check_recipe,
     check_work,
     checkpoints,
     read_state,
     recipe_of,
     remove_incomplete,
+    remove_work,
     start_work,
     step_of,
     work_folder,
 )
+from .files import writing
 from .packing import Collator
 from .sources import source_files
-from .staging import check_output, staged_folder
+from .staging import check_output, sole_writer, staged_folder
 from .tasks import Task, alignment_task, finetuning_task, sharding
 from .trainer import BMojoTrainer, LossNotFiniteError, StopAfterStep, load_trained
 from .training_arguments import training_arguments
 from .training_data import TrainingData, build_data
-from .training_model import find_checkpoint, open_student
+from .training_model import check_reported, find_checkpoint, open_student
 from .training_output import training_entry, write_log
 from .training_settings import AlignSettings, TrainingSettings
 
@@ -65,26 +70,38 @@ class Result:
 
 
 def train(settings: TrainingSettings, options: RunOptions) -> Result:
-    """Trains and writes the output folder.
+    """Trains and writes the output folder, of which this run is the only writer meanwhile.
 
     Raises:
         ValueError: anything about settings, files or a loss that stops the run. Checkpoints stay.
+        WriteError: a disk that is full, or refuses otherwise. Checkpoints stay.
         KeyboardInterrupt: it was asked to stop; with a checkpoint unless asked twice.
     """
-    output, work = Path(settings.output), work_folder(Path(settings.output))
+    output = Path(settings.output)
     four_bit.check_machine(settings)
-    replace = options.overwrite or options.resume or options.finish is not None
     folder = find_checkpoint(settings.source)
+    arguments = training_arguments(settings, work_folder(output))
+    with sole_writer(output) if arguments.should_save else nullcontext():
+        return _train(settings, options, folder, arguments)
+
+
+def _train(settings: TrainingSettings, options: RunOptions, folder: Path, arguments: TrainingArguments) -> Result:
+    """The run itself. folder: of the source."""
+    output, work = Path(settings.output), work_folder(Path(settings.output))
+    replace = options.overwrite or options.resume or options.finish is not None
     check_output(output, replace, sources=(folder,))
     check_work(output, options.resume, options.overwrite, options.finish is not None)
-    arguments = training_arguments(settings, work)
+    if arguments.should_save:  # one process reads everything once, for all
+        check_reported(folder)
+        if options.resume:
+            check_files(checkpoints(work)[-1])
     arguments.eval_on_start = arguments.eval_on_start and not options.resume  # a resumed run has it in its log
     set_seed(settings.seed)  # adapters start from random numbers
     task = _task(settings, arguments)
     if options.finish is not None:
         check_recipe(work, recipe_of(settings, {"source_files": source_files(str(folder))}), "--finish")
         return _finish(task, settings, options.finish)
-    with arguments.main_process_first(desc="reading the data"):
+    with arguments.main_process_first(desc="reading the data"), writing(Path(datasets.config.HF_DATASETS_CACHE)):
         data = build_data(settings.data, task.student.tokenizer, task.loss_from, settings.seed)
     facts = {
         "source_files": source_files(str(folder)),
@@ -102,12 +119,12 @@ def train(settings: TrainingSettings, options: RunOptions) -> Result:
             start_work(output, recipe)
     PartialState().wait_for_everyone()
     clock = time.monotonic(), time.process_time()
-    trainer = _run(task, arguments, data, checkpoints(work)[-1] if options.resume else None)
+    trainer = _run(task, arguments, data, recipe, checkpoints(work)[-1] if options.resume else None)
     seconds, cpu_seconds = time.monotonic() - clock[0], time.process_time() - clock[1]
     tensors = trainer.full_state()
     if arguments.should_save:
         _write(task, settings, tensors, trainer.state)
-        shutil.rmtree(work)
+        remove_work(output)
     return Result(output, trainer.state, *task.sizes, seconds, cpu_seconds)
 
 
@@ -116,7 +133,9 @@ def _task(settings: TrainingSettings, arguments: TrainingArguments) -> Task:
     return build(settings, open_student(settings), arguments)
 
 
-def _run(task: Task, arguments: TrainingArguments, data: TrainingData, checkpoint: Path | None) -> BMojoTrainer:
+def _run(
+    task: Task, arguments: TrainingArguments, data: TrainingData, recipe: dict[str, Any], checkpoint: Path | None
+) -> BMojoTrainer:
     """Trains to the end, or raises."""
     stop, pad = StopAfterStep(), task.student.config.pad_token_id
     trainer = BMojoTrainer(
@@ -127,10 +146,11 @@ def _run(task: Task, arguments: TrainingArguments, data: TrainingData, checkpoin
         eval_dataset=data.evaluation,
         callbacks=[stop],
         trained=task.trained,
+        recipe=recipe,
     )
     work = Path(arguments.output_dir)
     try:
-        with stop.listening():
+        with stop.listening(), writing(work):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except LossNotFiniteError as error:
         raise LossNotFiniteError(f"{error} {_kept(work)}") from error
@@ -156,6 +176,8 @@ def _finish(task: Task, settings: TrainingSettings, which: str) -> Result:
     checkpoint = checkpoints(work)[-1] if which == "last" else best_checkpoint(work)
     if checkpoint is None:
         raise ValueError("--finish best: the run has not evaluated with keep: best; use --finish last.")
+    if PartialState().is_main_process:
+        check_files(checkpoint, "--finish")
     load_trained(task.model, task.trained, checkpoint)
     state = read_state(checkpoint)
     if PartialState().is_main_process:

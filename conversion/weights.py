@@ -6,11 +6,10 @@ another. Every defect is a `ValueError` that names the file.
 """
 
 import hashlib
-import json
-import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +17,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from .files import read_json, write_json
 
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -102,13 +103,19 @@ class SafetensorsFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for file in shard_files(path, WEIGHTS_FILE, INDEX_FILE, what):
-            try:
+            with self._naming(file):
                 self._read_header(file)
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{what}: {file.name} is damaged or truncated ({error}); fetch or write it again."
-                ) from error
         check_index(path, WEIGHTS_FILE, INDEX_FILE, self._file_of, what)
+
+    @contextmanager
+    def _naming(self, file: Path) -> Iterator[None]:
+        """Errors of safetensors name no file."""
+        try:
+            yield
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self._what}: {file.name} is damaged or truncated ({error}); fetch or write it again."
+            ) from error
 
     def _read_header(self, file: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
@@ -119,7 +126,8 @@ class SafetensorsFiles:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `[start, stop)` of a tensor, all of them by default."""
-        with safe_open(self._file_of[name], framework="pt") as tensors:
+        file = self._file_of[name]
+        with self._naming(file), safe_open(file, framework="pt") as tensors:
             if start == 0 and stop in (None, *self.shapes[name][:1]):
                 return tensors.get_tensor(name)
             return tensors.get_slice(name)[start:stop]
@@ -143,7 +151,7 @@ class PickledFiles:
     def _load(self, file: Path) -> dict[str, Any]:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"{self._what}: {file.name} does not load as weights only, mapped into memory ({reason}); load and "
@@ -168,39 +176,44 @@ def shard_files(path: Path, single: str, index: str, what: str) -> list[Path]:
     """
     if (path / single).is_file():
         return [path / single]
-    weight_map = read_json(path / index, what).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{what}: {index} has no weight_map; the file is damaged.")
-    files = [path / name for name in sorted(set(weight_map.values()))]
+    files = [path / name for name in sorted(set(read_weight_map(path / index, what).values()))]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{what}: shard {file.name} is missing, though {index} names it.")
     return files
 
 
+def read_weight_map(index: Path, what: str) -> dict[str, str]:
+    """Tensor to file, as an index states it; every file by a name inside the index's folder.
+
+    A file may be a link that leads elsewhere, as in the hub's cache: that is the work of who made the folder. A name is
+    the work of who wrote the index, and might read any file of this machine.
+
+    Raises:
+        ValueError: the index is damaged, has no map of names to names, or names a file outside its folder.
+    """
+    weight_map = read_json(index, what).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{what}: {index.name} has no weight_map; the file is damaged.")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{what}: {index.name} gives {name!r} as the file of {tensor}; it must be a file's name.")
+        named = PureWindowsPath(name)  # which knows both separators, and drives
+        if named.anchor or ".." in named.parts:
+            raise ValueError(
+                f"{what}: {index.name} gives {name!r} as the file of {tensor}, which leads out of its folder; only "
+                "names inside it are read. Put the file into the folder and name it so."
+            )
+    return weight_map
+
+
 def check_index(path: Path, single: str, index: str, found: Mapping[str, Path], what: str) -> None:
     """Refuses an index that names tensors which no shard holds (ValueError); beside a single file it is not read."""
     if (path / single).is_file():
         return
-    absent = sorted(set(read_json(path / index, what)["weight_map"]) - set(found))
+    absent = sorted(set(read_weight_map(path / index, what)) - set(found))
     if absent:
         raise ValueError(f"{what}: {index} names tensors that no shard holds: {absent}.")
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file (ValueError where it holds none)."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what}: {path.name} is not valid JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{what}: {path.name} must hold a JSON object.")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file as people read it."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_shards(

@@ -24,7 +24,7 @@ from conversion.check import small_memory
 from conversion.pipeline import TensorBuilder, build_tensors, is_finite, prepare
 from conversion.report import read_report
 from conversion.settings import load_settings
-from conversion.staging import clear_leftovers, staged_folder
+from conversion.staging import clear_leftovers, sole_writer, staged_folder
 from conversion.weights import BLOCK_BYTES, digest, open_weights, row_blocks
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
@@ -332,6 +332,9 @@ def test_rows_of_every_kind_of_file_are_the_same(tmp_path):
             assert digest(weights.rows(name)) == digest(tensor)
 
 
+NUMBER = "0123456789ab"  # of a temporary folder
+
+
 # Killed runs ---------------------------------------------------------------------------------------------------------
 def killed_graft(tmp_path: Path, target: str, *arguments: str) -> None:
     """A graft in a process of its own that is killed (kill -9) when it calls `target`; it cannot clear up."""
@@ -391,38 +394,49 @@ def test_a_run_killed_at_the_very_end_leaves_the_new_output(tmp_path):
     output = tmp_path / "graft"
     with staged_folder(output) as partial:
         (partial / "new").touch()
-    old = tmp_path / "graft.replaced-0123"
+    old = tmp_path / f"graft.replaced-{NUMBER}"
     old.mkdir()
-    (tmp_path / "graft.partial-0123.lock").touch()
+    (tmp_path / f"graft.partial-{NUMBER}.lock").touch()  # as earlier versions left it
     clear_leftovers(output)
     assert [path.name for path in tmp_path.iterdir()] == ["graft"] and (output / "new").is_file()
 
 
-def test_a_run_at_work_is_left_alone(tmp_path):
-    output = tmp_path / "graft"
-    with staged_folder(output) as first:
-        (first / "one").touch()
-        with staged_folder(output) as second:
-            (second / "two").touch()
-            assert (first / "one").is_file() and second != first
-        assert (output / "two").is_file() and (first / "one").is_file()
-    assert (output / "one").is_file() and not (output / "two").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["graft"]
+def test_a_run_at_work_is_left_alone(tmp_path, capsys):
+    save_source(tmp_path / "source")
+    with sole_writer(tmp_path / "graft"), staged_folder(tmp_path / "graft") as partial:
+        (partial / "one").touch()
+        assert graft(tmp_path) == 2
+        told = capsys.readouterr().err
+        assert "another process is writing it" in told and str(tmp_path / "graft") in told
+        assert (partial / "one").is_file()
+    assert [path.name for path in (tmp_path / "graft").iterdir()] == ["one"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
 
 
-def test_every_program_that_stages_clears_up(tmp_path):
-    (tmp_path / "graft.partial-0123.lock").touch()
-    (tmp_path / "graft.partial-0123").mkdir()
-    (tmp_path / "graft.partial-0123" / "model.safetensors").touch()
-    with staged_folder(tmp_path / "graft") as partial:
-        assert sorted(tmp_path.iterdir()) == [partial, partial.with_name(f"{partial.name}.lock")]
+def test_every_writer_clears_up_and_touches_nothing_else(tmp_path):
+    (tmp_path / f"graft.partial-{NUMBER}.lock").touch()
+    (tmp_path / f"graft.partial-{NUMBER}").mkdir()
+    (tmp_path / f"graft.partial-{NUMBER}" / "model.safetensors").touch()
+    (tmp_path / "graft.lock").touch()  # of a killed process: it locks nothing
+    for name in ("graft.partial-results", "graft.replaced-by-me", "another.partial-0123456789ab"):
+        (tmp_path / name).mkdir()
+    with sole_writer(tmp_path / "graft"), staged_folder(tmp_path / "graft") as partial:
+        own = {"another.partial-0123456789ab", "graft.partial-results", "graft.replaced-by-me"}
+        assert {path.name for path in tmp_path.iterdir()} == own | {partial.name, "graft.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == own | {"graft"}
+
+
+def test_a_refusal_leaves_no_folders_above_the_output(tmp_path):
+    with pytest.raises(ValueError), sole_writer(tmp_path / "a" / "b" / "c"):
+        raise ValueError("refused")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_like_patterns_are_only_names(tmp_path):
     """A leftover of `graft` is none of `g*t`."""
-    (tmp_path / "graft.partial-1.lock").touch()
-    (tmp_path / "graft.partial-1").mkdir()
+    (tmp_path / f"graft.partial-{NUMBER}.lock").touch()
+    (tmp_path / f"graft.partial-{NUMBER}").mkdir()
     clear_leftovers(tmp_path / "g*t")
-    assert (tmp_path / "graft.partial-1").is_dir()
+    assert (tmp_path / f"graft.partial-{NUMBER}").is_dir()
     clear_leftovers(tmp_path / "graft")
     assert not list(tmp_path.iterdir())

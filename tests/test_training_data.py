@@ -7,7 +7,8 @@ import pytest
 from graft_sources import tiny_tokenizer
 from training_setup import letters, write_rows, write_text
 
-from conversion import training_data, training_files
+from conversion import training_data
+from conversion.files import sha256
 from conversion.packing import IGNORED
 from conversion.training_data import SAMPLE, _Rows, build_data
 from conversion.training_settings import DataSettings
@@ -127,7 +128,7 @@ def test_a_change_in_the_middle_of_a_large_file_is_noticed(tmp_path):
     for letter in b"ae":
         text[len(text) // 2] = letter
         (tmp_path / "a.txt").write_bytes(text)
-        prints.append(training_files._fingerprint(tmp_path / "a.txt"))
+        prints.append(sha256(tmp_path / "a.txt"))
     assert prints[0] != prints[1]
 
 

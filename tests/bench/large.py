@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from conversion.weights import write_json, write_shards
+from conversion.files import write_json
+from conversion.weights import write_shards
 
 
 ROOT = Path(__file__).resolve().parents[2]
