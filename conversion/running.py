@@ -51,6 +51,7 @@ def set_layer_kind(model: BMojoForCausalLM, index: int, kind: str) -> None:
     layer = model.model.layers[index]
     model.config.layer_types[index] = kind
     layer.spec = layer.self_attn.spec = model.config.layer_spec(index)
+    model.model.accept_config()
 
 
 @contextmanager

@@ -287,7 +287,7 @@ class BMojoModel(BMojoPreTrainedModel):
         self.norm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None if config.rope_parameters is None else BMojoRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self._built = built_fields(config)
+        self.accept_config()
         self.post_init()
 
     @capture_outputs
@@ -370,6 +370,10 @@ class BMojoModel(BMojoPreTrainedModel):
         if past_key_values is not None:
             past_key_values.finish(hidden_states[:, -1])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
+
+    def accept_config(self) -> None:
+        """Says that the layers are what the configuration says now: for code that has changed both."""
+        self._built = built_fields(self.config)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
