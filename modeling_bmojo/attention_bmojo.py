@@ -190,7 +190,9 @@ class BMojoAttention(nn.Module):
         Raises:
             ValueError: if there are some.
         """
-        heard = self._listeners(rows, columns, *self._fading_projections()) if self.tied and self.spec.fading else []
+        if not (self.tied and self._moves_columns(rows, columns)):
+            return
+        heard = self._listeners(rows, *self._fading_projections())
         if heard:
             raise ValueError(
                 f"layer {self.layer_idx}: {heard[0]} is hooked onto the tied k_proj or v_proj, which with fading_size="
@@ -199,10 +201,13 @@ class BMojoAttention(nn.Module):
                 "or use a model with tie_fading_projections=False or fading_size=0."
             )
 
-    def _listeners(self, rows: Rows, columns: int, *modules: nn.Module) -> list[str]:
-        """Hooks on modules whose input for fading tokens has other columns than the model's input."""
-        if rows.layout is None and (self.spec.stride == 1 or columns == 1):
-            return []
+    def _moves_columns(self, rows: Rows, columns: int) -> bool:
+        """Whether what fading tokens are made of has other columns than the `columns` of the input."""
+        spec = self.spec
+        return bool(spec.fading) and (rows.layout is not None or (spec.stride > 1 and columns > 1))
+
+    def _listeners(self, rows: Rows, *modules: nn.Module) -> list[str]:
+        """Hooks on these modules that may look at columns."""
         packed = rows.layout is not None and rows.layout.packed
         return [hook for module in modules for hook in listeners(module, packed)]
 
@@ -213,11 +218,11 @@ class BMojoAttention(nn.Module):
         Where somebody listens to the projections it is their keys and values `[R, T', G, D]` instead: a stride, or
         the mixer rows, would show the listener other columns than the input's.
         """
-        made_of = (fading,)
-        if self.spec.fading:
-            projections = self._fading_projections()
-            if self._listeners(rows, fading.shape[1], *projections, self.k_norm):
-                made_of = self._keys_values(fading, *projections)
+        if not self._moves_columns(rows, fading.shape[1]):
+            return [(part,) for part in to_rows(rows.layout, fading)]
+        projections, made_of = self._fading_projections(), (fading,)
+        if self._listeners(rows, *projections, self.k_norm):
+            made_of = self._keys_values(fading, *projections)
         return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
 
     def _fade(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, stepping: bool):
@@ -228,9 +233,9 @@ class BMojoAttention(nn.Module):
         """
         if fading is None or not self.spec.fading or (stepping and not cache.makes_fading(lengths)):
             return None
-        stride, tokens = self.spec.stride, fading[0].shape[1]
-        taken = (*fading, *(rotary or ()))
+        made_of, stride, tokens = fading, self.spec.stride, fading[0].shape[1]
         if stride > 1 and not stepping:
+            taken = (*fading, *(rotary or ()))
             if cache is None or (cache.even and not torch.compiler.is_compiling()):
                 part = slice(-(1 if cache is None else cache.columns + 1) % stride, None, stride)
                 taken = [value[:, part] for value in taken]
@@ -240,7 +245,7 @@ class BMojoAttention(nn.Module):
                 numbers = torch.arange(len(first), device=first.device)[:, None]
                 index = index.clamp(max=tokens - 1)
                 taken = [value.expand(len(first), *value.shape[1:])[numbers, index] for value in taken]
-        made_of, rotary = taken[: len(fading)], tuple(taken[len(fading) :]) or None
+            made_of, rotary = taken[: len(fading)], tuple(taken[len(fading) :]) or None
         keys, values = made_of if len(made_of) == 2 else self._keys_values(*made_of, *self._fading_projections())
         return rotate(keys, rotary), values
 

@@ -157,13 +157,12 @@ class FadingMemory(nn.Module):
         gate, mixed, dt = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
         # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
         inputs = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
-        groups = zip(zip(*(to_rows(rows.layout, part) for part in inputs)), to_rows(rows.layout, dt), rows.lengths)
-        scanned = [self._mix(list(parts), steps, lengths, cache) for parts, steps, lengths in groups]
-        y = to_columns(rows.layout, [out for out, _ in scanned])
-        surprise = None
-        if self.innovation == "state":
-            surprise = to_columns(rows.layout, [found for _, found in scanned])
+        groups = zip(zip(*(to_rows(rows.layout, part) for part in inputs)), rows.lengths)
+        convolved = [self._convolve(parts, lengths, cache) for parts, lengths in groups]
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            groups = zip(convolved, to_rows(rows.layout, dt), rows.lengths)
+            scanned = [self._scan(x, keys, steps, lengths, cache) for (x, keys), steps, lengths in groups]
+            y = to_columns(rows.layout, [out for out, _ in scanned])
             if self.gated:
                 y = y * F.silu(gate.to(y.dtype))
             if self.norm is not None:
@@ -171,46 +170,27 @@ class FadingMemory(nn.Module):
         y = y.to(mixed.dtype)
         if self.out_proj is not None:
             y = project(self.out_proj, y)
-        if self.innovation == "output":
+        surprise = None
+        if self.innovation == "state":
+            surprise = to_columns(rows.layout, [found for _, found in scanned])
+        elif self.innovation == "output":
             surprise = surprise_of_output(self.kernels, y, self.taps, rows, cache)
         return y, surprise
 
-    def _mix(
-        self,
-        parts: list[torch.Tensor],
-        dt: torch.Tensor,
-        lengths: torch.Tensor | None,
-        cache: BMojoCacheLayer | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Convolution and scan of one group of mixer rows.
-
-        Args:
-            parts: x|B|C `[R, T', C']`, whole or x apart. dt: `[R, T', H]`. lengths: `[R]` real tokens per row, which
-                come first; None: all T'.
-
-        Returns:
-            y `[R, T', H P]` in fp32 at least, and the innovation `[R, T']` of the "state" form, or None.
-        """
-        tokens = dt.shape[1]
-        if tokens == 1 and len(parts) > 1:
-            parts = [torch.cat(parts, dim=-1)]  # one token is copied sooner than it is convolved in two parts
-        x, *keys = self._convolve(parts, lengths, cache)
-        if not keys:
-            x, *keys = x.split([self.inner, 2 * self.groups * self.state], dim=-1)
-        with torch.autocast(device_type=dt.device.type, enabled=False):
-            return self._scan(x, keys[0], dt, lengths, tokens, cache)
-
     def _convolve(
-        self, parts: list[torch.Tensor], lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
-    ) -> list[torch.Tensor]:
-        """act(conv(x|B|C)), given and returned in parts `[B, T, C_i]`, which are not joined: no copy of u is made."""
+        self, parts: tuple[torch.Tensor, ...], lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """act(conv(x|B|C)) of mixer rows `[R, T', C']`, given whole or x apart, which are not joined: no copy of u is
+        made. Returns x and B|C; `lengths` `[R]` tokens are real and come first, None: all."""
+        if len(parts) > 1 and parts[0].shape[1] == 1:
+            parts = [torch.cat(parts, dim=-1)]  # one token is copied sooner than it is convolved in two parts
         convolved, first = [], 0
         for part in parts:
             convolved.append(self.act(self.conv(part, None if cache is None else cache.conv, first)))
             if cache is not None:
                 cache.shift("conv", part, lengths, first)
             first += part.shape[-1]
-        return convolved
+        return convolved if len(convolved) > 1 else convolved[0].split([self.inner, 2 * self.groups * self.state], -1)
 
     def _scan(
         self,
@@ -218,13 +198,14 @@ class FadingMemory(nn.Module):
         keys: torch.Tensor,
         dt: torch.Tensor,
         lengths: torch.Tensor | None,
-        tokens: int,
         cache: BMojoCacheLayer | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The recurrence in fp32 at least, of x `[B, T, H P]` and keys = B|C `[B, T, 2 G N]`.
+        """The recurrence of mixer rows in fp32 at least: of x `[R, T', H P]`, keys = B|C `[R, T', 2 G N]` and dt
+        `[R, T', H]`.
 
-        Returns y `[B, T, H P]` and the innovation of the "state" form, or None.
+        Returns y `[R, T', H P]` and the innovation `[R, T']` of the "state" form, or None.
         """
+        tokens = dt.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         op = "scan_step" if tokens == 1 and cache is not None else "chunk_scan"
         taken = self.kernels.input_dtype(op, x, wide)
