@@ -156,12 +156,12 @@ class FadingMemory(nn.Module):
         rows = WHOLE if rows is None else rows
         gate, mixed, dt = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
         # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
-        inputs = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
-        groups = zip(zip(*(to_rows(rows.layout, part) for part in inputs)), rows.lengths)
+        parts = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
+        groups = zip(zip(*(to_rows(rows.layout, part) for part in parts)), rows.lengths)
         convolved = [self._convolve(parts, lengths, cache) for parts, lengths in groups]
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             groups = zip(convolved, to_rows(rows.layout, dt), rows.lengths)
-            scanned = [self._scan(x, keys, steps, lengths, cache) for (x, keys), steps, lengths in groups]
+            scanned = [self._scan(*inputs, step, real, step.shape[1], cache) for inputs, step, real in groups]
             y = to_columns(rows.layout, [out for out, _ in scanned])
             if self.gated:
                 y = y * F.silu(gate.to(y.dtype))
@@ -198,6 +198,7 @@ class FadingMemory(nn.Module):
         keys: torch.Tensor,
         dt: torch.Tensor,
         lengths: torch.Tensor | None,
+        tokens: int,
         cache: BMojoCacheLayer | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The recurrence of mixer rows in fp32 at least: of x `[R, T', H P]`, keys = B|C `[R, T', 2 G N]` and dt
@@ -205,7 +206,6 @@ class FadingMemory(nn.Module):
 
         Returns y `[R, T', H P]` and the innovation `[R, T']` of the "state" form, or None.
         """
-        tokens = dt.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         op = "scan_step" if tokens == 1 and cache is not None else "chunk_scan"
         taken = self.kernels.input_dtype(op, x, wide)

@@ -32,15 +32,15 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Only for an `nn.Linear` that nobody listens to or has changed: no subclass, hook, parametrisation or forward of its
     own. Every other module is called as it is.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.float32:
         return linear(x)
-    if not x.is_cpu or x.dtype != torch.float32 or not _is_plain(linear):
+    threads = torch.get_num_threads()
+    if threads == 1 or not 0 < x.numel() <= FEW_ROWS * x.shape[-1] or not _is_plain(linear):
         return linear(x)
     weight, bias = linear.weight, linear.bias
     size_out, size_in = weight.shape
-    parts = parts_for(size_out, torch.get_num_threads())
-    few = 0 < x.numel() <= FEW_ROWS * size_in
-    if parts == 1 or not few or not weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
+    parts = parts_for(size_out, threads)
+    if parts == 1 or not weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
         return linear(x)
     rows = x.reshape(1, -1, size_in).expand(parts, -1, -1)
     out = torch.bmm(rows, weight.view(parts, -1, size_in).transpose(1, 2))
