@@ -23,7 +23,7 @@ HAVE_NOTEBOOKS := $(VENV)/.have-notebooks
 HAVE_RUFF := $(VENV)/.have-ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench notebooks lint format clean
+.PHONY: help demo test test-faults bench notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -31,6 +31,8 @@ help:
 	@echo "make demo     graft a real Transformer into B'MOJO, let it read a long document and answer"
 	@echo "                SOURCE=...           hub id or local path of another model (default: SmolLM2-135M-Instruct)"
 	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
+	@echo "make test-faults  kill the programs at their file events, fill their disk, and see that nothing is lost (minutes, Linux)"
+	@echo "                ARGS='--every 1'     at every event (an hour); ARGS='--only align' one scenario"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
 	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
 	@echo "make notebooks  run the notebooks in place with the real model (a quarter of an hour); then, to read and change"
@@ -50,6 +52,10 @@ demo: $(HAVE_PACKAGE) $(if $(SOURCE),,$(HAVE_SMOLLM2))
 test: $(HAVE_TEST) $(HAVE_SMOLLM2)
 	@echo "==> test: pytest, one process per core"
 	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
+
+test-faults: $(HAVE_TEST)
+	@echo "==> test-faults: graft, align, finetune and restore, killed and without space at their file events"
+	@OMP_NUM_THREADS=1 $(PY) -m tests.faults $(ARGS)
 
 # Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.
 bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)
