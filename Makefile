@@ -32,7 +32,7 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,arguments cache cache_file
 	travel versions))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions bench notebooks lint format clean
+.PHONY: help demo test test-versions test-faults bench notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -41,6 +41,8 @@ help:
 	@echo "                SOURCE=...           hub id or local path of another model (default: SmolLM2-135M-Instruct)"
 	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
 	@echo "make test-versions  the core tests on the oldest and the newest transformers that are supported"
+	@echo "make test-faults  kill the programs at their file events, fill their disk, and see that nothing is lost (minutes, Linux)"
+	@echo "                ARGS='--every 1'     at every event (an hour); ARGS='--only align' one scenario"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
 	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
 	@echo "make notebooks  run the notebooks in place with the real model (a quarter of an hour); then, to read and change"
@@ -67,6 +69,10 @@ test-versions: $(OTHER_VERSIONS:%=test-version-%)
 $(OTHER_VERSIONS:%=test-version-%): test-version-%: $(VENVS)/transformers-%/.have
 	@echo "==> test: the core tests on transformers $*"
 	@$(VENVS)/transformers-$*/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(CORE_TESTS) $(ARGS)
+
+test-faults: $(HAVE_TEST)
+	@echo "==> test-faults: graft, align, finetune and restore, killed and without space at their file events"
+	@OMP_NUM_THREADS=1 $(PY) -m tests.faults $(ARGS)
 
 # Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.
 bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)

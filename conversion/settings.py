@@ -79,7 +79,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--set {assignment!r}: must read key=value, e.g. --set eidetic_size=64.")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"--set {assignment!r}: the value is not valid YAML ({error}).") from error
     return values
 
@@ -95,7 +95,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"settings file {str(path)!r}: no such file; see configs/ for examples.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no date as 2001-99-99
         raise ValueError(f"settings file {str(path)!r}: not valid YAML ({error}).") from error
     if not isinstance(values, dict):
         raise ValueError(f"settings file {str(path)!r}: must hold `key: value` lines, found {type(values).__name__}.")

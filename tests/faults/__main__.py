@@ -121,13 +121,13 @@ def points(events: list[tuple[str, str]], modes: list[str], every: int) -> list[
     """Where to disturb, and how: each `every`-th event of those at which a mode can do anything.
 
     0: the first event of every kind, and to kill at, the last one. Kinds do not tell apart steps, random names, and the
-    files of a result that are neither weights nor its report.
+    files of a result or a checkpoint besides weights, states and accounts.
     """
     kinds: dict[tuple, list[int]] = {}
     for number, (name, path) in enumerate(events):
         kind = re.sub(r"[0-9a-f]{12}|\d+", "N", path)
-        if "-N/" in kind and "checkpoint" not in kind and not re.search("safetensors|report", kind):
-            kind = "a file of a result"
+        if "-N/" in kind and not re.search("safetensors|report|files|state", kind) and name != "torch.save":
+            kind = "another file of a result or a checkpoint"
         kinds.setdefault((name, kind), []).append(number)
     first, last = ([numbers[place] for numbers in kinds.values()] for place in (0, -1))
     found = []
@@ -147,7 +147,7 @@ def disturb(scenario: Scenario, folder: Path, modes: list[str], every: int) -> t
     run = run_watched(scenario, work, None, "kill")
     assert run.status == 0, run.said
     expected, events, failures = outcome(work), run.value, []
-    chosen = points(events, modes, every)
+    chosen = points(events, modes, every)[:: 1 if every else scenario.share]
     for number, mode in chosen:
         shutil.rmtree(work)
         shutil.copytree(before, work)

@@ -27,7 +27,7 @@ class Scenario:
 
     prepare: makes `work` as it is before the run. run: the program's command line. afterwards: the command lines that a
     user tries after the disturbance, in this order, until one succeeds; each may be refused, with one message. The last
-    may also be refused because the result is there already.
+    may also be refused because the result is there already. share: of its points, each how many-th is tried by default.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Scenario:
     program: Any
     run: list[str]
     afterwards: list[list[str]]
+    share: int = 1
 
     def command(self, work: Path, arguments: list[str]) -> list[str]:
         return [argument.replace("WORK", str(work)) for argument in arguments]
@@ -84,7 +85,7 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         "output": "unset",
         "data": {"files": str(texts / "*.txt"), "sequence_length": T, "packing": "concatenate", "held_out": 0},
         "trainer": {
-            "max_steps": 3,
+            "max_steps": 2,
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "save_steps": 1,
@@ -112,13 +113,13 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         return prepare
 
     def unfinished(work: Path) -> None:
-        """A run that was stopped after its second step."""
+        """A run that was stopped after its first step."""
         work.mkdir()
-        _stopped(work, aligned, step=2)
+        _stopped(work, aligned, step=1)
 
     def unfinished_of_others(work: Path) -> None:
         earlier(finetune, tuned)(work)
-        _stopped(work, tuned, step=2, program=finetune, extra=["--overwrite", "--set", "seed=8"])
+        _stopped(work, tuned, step=1, program=finetune, extra=["--overwrite", "--set", "seed=8"])
 
     again = ["WORK/graft", "--max-shard-size", "40KB", *to]
     reuse, resume = then(grafted, ["--reuse"]), then(tuned, ["--resume"], ["--overwrite"])
@@ -127,9 +128,9 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         Scenario("graft", nothing, graft, [grafted, *to], reuse),
         Scenario("graft over", old[0], graft, [grafted, "--overwrite", *to], reuse),
         Scenario("align", nothing, align, [aligned, *to], then(aligned, *go_on)),
-        Scenario("align on", unfinished, align, [aligned, "--resume", *to], then(aligned, *go_on)),
-        Scenario("finetune over", old[1], finetune, [tuned, "--overwrite", *to], resume),
-        Scenario("lora", nothing, finetune, [adapted, *to], then(adapted, *go_on)),
+        Scenario("align on", unfinished, align, [aligned, "--resume", *to], then(aligned, *go_on), share=3),
+        Scenario("finetune over", old[1], finetune, [tuned, "--overwrite", *to], resume, share=2),
+        Scenario("lora", nothing, finetune, [adapted, *to], then(adapted, *go_on), share=3),
         Scenario("restore", lambda work: shutil.copytree(tiny_graft(), work / "graft"), restore, again, [again]),
     ]
 
