@@ -54,8 +54,12 @@ class BMojoGenerationMixin(GenerationMixin):
             (v for v in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if v is not None), None
         )
         if mask is not None and prompt is not None and prompt.dim() > 1:
-            new_token_mask(mask, *prompt.shape[:2], past=0 if cache is None else cache.get_seq_length())
+            past = 0 if cache is None else cache.get_seq_length()
+            new_token_mask(mask, *prompt.shape[:2], past=past)
             _refuse_empty_rows(mask)
+            if 0 < past < mask.shape[1]:
+                # Here and not only in forward: transformers drops a mask of nothing but ones on the way.
+                cache.check_mask(mask[:, :past])
         return super().generate(inputs, generation_config, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):

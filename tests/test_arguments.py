@@ -139,6 +139,22 @@ def test_the_past_of_a_mask_is_what_was_read(name):
     assert_near(output(model, second, past_key_values=read), expected)
 
 
+def test_generate_compares_the_past_too():
+    """transformers drops masks of nothing but ones before the model sees them."""
+    model, prompt, more = build(), tokens(9, 2), tokens(4, 2, seed=1)
+    mask = pads(2, 9, left=3)
+    options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    turn = model.generate(prompt, attention_mask=mask, **options)
+    whole = torch.cat([turn.sequences, more], dim=1)
+    for given in (pads(2, 16), pads(2, 16, left=2)):
+        with pytest.raises(ValueError, match=r"attention_mask\[0\] calls .* but the cache"):
+            model.generate(whole, attention_mask=given, cache=copy.deepcopy(turn[-1]), **options)
+    same = pads(2, 16, left=3)
+    found = model.generate(whole, attention_mask=same, cache=turn[-1], **options)
+    expected = model.generate(whole, attention_mask=same, use_cache=False, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
 def pads(batch, columns, left=0, hole=(0, 0)):
     """A mask with pads at the left of its first row and in a hole of it."""
     mask = torch.ones(batch, columns, dtype=torch.int64)
