@@ -146,9 +146,9 @@ def test_generate_compares_the_past_too():
     options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     turn = model.generate(prompt, attention_mask=mask, **options)
     whole = torch.cat([turn.sequences, more], dim=1)
-    for given in (pads(2, 16), pads(2, 16, left=2)):
+    for wrong in (pads(2, 16), pads(2, 16, left=2)):
         with pytest.raises(ValueError, match=r"attention_mask\[0\] calls .* but the cache"):
-            model.generate(whole, attention_mask=given, cache=copy.deepcopy(turn[-1]), **options)
+            model.generate(whole, attention_mask=wrong, cache=copy.deepcopy(turn[-1]), **options)
     same = pads(2, 16, left=3)
     found = model.generate(whole, attention_mask=same, cache=turn[-1], **options)
     expected = model.generate(whole, attention_mask=same, use_cache=False, **options)
