@@ -68,7 +68,8 @@ class Models:
         else:
             changes = {"source": self.name, "output": str(self.folder / "graft"), "dtype": "float32"}
             settings = load_settings(SETTINGS, changes)
-        return graft(settings, reuse=True)
+        graft(settings, reuse=True)
+        return Path(settings.output)
 
     def path(self, side: str) -> str:
         """The folder of `"ours"` or `"theirs"`."""
