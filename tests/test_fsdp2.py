@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"plain": {}, "s6": {"ssm_type": "mamba"}, "mixed": MIXED_LAYERS, "unprojected": UNPROJECTED}
 
 
-# In bfloat16 the SSM's scalars stay fp32 and are a shard of their own, where transformers makes shards by dtype; where it
-# does not (5.20), torch refuses the mixture and they must be bfloat16 as well (docs/limits.md).
-BY_DTYPE = importlib.util.find_spec("transformers.distributed.mixin") is not None
+# In bfloat16 the SSM's scalars stay fp32 and are a shard of their own, where transformers makes shards by dtype. Where
+# it does not (5.20), torch refuses the mixture, and they must be bfloat16 as well (docs/limits.md).
+BY_DTYPE = importlib.util.find_spec("transformers.distributed.parallel_utils") is not None
 SCALARS_IN_FP32 = (True, False) if BY_DTYPE else (False,)
 
 
