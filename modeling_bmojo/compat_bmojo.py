@@ -4,9 +4,11 @@ Tested: 5.20.2, 5.23.0, 5.24.0. Every other module is written for all of them; w
 here, and what is asked is what transformers has, never its version number.
 
     5.24 calls a cache `cache`, in arguments and in outputs; until 5.23 it is `past_key_values`
+    5.20 puts all parameters of a layer into one FSDP2 shard, whatever their dtypes; 5.23 makes a shard for each dtype
 """
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -15,6 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 # Every name under which a cache of ours is taken, and the one that this transformers gives and expects.
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = next(field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
+
+# Whether FSDP2 by `distributed_config` takes a model of several dtypes; torch refuses them in one shard.
+SHARDS_BY_DTYPE = importlib.util.find_spec("transformers.distributed.parallel_utils") is not None
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:

@@ -43,7 +43,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .arguments_bmojo import built_fields, check_built, packing_lengths, refuse_unknown
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .cache_bmojo import BMojoCache
-from .compat_bmojo import CACHE_NAME, CACHE_NAMES, cache_of, one_cache
+from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
 from .configuration_bmojo import BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .fading_s6_bmojo import S6FadingMemory, S6Scalars
@@ -233,6 +233,20 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if not config.ssm_scalars_in_fp32:
             self._keep_in_fp32_modules_strict = None
+
+    @classmethod
+    def from_pretrained(cls, *args, config=None, distributed_config=None, **kwargs):
+        """transformers' method; see there. FSDP2 that makes no shard by dtype gets SSM scalars in the model's dtype."""
+        if getattr(distributed_config, "fsdp_size", 1) > 1 and not SHARDS_BY_DTYPE:
+            logger.warning_once(
+                "FSDP2 of this transformers takes one dtype per layer: loading with ssm_scalars_in_fp32=False. Newer "
+                "versions (tested: 5.23) keep A_log, dt_bias and D in float32."
+            )
+            if isinstance(config, BMojoConfig):
+                config.ssm_scalars_in_fp32 = False
+            else:
+                kwargs["ssm_scalars_in_fp32"] = False
+        return super().from_pretrained(*args, config=config, distributed_config=distributed_config, **kwargs)
 
     def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:
         """`nn.Module.set_submodule`, by which transformers puts quantised modules into a model."""

@@ -3,7 +3,6 @@
 FSDP2 frees the parameters of a module when its forward is over, so that no module may hand out one of them.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,21 +15,17 @@ from oracles import randomize_
 from tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
+from modeling_bmojo.compat_bmojo import SHARDS_BY_DTYPE
 
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"plain": {}, "s6": {"ssm_type": "mamba"}, "mixed": MIXED_LAYERS, "unprojected": UNPROJECTED}
 
 
-# In bfloat16 the SSM's scalars stay fp32 and are a shard of their own, where transformers makes shards by dtype. Where
-# it does not (5.20), torch refuses the mixture, and they must be bfloat16 as well (docs/limits.md).
-BY_DTYPE = importlib.util.find_spec("transformers.distributed.parallel_utils") is not None
-SCALARS_IN_FP32 = (True, False) if BY_DTYPE else (False,)
-
-
-@pytest.mark.parametrize("in_fp32", SCALARS_IN_FP32)
+@pytest.mark.parametrize("in_fp32", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_compute_what_one_does(name, in_fp32, tmp_path):
+    """In bfloat16, where the SSM's scalars stay fp32 and are a shard of their own, if transformers makes them."""
     config = BMojoConfig(**{**SIZES, **SETTINGS[name]}, ssm_scalars_in_fp32=in_fp32)
     randomize_(BMojoForCausalLM(config).float()).save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -44,7 +39,8 @@ def test_two_processes_compute_what_one_does(name, in_fp32, tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
     assert run.returncode == 0, run.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt")
-    model = BMojoForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    kept = {"ssm_scalars_in_fp32": in_fp32 and SHARDS_BY_DTYPE}
+    model = BMojoForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16, **kept)
     expected = compute(model, prompt())
     assert sorted(found["sharded"]) == sorted(name for name, _ in model.named_parameters())
     assert torch.equal(found["generated"], expected["generated"])
