@@ -72,7 +72,7 @@ def check_output(output: Path, overwrite: bool, sources: tuple[Path, ...] = ()) 
         return
     if not (output / REPORT_FILE).is_file():
         raise ValueError(
-            f"output={str(output)!r}: exists, is not empty and is not a graft of ours (it has no {REPORT_FILE}); "
+            f"output={str(output)!r}: is not empty: it already holds files and is not a graft of ours (no {REPORT_FILE}); "
             "give another folder or empty this one yourself."
         )
     if not overwrite:
