@@ -72,8 +72,8 @@ def check_output(output: Path, overwrite: bool, sources: tuple[Path, ...] = ()) 
         return
     if not (output / REPORT_FILE).is_file():
         raise ValueError(
-            f"output={str(output)!r}: is not empty: it already holds files and is not a graft of ours (no {REPORT_FILE}); "
-            "give another folder or empty this one yourself."
+            f"output={str(output)!r}: is not empty: it already holds files and is not a graft of ours (it has no "
+            f"{REPORT_FILE}); give another folder or empty this one yourself."
         )
     if not overwrite:
         raise ValueError(f"output={str(output)!r}: already holds a graft; pass --overwrite to replace it.")
