@@ -42,7 +42,7 @@ help:
 	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
 	@echo "make test-versions  the core tests on the oldest and the newest transformers that are supported"
 	@echo "make test-faults  kill the programs at their file events, fill their disk, and see that nothing is lost (minutes, Linux)"
-	@echo "                ARGS='--every 1'     at every event (an hour); ARGS='--only align' one scenario"
+	@echo "                ARGS='--every 1'     at every event (much longer); ARGS='--only align' one scenario"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
 	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
 	@echo "make notebooks  run the notebooks in place with the real model (a quarter of an hour); then, to read and change"
