@@ -186,27 +186,33 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
 
         Returns:
             what the layer adds to its input, `[B, T, E]`, and the attention weights `[B, H, T, S]` or None.
-
-        Raises:
-            ValueError: for hooks on tied projections, see `BMojoAttention.check_hooks`; nothing of the layer has run.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if cache is not None:
             cache.prepare(hidden_states)
         y = innovation = None
-        # Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
-        # runs all the same, because data-parallel training waits for a gradient of every parameter.
-        # With F = 0 and an innovation that is measured on keys nobody ever does.
-        unused = self.spec.averages_keys and not self.spec.fading
-        longest = hidden_states.shape[1] if rows.layout is None else rows.layout.longest
-        unread = self.spec.kind == "bmojo" and longest <= self.spec.window
-        if self.spec.has_ssm and (self.training or not (unused or (unread and cache is None))):
-            if self.spec.has_attention:
-                self.self_attn.check_hooks(rows, hidden_states.shape[1])
+        if self._runs_ssm(rows, hidden_states.shape[1], cache is not None):
             y, innovation = self.fading(hidden_states, rows, cache)
         if not self.spec.has_attention:
             return y, None
         return self.self_attn(hidden_states, rows, y, innovation, cache)
+
+    def check_hooks(self, rows: Rows, columns: int, cached: bool) -> None:
+        """Raises ValueError for hooks on tied projections, before anything has run: `BMojoAttention.check_hooks`."""
+        if self.spec.has_attention and self._runs_ssm(rows, columns, cached):
+            self.self_attn.check_hooks(rows, columns)
+
+    def _runs_ssm(self, rows: Rows, columns: int, cached: bool) -> bool:
+        """Whether somebody reads the SSM.
+
+        Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
+        runs all the same, because data-parallel training waits for a gradient of every parameter. With F = 0 and an
+        innovation that is measured on keys nobody ever does.
+        """
+        unused = self.spec.averages_keys and not self.spec.fading
+        longest = columns if rows.layout is None else rows.layout.longest
+        unread = self.spec.kind == "bmojo" and longest <= self.spec.window
+        return self.spec.has_ssm and (self.training or not (unused or (unread and not cached)))
 
 
 class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
@@ -374,6 +380,8 @@ class BMojoModel(BMojoPreTrainedModel):
         if fresh and not packed and self._wants_cache(use_cache):
             past_key_values = BMojoCache(self.config)
 
+        for layer in self.layers:
+            layer.check_hooks(rows, columns, past_key_values is not None)
         if past_key_values is not None:
             past_key_values.begin(mask)
         hidden_states = inputs_embeds

@@ -190,6 +190,25 @@ def test_hooks_on_tied_projections_are_refused_where_columns_differ(projection, 
     model(ids, attention_mask=mask)  # without hooks nothing is refused
 
 
+def test_a_refused_hook_leaves_the_cache_as_it_was():
+    """Whichever layer it is in: no layer has read when it is refused."""
+    model, (row, *_) = build("tied"), sequences()
+    ids, mask = torch.stack([row, row]), torch.ones(2, len(row), dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        memory = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True)[1]
+        handle = model.model.layers[-1].self_attn.k_proj.register_forward_hook(lambda module, inputs, out: out + 1)
+        later = mask.clone()
+        later[1, 9] = 0
+        with pytest.raises(ValueError, match="hooked onto the tied"):
+            model(ids[:, 8:], attention_mask=later, past_key_values=memory)
+        handle.remove()
+        rest = model(ids[:, 8:], attention_mask=later, past_key_values=memory).logits
+        whole = model(ids, attention_mask=later).logits[:, 8:]
+    real = later[:, 8:].bool()
+    torch.testing.assert_close(rest[real], whole[real], rtol=0, atol=1e-10)
+
+
 def test_a_hook_on_a_tied_projection_of_one_plain_text_is_taken():
     """Without pads, packing and stride the second run's columns are the input's."""
     model, (row, *_) = build("tied"), sequences()
