@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .cache_facts_bmojo import plain
 from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
+from .fields_bmojo import fields_with, plain
 
 
 def _always(value: Any) -> bool:
@@ -66,7 +66,7 @@ REMEDIES = {
 
 
 def refuse_unknown(arguments: dict[str, Any]) -> None:
-    """Raises ValueError for the first of the left-over keyword arguments of a forward that carries a meaning."""
+    """Raise ValueError for the first of the left-over keyword arguments of a forward that carries a meaning."""
     for name, value in arguments.items():
         if value is None or (name in HARMLESS and HARMLESS[name](value)):
             continue
@@ -92,35 +92,13 @@ def packing_lengths(cu_seq_lens_q: torch.Tensor | None, arguments: dict[str, Any
     return cu_seq_lens_q
 
 
-# Fields that may change on the configuration of a model that is already built: they are read at every call, or by
-# nothing after initialisation. All others are built into the layers.
-LIVE_FIELDS = {
-    "vocab_size",  # resize_token_embeddings sets it
-    "max_position_embeddings",  # trainers set it to their length; the RoPE types that read it read it at every call
-    "initializer_range",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "embedding_multiplier",
-    "logits_scaling",
-    "kernel_backend",
-    "ssm_time_step_min",
-    "ssm_time_step_max",
-    "ssm_time_step_floor",
-    "ssm_scalars_in_fp32",
-}
-
-
 def built_fields(config: BMojoConfig) -> dict[str, Any]:
     """The fields that a model's layers are made of, with their values now."""
-    own = [name for name in BMojoConfig.__annotations__ if name not in LIVE_FIELDS]
-    return {name: plain(getattr(config, name)) for name in own}
+    return {name: plain(getattr(config, name)) for name in fields_with(type(config), live=False)}
 
 
 def check_built(built: dict[str, Any], config: BMojoConfig) -> None:
-    """Raises ValueError if a field that the layers were made of has changed since: they would not follow it."""
+    """Raise ValueError if a field that the layers were made of has changed since: they would not follow it."""
     for name, value in built.items():
         now = getattr(config, name)
         if now != value and plain(now) != value:

@@ -1,11 +1,8 @@
 """Attention of a B'MOJO layer over [eidetic | fading | local], with and without a cache (Algorithm 1, lines 1, 4, 5).
 
-Three evaluations of one rule, "query t sees input s iff s <= t < expiry_s, and fading token y_s iff
-s + W <= t < s + W + F":
-
-    no token is beyond the window yet     plain causal attention
-    many tokens                           blocks of queries, gathered keys (`attention_ops`)
-    one token and a cache                 the cache's entries, updated in place, are exactly what the query sees
+The layer's memory takes the tokens in and says what their queries see (`layer_memory_bmojo`); one softmax runs over
+that (`attention_ops`), for many tokens in blocks of queries, for one token as a block of one. While no token is beyond
+the window it is plain causal attention.
 
 Projections run on the input's columns `[B, T, E]`, attention on mixer rows, whose real tokens come first
 (layout_bmojo.py). Fading tokens are the exception: tied `k_proj` and `v_proj` run a second time, on SSM outputs, of
@@ -18,14 +15,16 @@ heads, D head dim, W window, M eidetic slots, F fading tokens, L block length.
 import torch
 from torch import nn
 
-from .attention_ops import KeySet, causal_attention, weights_by_position
-from .cache_layer_bmojo import BMojoCacheLayer, Past
+from .attention_ops import Whole, causal_attention, weights_by_position
+from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
-from .inputs_bmojo import Rows
-from .layout_bmojo import to_columns, to_rows
+from .fading_bmojo import Prediction
+from .fading_tokens_bmojo import FadingTokens
+from .layer_memory_bmojo import LayerMemory
+from .layout_bmojo import Rows, to_columns, to_rows
 from .linear_bmojo import listeners, project
-from .memory_ops import NEVER, key_innovation, retention_key, widest
+from .parts_bmojo import Tokens
 
 
 class BMojoRMSNorm(nn.Module):
@@ -73,48 +72,51 @@ class BMojoAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.spec = spec = config.layer_spec(layer_idx)
-        self.head_dim = spec.head_dim
+        self.memory = LayerMemory(config, layer_idx)
+        self.head_dim = size = config.head_dim
         multiplier = config.attention_multiplier
-        self.scaling = spec.head_dim**-0.5 if multiplier is None else multiplier
-        self.decay = config.eidetic_decay
+        self.scaling = size**-0.5 if multiplier is None else multiplier
         self.block = config.memory_block_size
         self.dropout = config.attention_dropout
         self.kernels = Kernels(config)
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
-        query_size, key_size = config.num_attention_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        query_size, key_size = config.num_attention_heads * size, config.num_key_value_heads * size
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
         self.tied = config.tie_fading_projections
-        if spec.fading and not self.tied:
+        if self.spec.fading and not self.tied:
             self.fading_k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
             self.fading_v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.norm_joins_heads = config.qk_norm == "full"
         if config.qk_norm is None:
             self.q_norm = self.k_norm = nn.Identity()
         else:
-            sizes = (query_size, key_size) if self.norm_joins_heads else (spec.head_dim, spec.head_dim)
-            self.q_norm, self.k_norm = (BMojoRMSNorm(size, config.rms_norm_eps) for size in sizes)
+            sizes = (query_size, key_size) if self.norm_joins_heads else (size, size)
+            self.q_norm, self.k_norm = (BMojoRMSNorm(each, config.rms_norm_eps) for each in sizes)
+
+    @property
+    def spec(self):
+        return self.memory.spec
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         rows: Rows,
         fading: torch.Tensor | None = None,
-        innovation: torch.Tensor | None = None,
+        predictions: list[Prediction] | None = None,
         cache: BMojoCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends, and lets the cache take the tokens in.
+        """Attend, and let the cache take the tokens in.
 
         Args:
             hidden_states: `[B, T, E]`. rows: how they are cut into mixer rows, and where those stand. If
                 `rows.columns` is given, the attention weights are returned with one column per token position.
-            fading: `[B, T, E]` SSM outputs or None.
-            innovation: `[B, T]`, or None if the layer keeps nothing or measures it here, on its keys.
+            fading: `[B, T, E]` SSM outputs or None. predictions: what the SSM said of its inputs, if the innovation
+                test asks for that.
             cache: the layer's states or None.
 
         Returns:
@@ -122,54 +124,83 @@ class BMojoAttention(nn.Module):
         """
         query = self._normed_heads(project(self.q_proj, hidden_states), self.q_norm)
         keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj)
-        live = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
-        stepping = cache is not None and cache.started and query.shape[1] == 1 and not live
+        needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         none = [None] * len(rows.lengths)
         groups = zip(
             *(to_rows(rows.layout, value) for value in (query, keys, values)),
-            none if innovation is None else to_rows(rows.layout, innovation),
-            none if fading is None else self._fading_rows(fading, rows),
+            self._signals(fading, predictions, rows),
+            none if fading is None or not self.spec.fading else self._fading_rows(fading, rows),
             rows.lengths,
             rows.rotary if self.use_rope else none,
         )
-        mixed = [self._mix(*group, cache, rows.columns, live, stepping) for group in groups]
+        mixed = [self._mix(*group, cache, rows.columns, needs_grad) for group in groups]
         out = project(self.o_proj, to_columns(rows.layout, [part for part, _ in mixed]).flatten(2))
+        if self.training and fading is not None and not self.spec.fading:
+            out = out + _zero_anchor((fading,)).to(out.dtype)
         if rows.columns is None:
             return out, None
         weights = mixed[0][1]
         return out, weights if rows.layout is None else rows.layout.merge_weights(weights)
 
-    def _mix(self, query, keys, values, innovation, fading, lengths, rotary, cache, columns, live, stepping):
+    def _signals(self, fading: torch.Tensor | None, predictions: list[Prediction] | None, rows: Rows) -> list:
+        """What the innovation test judges by, for each group of mixer rows; None where that is the keys, or nothing."""
+        signal = None if self.memory.innovation is None else self.memory.innovation.signal
+        if signal == "output" and fading is not None:
+            return to_rows(rows.layout, fading)
+        if signal == "prediction" and predictions is not None:
+            return predictions
+        return [None] * len(rows.lengths)
+
+    def _mix(self, query, keys, values, signal, fading, lengths, rotary, cache, columns, needs_grad):
         """Attention of one group of mixer rows, which the cache takes in.
 
         Args:
-            query `[R, T', H, D]`, keys, values `[R, T', G, D]`: without positions. innovation: `[R, T']` or None.
+            query `[R, T', H, D]`, keys, values `[R, T', G, D]`: without positions. signal: what `_signals` gives.
             fading: what `_fading_rows` gives, or None. lengths: `[R]` real tokens, or None: all T'.
 
         Returns:
             `[R, T', H, D]`, and weights `[R, H, T', columns]` or None.
         """
-        if self.spec.averages_keys and (cache is not None or query.shape[1] > self.spec.window):
-            innovation = _surprise_of_keys(keys, lengths, cache)
+        tokens = query.shape[1]
+        steps = cache is not None and cache.started and tokens == 1 and not needs_grad
+        innovation = None
+        # Without a cache nobody asks while no token is beyond the window.
+        if self.memory.innovation is not None and (cache is not None or tokens > self.spec.window):
+            innovation = self.memory.innovation.score(keys if signal is None else signal, lengths, cache, self.kernels)
         query, keys = rotate(query, rotary), rotate(keys, rotary)
-        faded = self._fade(fading, rotary, lengths, cache, stepping)
-        if lengths is None and not stepping:
-            lengths = torch.full((query.shape[0],), query.shape[1], device=query.device)
-        if self.spec.window is None:
-            out, weights = self._full(query, keys, values, cache, columns, live)
-        elif (cache is None or not cache.started) and query.shape[1] <= self.spec.window:
-            out, weights = self._attend(query, keys, values, None, columns)
-            if cache is not None:
-                line = self._line(keys, values, innovation, faded, lengths, cache, None)
-                empty = lengths.new_full((lengths.shape[0], self.spec.slots), -1) if self.spec.slots else None
-                cache.commit(line, None, empty, lengths)
-        elif stepping:
-            out, weights = self._step(query, keys, values, innovation, faded, lengths, cache, columns)
-        else:
-            out, weights = self._blocks(query, keys, values, innovation, faded, lengths, cache, columns)
+        made = self._fade(fading, rotary, lengths, cache, steps)
+        front = self.memory.front(tokens, cache)
+        sizes = (front, self.block if self.spec.window else tokens, steps, needs_grad, self.memory.takes_left)
+        offers = self.memory.observe(
+            Tokens(query, keys, values, innovation, lengths, made, *sizes), cache, self.kernels
+        )
+        out, weights = self._attend(query, keys, values, offers, front, columns)
         if self.training and fading is not None:
-            out = out + _zero_anchor((*fading, *(faded or ()))).to(out.dtype)
+            out = out + _zero_anchor((*fading, *(made or ()))).to(out.dtype)
         return out, weights
+
+    def _attend(self, query, keys, values, offers, front: int, columns: int | None):
+        """One softmax per query over the offers; the first `front` queries see the tokens before them."""
+        if front == 0:
+            return self._attend_offers(query, offers, columns)
+        out, weights = self._attend_offers(query[:, :front], [Whole(keys[:, :front], values[:, :front])], columns)
+        if front == query.shape[1]:
+            return out, weights
+        rest, rest_weights = self._attend_offers(query[:, front:], offers, columns)
+        if columns is not None:
+            weights = torch.cat([nn.functional.pad(weights, (0, columns - front)), rest_weights], dim=2)
+        return torch.cat([out, rest], dim=1), weights
+
+    def _attend_offers(self, query, offers, columns: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        options = self._softmax_options(columns)
+        if len(offers) == 1 and isinstance(offers[0], Whole):
+            keys, values, visible, position = offers[0]
+            out, weights = causal_attention(query, keys.to(query.dtype), values.to(query.dtype), visible, **options)
+            if columns is not None and position is not None:
+                weights = weights_by_position(weights, position, columns)
+            return out, weights
+        block = min(self.block if self.spec.window else query.shape[1], query.shape[1])
+        return self.kernels.run("memory_attention", query, offers, block, **options, columns=columns)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -225,16 +256,16 @@ class BMojoAttention(nn.Module):
             made_of = self._keys_values(fading, *projections)
         return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
 
-    def _fade(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, stepping: bool):
+    def _fade(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, steps: bool):
         """Keys and values `[R, n, G, D]` of the fading tokens, which are made of what `_fading_rows` gives, or None.
 
         They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which
-        pads alone see. A single step makes one of its only output, and the cache knows whether to take it.
+        pads alone see. A single step makes one of its only output, and the part knows whether to take it.
         """
-        if fading is None or not self.spec.fading or (stepping and not cache.makes_fading(lengths)):
+        if fading is None or (steps and not self.memory.part(FadingTokens).makes_one(lengths, cache)):
             return None
         made_of, stride, tokens = fading, self.spec.stride, fading[0].shape[1]
-        if stride > 1 and not stepping:
+        if stride > 1 and not steps:
             taken = (*fading, *(rotary or ()))
             if cache is None or (cache.even and not torch.compiler.is_compiling()):
                 part = slice(-(1 if cache is None else cache.columns + 1) % stride, None, stride)
@@ -262,131 +293,6 @@ class BMojoAttention(nn.Module):
             "implementation": implementation,
         }
 
-    def _attend(self, query, keys, values, visible, columns) -> tuple[torch.Tensor, torch.Tensor | None]:
-        keys, values = keys.to(query.dtype), values.to(query.dtype)
-        return causal_attention(query, keys, values, visible, **self._softmax_options(columns))
-
-    def _full(self, query, keys, values, cache: BMojoCacheLayer | None, columns: int | None, live: bool):
-        """Full attention with a growing cache: slot = position, so query i of a row sees slots up to seen + i."""
-        if cache is None:
-            return self._attend(query, keys, values, None, columns)
-        empty = not cache.started
-        all_keys, all_values = cache.append(keys, values, live)
-        if empty:
-            return self._attend(query, keys, values, None, columns)
-        slot = torch.arange(all_keys.shape[1], device=query.device)
-        now = cache.seen[:, None] + torch.arange(query.shape[1], device=query.device)
-        return self._attend(query, all_keys, all_values, slot <= now[..., None], columns)
-
-    def _step(self, query, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer, columns):
-        """One token: the cache admits, forgets and takes it in; its entries are then exactly what the token sees."""
-        active = None if lengths is None else lengths > 0
-        visible = cache.step(keys, values, innovation, faded, active, self.decay)
-        if visible is not None:
-            # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
-            visible = (visible if active is None else visible | ~active[:, None])[:, None]
-        out, weights = self._attend(query, *cache.by_token(), visible, columns)
-        if columns is not None:
-            weights = weights_by_position(weights, cache.positions, columns)
-        return out, weights
-
-    def _blocks(self, query, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer | None, columns):
-        """Many tokens: list the tokens from old to new, select, and offer each block of queries its keys.
-
-        Without a past, the first W tokens see each other and nothing else; for the others they are the past.
-        """
-        window, slots = self.spec.window, self.spec.slots
-        before = cache.recall() if cache is not None and cache.started else None
-        line = self._line(keys, values, innovation, faded, lengths, cache, before)
-        if before is not None:
-            out, weights, eidetic = self._attend_line(query, line, slots, cache.seen[:, None], columns)
-        else:
-            start, start_weights = self._attend(query[:, :window], keys[:, :window], values[:, :window], None, columns)
-            out, weights, eidetic = self._attend_line(query[:, window:], line, 0, window, columns)
-            out = torch.cat([start, out], dim=1)
-            if columns is not None:
-                start_weights = nn.functional.pad(start_weights, (0, columns - window))
-                weights = torch.cat([start_weights, weights], dim=2)
-        if cache is not None:
-            last = line.positions.shape[1] - query.shape[1] + lengths - 1
-            cache.commit(line, before, _still_held(line.positions, eidetic, last, window, slots), lengths)
-        return out, weights
-
-    def _line(self, keys, values, innovation, faded, lengths, cache: BMojoCacheLayer | None, before: Past | None):
-        """The tokens from old to new: what the cache recalls, then the T new ones."""
-        seen = lengths.new_zeros(lengths.shape) if cache is None else cache.seen
-        offset = torch.arange(keys.shape[1], device=keys.device)
-        positions = torch.where(offset < lengths[:, None], seen[:, None] + offset, -1)
-        if innovation is None:
-            innovation = torch.zeros(positions.shape, dtype=torch.float32, device=keys.device)
-        made = None
-        if faded is not None:
-            stride = self.spec.stride
-            number = (seen // stride)[:, None] + torch.arange(faded[0].shape[1], device=keys.device)
-            made = (number + 1) * stride - 1
-        new = Past(keys, values, positions, innovation, *(faded or (None, None)), made)
-        if before is None:
-            return new
-        return Past(*(None if n is None else torch.cat([old.to(n), n], dim=1) for old, n in zip(before, new)))
-
-    def _attend_line(self, query, line: Past, held: int, start: torch.Tensor | int, columns: int | None):
-        """The last T tokens of the line, whose positions begin at `start` (a number or `[B, 1]`), attend to it; before
-        them stand `held` kept tokens and W window tokens.
-
-        Returns:
-            `[B, T, H, D]`, weights or None, and the expiry of the line's tokens `[B, S]` as indices into it.
-        """
-        spec, tokens = self.spec, query.shape[1]
-        first = -held - spec.window
-        block = min(self.block, tokens)
-        valid = line.positions >= 0
-        ranked = retention_key(line.innovations, line.positions, self.decay)
-        chosen = self.kernels.run("expiry", ranked, valid, spec.window, spec.slots, block, tokens, held, spec.window)
-        coordinate = torch.arange(first, tokens, device=query.device).expand(valid.shape)
-        # A pad sees itself, so that no softmax is empty; nobody else does, because pads come last.
-        end = torch.where(valid | (coordinate < 0), chosen.expiry, coordinate + 1)
-        tokens_seen = KeySet(line.keys, line.values, coordinate, end, line.positions, first)
-        local = KeySet(*(value[:, held:] for value in tokens_seen[:5]), -spec.window)
-        sets = [(local, (1 - spec.window, 0))]
-        if spec.slots:
-            sets.append((tokens_seen, chosen.slots))
-        if line.fading_keys is not None and line.fading_keys.shape[1]:
-            sets.append(self._fading_set(line, tokens, block, start))
-        out, weights = self.kernels.run(
-            "memory_attention", query, sets, block, **self._softmax_options(columns), columns=columns
-        )
-        return out, weights, chosen.expiry - first
-
-    def _fading_set(self, line: Past, tokens: int, block: int, start: torch.Tensor | int):
-        """Fading tokens as a set, and what it offers to each block: those made from W to W + F s - 1 tokens ago.
-
-        Entries behind a row's last token are seen by pads alone.
-        """
-        window, stride, reach = self.spec.window, self.spec.stride, self.spec.fading * self.spec.stride
-        made = line.fading_positions
-        count, coordinate = made.shape[1], made - start
-        if stride == 1:
-            offered = (1 - window - reach, -window)
-        else:
-            # Block j sees those after j L - W - F s, the first of which is number `oldest`, until its last query.
-            blocks = torch.arange(0, tokens, block, device=made.device)
-            oldest = (blocks - window - reach - coordinate[:, :1]).div(stride, rounding_mode="floor") + 1
-            offered = oldest[..., None] + torch.arange(self.spec.fading - (1 - block) // stride, device=made.device)
-            offered = torch.where((offered >= 0) & (offered < count), offered, -1)
-        end = torch.where(made >= 0, coordinate + window + reach, -NEVER)
-        begin = coordinate + window
-        return KeySet(line.fading_keys, line.fading_values, begin, end, made, tokens - count), offered
-
-
-def _surprise_of_keys(keys: torch.Tensor, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None) -> torch.Tensor:
-    """Innovation `[B, T]` of keys `[B, T, G, D]`, without positions, against all before, whose sum the cache keeps."""
-    if cache is None:
-        nothing = torch.zeros(keys.shape[0], *keys.shape[2:], dtype=widest(keys.device), device=keys.device)
-        return key_innovation(keys, nothing, torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
-    surprise = key_innovation(keys, cache.key_sum, cache.seen)
-    cache.add_keys(keys, lengths)
-    return surprise
-
 
 def _zero_anchor(ends: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Zero, but connected to the fading memory's `ends`: where no query sees it yet, its parameters get a gradient of
@@ -395,27 +301,3 @@ def _zero_anchor(ends: tuple[torch.Tensor, ...]) -> torch.Tensor:
     Data-parallel training waits for a gradient of every parameter and would otherwise stop at the first short batch.
     """
     return 0.0 * sum(end[:, :1].float().sum() for end in ends)
-
-
-@torch.no_grad()
-def _still_held(
-    positions: torch.Tensor, expiry: torch.Tensor, last: torch.Tensor, window: int, slots: int
-) -> torch.Tensor | None:
-    """The tokens that are in the eidetic memory after each row's last real token, oldest first.
-
-    Args:
-        positions: `[B, S]` of the line, -1 = no token. expiry: `[B, S]`, as indices into the line. last: `[B]` index of
-        the last real token.
-
-    Returns:
-        `[B, M]` indices into the line, -1 = empty slot; None if M = 0.
-    """
-    if slots == 0:
-        return None
-    count = positions.shape[1]
-    index = torch.arange(count, device=positions.device)
-    last = last[:, None]
-    held = (positions >= 0) & (index <= last - window) & (expiry > last)
-    place = torch.where(held, index, count)
-    order = nn.functional.pad(place, (0, max(slots - count, 0)), value=count).sort(dim=1).values[:, :slots]
-    return order.masked_fill(order == count, -1)

@@ -4,8 +4,10 @@
 
 One softmax runs over the union [eidetic | fading | local]. Queries are cut into blocks of L; every set offers each
 block the keys that some query of the block may see, either a band that moves with the block (`banded`: window inputs,
-fading tokens) or an explicit choice per block (`gathered`: eidetic memory, and later retrieved storage). The cost is
-O(T (M + W + F + L)) in time and memory instead of O(T^2).
+fading tokens) or an explicit choice per block (`gathered`: eidetic memory). The cost is O(T (M + W + F + L)) in time
+and memory instead of O(T^2). Keys may differ per key/value head, and carry a bias per query, added to the score:
+
+    out_t = softmax over { keys i : begin_i <= t < end_i } of (q_t . k_i * scaling + bias_ti), times values
 
 Shapes: B batch, T queries, S keys of a set, H query heads, G key/value heads, R = H / G, D head dim, n blocks, L block
 length, K keys offered to one block. Queries and keys stand on one axis of coordinates; the first query is at 0.
@@ -40,13 +42,31 @@ class KeySet(NamedTuple):
 
 
 class BlockKeys(NamedTuple):
-    """What a set offers to each block: keys, values `[B, n, G, K, D]`; begin, end, position `[B, n, K]`."""
+    """What a set offers to each block.
+
+    keys, values: `[B, n, G, K, D]`. begin, end, position: `[B, n, K]`, or `[B, n, G, K]` where the heads differ.
+    bias: `[B, n, h, L, K]` with h = 1, G or H: added to each query's scores, -inf = unseen; None: zero.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     begin: torch.Tensor
     end: torch.Tensor
     position: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+class Whole(NamedTuple):
+    """Keys that are offered to all queries, as they lie.
+
+    keys, values: `[B, S, G, D]`. visible: bool `[B, T, S]`; None: to many queries those up to their own (S = T), to a
+    single one all. position: `[B, S]` as in `KeySet`; None: entry i is the token at position i.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    visible: torch.Tensor | None = None
+    position: torch.Tensor | None = None
 
 
 def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> BlockKeys:
@@ -64,20 +84,43 @@ def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> Bloc
     return BlockKeys(keys, values, begin, end, bands(keyset.position, -1))
 
 
-def gathered(keyset: KeySet, index: torch.Tensor) -> BlockKeys:
-    """Offers block j the keys `index[:, j]`; index `[B, n, M]` into S, -1 = none."""
-    rows = torch.arange(index.shape[0], device=index.device)[:, None, None]
+def gathered(keyset: KeySet, index: torch.Tensor, bias: torch.Tensor | None = None) -> BlockKeys:
+    """Offers block j the keys `index[:, j]`; index `[B, n, K]` into S, or `[B, n, G, K]` per head; -1 = none."""
+    rows = torch.arange(index.shape[0], device=index.device).view(-1, *(1,) * (index.dim() - 1))
     chosen = index.clamp(min=0)
-    keys, values = keyset.keys[rows, chosen], keyset.values[rows, chosen]
+    begin, position = keyset.begin[rows, chosen], keyset.position[rows, chosen]
     end = keyset.end[rows, chosen].masked_fill(index < 0, -NEVER)
-    return BlockKeys(
-        keys.transpose(2, 3), values.transpose(2, 3), keyset.begin[rows, chosen], end, keyset.position[rows, chosen]
+    if index.dim() == 4:
+        heads = torch.arange(index.shape[2], device=index.device)[:, None]
+        return BlockKeys(
+            keyset.keys[rows, chosen, heads], keyset.values[rows, chosen, heads], begin, end, position, bias
+        )
+    keys, values = (value[rows, chosen].transpose(2, 3) for value in (keyset.keys, keyset.values))
+    return BlockKeys(keys, values, begin, end, position, bias)
+
+
+def in_blocks(whole: Whole, queries: int, block: int) -> BlockKeys:
+    """Offers every block all keys, with the visibility as a bias."""
+    batch, stored = whole.keys.shape[:2]
+    device, blocks = whole.keys.device, -(-queries // block)
+    visible = whole.visible
+    if visible is None:
+        visible = torch.ones(1, queries, stored, dtype=torch.bool, device=device)
+        visible = visible.tril() if queries > 1 else visible
+    visible = F.pad(visible.expand(batch, -1, -1), (0, 0, 0, blocks * block - queries), value=True)
+    bias = torch.zeros(visible.shape, dtype=whole.keys.dtype, device=device).masked_fill_(~visible, -torch.inf)
+    position = torch.arange(stored, device=device).expand(batch, -1) if whole.position is None else whole.position
+    keys, values = (
+        value.transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1) for value in (whole.keys, whole.values)
     )
+    position = position[:, None].expand(-1, blocks, -1)
+    always = torch.zeros_like(position), torch.full_like(position, NEVER)
+    return BlockKeys(keys, values, *always, position, bias.unflatten(1, (blocks, block))[:, :, None])
 
 
 def memory_attention(
     query: torch.Tensor,
-    sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor]],
+    sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole],
     block: int,
     scaling: float,
     dropout: float = 0.0,
@@ -88,14 +131,21 @@ def memory_attention(
 
     Args:
         query: `[B, T, H, D]`. sets: pairs of a set and how it offers its keys, a band `(low, high)` or an index
-            `[B, n, M]` (see `banded` and `gathered`). block: L.
+            `[B, n, K]` (see `banded` and `gathered`); or what is offered already, by block or as it lies. block: L.
         Others and returns: see `block_attention`.
     """
-    blocks = -(-query.shape[1] // block)
-    offers = [
-        gathered(keyset, offered) if isinstance(offered, torch.Tensor) else banded(keyset, *offered, blocks, block)
-        for keyset, offered in sets
-    ]
+    tokens = query.shape[1]
+    blocks = -(-tokens // block)
+
+    def offered(each) -> BlockKeys:
+        if isinstance(each, BlockKeys):
+            return each
+        if isinstance(each, Whole):
+            return in_blocks(each, tokens, block)
+        keyset, choice = each
+        return gathered(keyset, choice) if isinstance(choice, torch.Tensor) else banded(keyset, *choice, blocks, block)
+
+    offers = [offered(each) for each in sets]
     return block_attention(query, offers, block, scaling, dropout, implementation, columns)
 
 
@@ -127,27 +177,64 @@ def block_attention(
     time = torch.arange(blocks * block, device=query.device).view(1, blocks, block, 1)
 
     offered = sum(offer.begin.shape[-1] for offer in offers)
-    step = max(1, MASK_BUDGET // (batch * block * offered))
+    alike = all(offer.bias is None and offer.begin.dim() == 3 for offer in offers)
+    step = max(1, MASK_BUDGET // (batch * block * offered * (1 if alike else heads)))
     outputs, weights = [], []
     for lo in range(0, blocks, step):
-        part = [BlockKeys(*(value[:, lo : lo + step] for value in offer)) for offer in offers]
+        part = [_some(offer, slice(lo, lo + step)) for offer in offers]
         keys, values = (torch.cat([offer[i] for offer in part], dim=3).flatten(0, 1) for i in (0, 1))
-        begin, end, position = (torch.cat([offer[i] for offer in part], dim=2)[:, :, None] for i in (2, 3, 4))
         now = time[:, lo : lo + step]
-        visible = (begin <= now) & (now < end)
-        if missing and lo + step >= blocks:
-            # The last block's empty places see everything: a softmax over nothing would send NaN into the gradients.
-            visible = visible | (now >= tokens)
+        # The last block's empty places see everything: a softmax over nothing would send NaN into the gradients.
+        empty = now >= tokens if missing and lo + step >= blocks else None
+        if alike:
+            begin, end = (torch.cat([offer[i] for offer in part], dim=2)[:, :, None] for i in (2, 3))
+            visible = (begin <= now) & (now < end)
+            visible = visible if empty is None else visible | empty
+        else:
+            visible = _biases(part, now, query, keys.shape[1])
+            visible = visible if empty is None else visible.masked_fill(empty[:, :, None], 0.0)
         queries = by_block[:, lo : lo + step].flatten(0, 1)
         out, weight = attend(queries, keys, values, visible.flatten(0, 1), scaling, dropout, implementation)
         outputs.append(out.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2))
         if columns is not None:
-            dense = weights_by_position(weight, position[:, :, 0].flatten(0, 1), columns)
+            position = _positions(part, keys.shape[1]).flatten(0, 1)
+            dense = weights_by_position(weight, position, columns)
             weights.append(dense.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2))
     out = torch.cat(outputs, dim=1)[:, :tokens] if missing or len(outputs) > 1 else outputs[0]
     if columns is None:
         return out, None
     return out, torch.cat(weights, dim=1)[:, :tokens].transpose(1, 2)
+
+
+def _some(offer: BlockKeys, blocks: slice) -> BlockKeys:
+    return BlockKeys(*(None if value is None else value[:, blocks] for value in offer))
+
+
+def _biases(part: list[BlockKeys], now: torch.Tensor, query: torch.Tensor, groups: int) -> torch.Tensor:
+    """What is added to each query's scores, -inf for what it does not see: `[B, n, H, L, K]` over all sets.
+
+    Args:
+        now: `[1, n, L, 1]` coordinates of the queries.
+    """
+    heads = query.shape[2]
+    found = []
+    for offer in part:
+        begin, end = (span[:, :, None] if span.dim() == 3 else span for span in (offer.begin, offer.end))
+        begin, end, here = begin[..., None, :], end[..., None, :], now[:, :, None]
+        bias = query.new_zeros(()) if offer.bias is None else offer.bias.to(query.dtype)
+        bias = bias.masked_fill(~((begin <= here) & (here < end)), -torch.inf)  # [B, n, h, L, K]
+        if bias.shape[2] not in (1, heads):
+            bias = bias.repeat_interleave(heads // groups, dim=2)
+        found.append(bias.expand(-1, -1, heads, -1, -1))
+    return torch.cat(found, dim=-1)
+
+
+def _positions(part: list[BlockKeys], groups: int) -> torch.Tensor:
+    """Positions of all offered keys, `[B, n, K]`, or `[B, n, G, K]` where they differ by head."""
+    if all(offer.position.dim() == 3 for offer in part):
+        return torch.cat([offer.position for offer in part], dim=2)
+    each = [offer.position if offer.position.dim() == 4 else offer.position[:, :, None] for offer in part]
+    return torch.cat([position.expand(-1, -1, groups, -1) for position in each], dim=3)
 
 
 def causal_attention(
@@ -190,36 +277,50 @@ def attend(
     dropout: float,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Masked attention `[N, H, Q, D]` x `[N, G, K, D]`, `visible` bool broadcastable to `[N, Q, K]`, None: all.
+    """Masked attention `[N, H, Q, D]` x `[N, G, K, D]`.
+
+    Args:
+        visible: bool, broadcastable to `[N, Q, K]`; or numbers `[N, H, Q, K]` to add to the scores; None: all keys.
 
     Returns:
         `[N, H, Q, D]` and, with `"eager"`, the weights `[N, H, Q, K]`.
     """
     repeat, length = query.shape[1] // keys.shape[1], query.shape[2]
+    by_head = visible is not None and visible.dim() == 4
     if implementation == "sdpa" and query.device.type == "cpu" and length > 1:
         # The CPU kernel shares the keys of a group by itself, and would turn a bool mask into this one.
-        mask = torch.zeros((), dtype=query.dtype).masked_fill(~visible[:, None], -torch.inf)
+        mask = visible
+        if not by_head:
+            mask = torch.zeros((), dtype=query.dtype).masked_fill(~visible[:, None], -torch.inf)
         out = F.scaled_dot_product_attention(query, keys, values, mask, dropout, scale=scaling, enable_gqa=repeat > 1)
         return out, None
     # The query heads of a group share its keys, so they fold into the query axis: [N, G, R Q, D].
     folded = query.unflatten(1, (-1, repeat)).flatten(2, 3)
-    mask = None if visible is None else visible[:, None]
-    if mask is not None and length > 1:
-        mask = mask.expand(-1, repeat, -1, -1).flatten(1, 2).unsqueeze(1)
+    if by_head:
+        mask = visible.unflatten(1, (-1, repeat)).flatten(2, 3)
+    else:
+        mask = None if visible is None else visible[:, None]
+        if mask is not None and length > 1:
+            mask = mask.expand(-1, repeat, -1, -1).flatten(1, 2).unsqueeze(1)
     if implementation == "sdpa":
         out = F.scaled_dot_product_attention(folded, keys, values, mask, dropout, scale=scaling)
         return out.unflatten(2, (repeat, length)).flatten(1, 2), None
     scores = (folded @ keys.transpose(-1, -2)) * scaling
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        scores = scores + mask if by_head else scores.masked_fill(~mask, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype)
     out = F.dropout(weights, dropout) @ values
     return tuple(value.unflatten(2, (repeat, length)).flatten(1, 2) for value in (out, weights))
 
 
 def weights_by_position(weights: torch.Tensor, position: torch.Tensor, columns: int) -> torch.Tensor:
-    """Adds each key's weight to its token's column: `[B, ..., K]` with position `[B, K]` to `[..., columns]`."""
+    """Adds each key's weight `[B, H, Q, K]` to its token's column: position `[B, K]`, or `[B, G, K]` where the heads'
+    keys differ, to `[B, H, Q, columns]`. A key at position -1 is no token and has no column."""
     target = torch.where(position >= 0, position, columns)
-    target = target.view(target.shape[0], *(1,) * (weights.dim() - 2), -1).expand_as(weights)
+    if target.dim() == 3:
+        target = target.repeat_interleave(weights.shape[1] // target.shape[1], dim=1)[:, :, None]
+    else:
+        target = target.view(target.shape[0], *(1,) * (weights.dim() - 2), -1)
     dense = weights.new_zeros(*weights.shape[:-1], columns + 1)
-    return dense.scatter_add(-1, target, weights)[..., :columns]
+    return dense.scatter_add(-1, target.expand_as(weights), weights)[..., :columns]

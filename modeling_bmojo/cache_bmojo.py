@@ -12,12 +12,17 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .cache_facts_bmojo import check_live, facts_of
-from .cache_file_bmojo import FORMAT, Contents, read_cache, write_cache
+from .cache_file_bmojo import Contents, read_cache, write_cache
 from .cache_gather_bmojo import items_of, joined
 from .cache_layer_bmojo import BMojoCacheLayer
 from .cache_pads_bmojo import check_past_mask, pads_in
 from .compat_bmojo import CACHE_NAME
-from .configuration_bmojo import BMojoConfig, LayerSpec
+from .configuration_bmojo import BMojoConfig
+from .eidetic_bmojo import EideticMemory
+from .parts_bmojo import LayerSpec
+
+
+LAYOUT = "parts"  # of a pickled cache: how its states lie in its layers
 
 
 class RememberedToken(NamedTuple):
@@ -48,14 +53,14 @@ class BMojoCache(Cache):
     """
 
     def __init__(self, config: BMojoConfig | Iterable[tuple]):
-        self._layout = FORMAT
+        self._layout = LAYOUT
         if isinstance(config, Iterator | list | tuple):
             self.facts, layers = joined(config)
             super().__init__(layers=layers)
             return
         if getattr(config, "model_type", None) != "bmojo":
             raise ValueError(f"config={type(config).__name__}: must be a BMojoConfig; pass model.config.")
-        super().__init__(layers=[BMojoCacheLayer(config.layer_spec(i)) for i in range(config.num_hidden_layers)])
+        super().__init__(layers=[BMojoCacheLayer(config, i) for i in range(config.num_hidden_layers)])
         self.facts = facts_of(config)
 
     # --- what a forward asks ----------------------------------------------------------------------------------------
@@ -165,8 +170,8 @@ class BMojoCache(Cache):
             return []
         if not -layer.batch_size <= row < layer.batch_size:
             raise ValueError(f"row={row}: the cache has {layer.batch_size} rows; rows count from 0.")
-        positions = layer.positions[row, layer.spec.fading :].tolist()
-        innovations = layer.innovations[row, layer.spec.fading :].tolist()
+        own = layer.memory.part(EideticMemory).own
+        positions, innovations = layer.positions[row, own].tolist(), layer.innovations[row, own].tolist()
         beyond = int(layer.seen[row]) - layer.spec.window
         return sorted(RememberedToken(p, e) for p, e in zip(positions, innovations) if 0 <= p < beyond)
 
@@ -232,15 +237,16 @@ class BMojoCache(Cache):
                 raise ValueError(f"path={os.fspath(path)!r}: the cache was written to while it was saved; save a copy.")
 
         layers = [
-            {name: value.detach().cpu().contiguous() for name, value in layer.states().items()} for layer in self.layers
+            {name: value.detach().cpu().contiguous() for name, value in layer.states().items() if layer.saves(name)}
+            for layer in self.layers
         ]
-        write_cache(path, Contents(columns, layers), self.facts, self.specs, still)
+        write_cache(path, Contents(columns, layers), self.facts, self.layers, still)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike, config: BMojoConfig, device: torch.device | str | None = None
     ) -> "BMojoCache":
-        """Reads a file written by `save`, or by one of version 0.1 (format 4).
+        """Read a file written by `save`, or by one of an earlier version (formats 4 and 5).
 
         Args:
             path: the file. config: the configuration of the model that will continue it. device: default CPU.
@@ -250,13 +256,13 @@ class BMojoCache(Cache):
                 model whose results differ.
         """
         cache = cls(config)
-        contents = read_cache(path, config)
+        contents = read_cache(path, config, cache.layers)
         for layer, states in zip(cache.layers, contents.layers):
             layer.restore(states, contents.columns)
         return cache.to(device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if state.get("_layout") != FORMAT:
+        if state.get("_layout") != LAYOUT:
             raise ValueError(
                 "this BMojoCache was pickled by a version whose states lie otherwise; save() it there and load() it."
             )

@@ -1,17 +1,21 @@
 """A cache's file: one safetensors file of all states, with a checksum, checked before it is trusted.
 
-    metadata   format, columns, facts (the configuration), specs (every layer's sizes), sha256
+    metadata   format, columns, facts (the configuration), sha256
     tensors    "<layer>.<state>", as in the table of `cache_layer_bmojo`
 
 sha256 is of the whole file with its own 64 digits as zeros. Reading goes from what is cheap to what is large: the
 header and whose cache it is, the names, shapes and dtypes, the checksum; then the states are loaded, on the CPU, and
 compared with what reading text can leave (`cache_checks_bmojo`).
 
-Format 4, until version 0.1, had no checksum, no fingerprint of the pads, fewer facts, and keys as `[B, S, G, D]`.
+Older formats are read:
+
+    5    sizes of every layer (`specs`), which the facts say as well
+    4    the same without a checksum, with fewer facts, no fingerprint of the pads, and keys as `[B, S, G, D]`
 """
 
 import errno
 import hashlib
+import json
 import os
 import re
 from typing import Any, NamedTuple
@@ -22,11 +26,13 @@ from safetensors.torch import save_file
 
 from .cache_checks_bmojo import check_tables, check_values
 from .cache_facts_bmojo import check_written, described, undescribed
-from .configuration_bmojo import BMojoConfig, LayerSpec
+from .cache_layer_bmojo import BMojoCacheLayer
+from .configuration_bmojo import BMojoConfig
 from .files_bmojo import write_whole
 
 
-FORMAT, OLD_FORMAT = "bmojo-cache-5", "bmojo-cache-4"
+FORMAT = "bmojo-cache-6"
+FORMAT_5, FORMAT_4 = "bmojo-cache-5", "bmojo-cache-4"
 DIGITS = 64
 READ_AT_ONCE = 1 << 20
 LARGEST_HEADER = 100_000_000  # safetensors' own limit
@@ -37,7 +43,12 @@ DTYPES = {
     "F16": torch.float16,
     "I64": torch.int64,
 }
-OPTIONAL = {FORMAT: frozenset({"pads"}), OLD_FORMAT: frozenset({"pads", "last_hidden"})}
+# States that a file may lack, by format: of these no text leaves any, or the format had none.
+OPTIONAL = {
+    FORMAT: frozenset({"pads"}),
+    FORMAT_5: frozenset({"pads"}),
+    FORMAT_4: frozenset({"pads", "last_hidden"}),
+}
 
 
 class Contents(NamedTuple):
@@ -48,24 +59,25 @@ class Contents(NamedTuple):
 
 
 def write_cache(
-    path: str | os.PathLike, contents: Contents, facts: dict[str, Any], specs: list[LayerSpec], still
+    path: str | os.PathLike, contents: Contents, facts: dict[str, Any], layers: list[BMojoCacheLayer], still
 ) -> None:
-    """Writes a cache's file.
+    """Write a cache's file.
 
     Args:
-        contents: states on the CPU, contiguous. still: called at the end, raises if they have changed meanwhile.
+        contents: states on the CPU, contiguous. layers: what declares them. still: called at the end, raises if they
+            have changed meanwhile.
 
     Raises:
         ValueError: if the states cannot be those of a cache, or the folder does not exist. OSError: see `write_whole`.
     """
     tables = [{name: (list(value.shape), value.dtype) for name, value in states.items()} for states in contents.layers]
     try:
-        check_tables(specs, tables, contents.columns, OPTIONAL[FORMAT])
-        check_values(specs, contents.layers, contents.columns, pads_known=True)
+        check_tables(layers, tables, contents.columns, OPTIONAL[FORMAT])
+        check_values(layers, contents.layers, contents.columns, pads_known=True)
     except ValueError as error:
         raise ValueError(f"the cache is not saved: {error}; reset() it and read the text again.") from error
     tensors = {f"{i}.{name}": value for i, states in enumerate(contents.layers) for name, value in states.items()}
-    metadata = {"format": FORMAT, "columns": str(contents.columns), **described(facts, specs)}
+    metadata = {"format": FORMAT, "columns": str(contents.columns), "facts": described(facts)}
     metadata["sha256"] = "0" * DIGITS
 
     def write(partial: str) -> None:
@@ -84,8 +96,8 @@ def write_cache(
     write_whole(path, write)
 
 
-def read_cache(path: str | os.PathLike, config: BMojoConfig) -> Contents:
-    """Reads what `write_cache` wrote, for a model of `config`; on the CPU, nothing of it mapped to the file.
+def read_cache(path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoCacheLayer]) -> Contents:
+    """Read what `write_cache` wrote, for a model of `config` and its `layers`; on the CPU, nothing mapped to the file.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -96,7 +108,7 @@ def read_cache(path: str | os.PathLike, config: BMojoConfig) -> Contents:
             raise ValueError(f"{where}: there is no such file; give one that BMojoCache.save wrote.")
         before, failure = _identity(path), None
         try:
-            contents = _read(path, config)
+            contents = _read(path, config, layers)
         except (SafetensorError, ValueError) as error:
             failure = error
         # Where another save replaced the file meanwhile, it was read partly from one and partly from the other.
@@ -118,20 +130,45 @@ def _identity(path: str | os.PathLike) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read(path: str | os.PathLike, config: BMojoConfig) -> Contents:
+def _read(path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoCacheLayer]) -> Contents:
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata = file.metadata() or {}
         written = metadata.get("format")
         if written not in OPTIONAL:
-            raise ValueError(f"format {written!r} is neither {FORMAT!r} nor {OLD_FORMAT!r}")
-        if written == FORMAT:
+            raise ValueError(f"format {written!r} is none of {list(OPTIONAL)}")
+        if written != FORMAT_4:
             _check_digest(path, metadata.get("sha256"))
         elif "sha256" in metadata:
             raise ValueError(f"format {written!r} has no sha256, but the file has one: it was changed")
         columns = _columns(metadata.get("columns", ""))
-        facts, specs = undescribed(metadata)
-        check_written(facts, specs, config, complete=written == FORMAT)
-        return _states(file, config, columns, written)
+        check_written(undescribed(metadata.get("facts")), config, complete=written != FORMAT_4)
+        if written == FORMAT_4:
+            _check_old_sizes(metadata.get("specs"), config)
+        return _states(file, layers, columns, written)
+
+
+def _check_old_sizes(text: str | None, config: BMojoConfig) -> None:
+    """Raise ValueError unless a file of format 4 has the sizes that its facts do not tell."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"its description is damaged ({error!r})") from error
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ValueError("its description is damaged: specs must be a list of dicts")
+    if len(found) != config.num_hidden_layers:
+        raise ValueError(f"the cache has {len(found)} layers but the model has {config.num_hidden_layers}")
+    names = {"kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden": "hidden_size"}
+    names |= {"ssm_heads": "ssm_num_heads", "ssm_head_dim": "ssm_head_dim", "ssm_state": "ssm_state_size"}
+    names |= {"conv_kernel": "ssm_conv_kernel"}
+    for index, sizes in enumerate(found):
+        spec = config.layer_spec(index)
+        wanted = spec._asdict() | {name: getattr(config, field) for name, field in names.items()}
+        if spec.slots and config.innovation == "output":
+            wanted["taps"] = config.innovation_taps
+        for name, theirs in wanted.items():
+            ours = sizes.get(name)
+            if ours != theirs:
+                raise ValueError(f"layer {index}: the cache has {name}={ours!r} but the model has {theirs!r}")
 
 
 def _columns(text: str) -> int:
@@ -140,24 +177,23 @@ def _columns(text: str) -> int:
     return int(text)
 
 
-def _states(file, config: BMojoConfig, columns: int, written: str) -> Contents:
+def _states(file, declared: list[BMojoCacheLayer], columns: int, written: str) -> Contents:
     """The states of an open file, checked before and after they are loaded."""
-    specs = [config.layer_spec(index) for index in range(config.num_hidden_layers)]
-    names: list[dict[str, str]] = [{} for _ in specs]
+    names: list[dict[str, str]] = [{} for _ in declared]
     for full in file.keys():  # noqa: SIM118 (not a dict)
         layer, _, name = full.partition(".")
-        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", layer) or int(layer) >= len(specs):
-            raise ValueError(f"the tensor {full!r} belongs to no layer of {len(specs)}")
+        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", layer) or int(layer) >= len(declared):
+            raise ValueError(f"the tensor {full!r} belongs to no layer of {len(declared)}")
         names[int(layer)][name] = full
-    heads_last = written == OLD_FORMAT
+    heads_last = written == FORMAT_4
     tables = [{name: _entry(file, full, name, heads_last) for name, full in layer.items()} for layer in names]
-    check_tables(specs, tables, columns, OPTIONAL[written])
+    check_tables(declared, tables, columns, OPTIONAL[written])
     # Copies: what safetensors gives is mapped to the file, and would follow whatever is written into it later.
     layers = [{name: file.get_tensor(full).clone() for name, full in layer.items()} for layer in names]
     if heads_last:
         for states in layers:
             states |= {name: _swapped(states[name]) for name in ("keys", "values") if name in states}
-    check_values(specs, layers, columns, pads_known=written == FORMAT)
+    check_values(declared, layers, columns, pads_known=written != FORMAT_4)
     return Contents(columns, layers)
 
 

@@ -6,11 +6,10 @@ item by item, and None to None. So a cache is iterable, `[B, ...]` tensors and t
     layer 0      (keys, values, (counts, text, *other states))
     others       (keys, values, other states)
 
-counts: `[1, 2]` int64, columns read and whether it is unknown which were pads. text: `[1, n]` uint8, the facts and
-specs as JSON. Both stand once per cache, so that after joining R caches each has R rows.
+counts: `[1, 2]` int64, columns read and whether it is unknown which were pads. text: `[1, n]` uint8, the facts as
+JSON. Both stand once per cache, so that after joining R caches each has R rows.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,10 +17,7 @@ import torch
 
 from .cache_facts_bmojo import described, undescribed
 from .cache_layer_bmojo import BMojoCacheLayer
-from .configuration_bmojo import LayerSpec
-
-
-OTHERS = tuple(name for name in BMojoCacheLayer.STATES if name not in ("keys", "values"))
+from .configuration_bmojo import BMojoConfig
 
 
 class Joined(NamedTuple):
@@ -29,11 +25,15 @@ class Joined(NamedTuple):
     layers: list[BMojoCacheLayer]
 
 
+def _others(layer: BMojoCacheLayer) -> list[str]:
+    return [name for name in layer.names if name not in ("keys", "values")]
+
+
 def items_of(facts: dict[str, Any], layers: list[BMojoCacheLayer]) -> Iterator[tuple]:
     """One tuple per layer."""
     for index, layer in enumerate(layers):
         keys, values = layer.keys, layer.values
-        others = tuple(getattr(layer, name) for name in OTHERS)
+        others = tuple(getattr(layer, name) for name in _others(layer))
         if keys is not None and layer.spec.window is None:
             # Without the room for growing, which may differ from cache to cache.
             keys, values = keys[:, :, : layer.columns], values[:, :, : layer.columns]
@@ -45,7 +45,7 @@ def items_of(facts: dict[str, Any], layers: list[BMojoCacheLayer]) -> Iterator[t
 def _heads(facts: dict[str, Any], layers: list[BMojoCacheLayer]) -> tuple[torch.Tensor, torch.Tensor]:
     first = layers[0]
     device = None if first.seen is None else first.seen.device
-    text = json.dumps(described(facts, [layer.spec for layer in layers])).encode()
+    text = described(facts).encode()
     unknown = first.pads is None and not first.even
     return (
         torch.tensor([[first.columns, int(unknown)]], device=device),
@@ -57,7 +57,8 @@ def _with_pads(first: BMojoCacheLayer, others: tuple) -> tuple:
     """With a fingerprint of the pads in any case: the caches that it is joined with may have one."""
     if first.seen is None or first.pads is not None:
         return others
-    return tuple(torch.zeros_like(first.seen) if name == "pads" else value for name, value in zip(OTHERS, others))
+    names = _others(first)
+    return tuple(torch.zeros_like(first.seen) if name == "pads" else value for name, value in zip(names, others))
 
 
 def joined(items: Iterable[tuple]) -> Joined:
@@ -70,15 +71,18 @@ def joined(items: Iterable[tuple]) -> Joined:
     try:
         items = list(items)
         counts, text = items[0][2][:2]
-        facts, specs = undescribed(json.loads(bytes(text[0].tolist())))
-        specs = [LayerSpec(**spec) for spec in specs]
-        states = [dict(zip(("keys", "values", *OTHERS), (*item[:2], *item[2][-len(OTHERS) :]))) for item in items]
+        facts = undescribed(bytes(text[0].tolist()).decode())
+        config = BMojoConfig(**facts)
+        layers = [BMojoCacheLayer(config, index) for index in range(config.num_hidden_layers)]
+        states = []
+        for layer, item in zip(layers, items):
+            names = _others(layer)
+            states.append(dict(zip(("keys", "values", *names), (*item[:2], *item[2][-len(names) :]))))
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"these are no items of caches that can be joined ({error}); {remedy}") from error
     columns, unknown = counts[:, 0].tolist(), bool(counts[:, 1].any())
-    if len(set(columns)) > 1 or bool((text != text[:1]).any()) or len(items) != len(specs):
+    if len(set(columns)) > 1 or bool((text != text[:1]).any()) or len(items) != len(layers):
         raise ValueError(f"caches that have read {columns} columns, or of several models, cannot be joined; {remedy}")
-    layers = [BMojoCacheLayer(spec) for spec in specs]
     for layer, found in zip(layers, states) if columns[0] else ():
         # Copies: items of one cache are its own states, which it writes in place.
         layer.restore({name: value.clone() for name, value in found.items() if value is not None}, columns[0])

@@ -5,68 +5,35 @@ Mamba (arXiv 2312.00752).
 """
 
 import math
-from dataclasses import field
-from typing import Any, NamedTuple
-
-import torch
-from transformers.activations import ACT2CLS
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .compat_bmojo import CACHE_NAMES
-from .config_files_bmojo import FileConfig
+from .config_rules_bmojo import BackboneConfig
+from .dispatch_bmojo import KERNEL_BACKENDS
+from .eidetic_bmojo import EideticMemory
+from .fading_bmojo import FadingMemory
+from .fading_s6_bmojo import S6FadingMemory
+from .fading_ssd_bmojo import SSDFadingMemory
+from .fading_tokens_bmojo import FadingTokens
+from .fields_bmojo import backbone, memory, reject, require_choice, require_int, require_number, speed, use
+from .full_context_bmojo import FullContext
+from .innovation_bmojo import ConstantInnovation, Innovation, KeyInnovation, OutputInnovation, StateInnovation
+from .parts_bmojo import LayerSpec, MemoryPart
 from .register_bmojo import register_names
 
 
-LAYER_TYPES = ("bmojo", "full_attention", "sliding_attention", "linear_attention")
-INNOVATIONS = ("output", "state", "key")
-QK_NORMS = (None, "head", "full")
-NORM_POSITIONS = ("pre", "post")
-SSM_TYPES = ("mamba2", "mamba")
-KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
+# What there is, one entry each: nothing else lists them.
+INNOVATIONS: dict[str, type[Innovation]] = {
+    each.name: each for each in (OutputInnovation, StateInnovation, KeyInnovation, ConstantInnovation)
+}
+FADING_MEMORIES: dict[str, type[FadingMemory]] = {each.name: each for each in (SSDFadingMemory, S6FadingMemory)}
+# In the order in which they take tokens in: what a part lets go is for those behind it.
+PARTS: list[type[MemoryPart]] = [FadingTokens, EideticMemory, FullContext]
 
 # Before anything of transformers asks for our names.
 register_names()
 
 
-class LayerSpec(NamedTuple):
-    """What one layer remembers, and the sizes of its states (tokens, heads, channels).
-
-    window: W, visible tokens including the query itself; None means every past token (full attention).
-    slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
-    taps: outputs that the predictor averages (0: keeps none). averages_keys: the predictor is the mean of all keys.
-    """
-
-    kind: str
-    window: int | None
-    slots: int
-    fading: int
-    stride: int
-    taps: int
-    averages_keys: bool
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    ssm_heads: int
-    ssm_head_dim: int
-    ssm_state: int
-    conv_channels: int
-    conv_kernel: int
-
-    @property
-    def has_attention(self) -> bool:
-        return self.kind != "linear_attention"
-
-    @property
-    def has_ssm(self) -> bool:
-        return self.kind in ("bmojo", "linear_attention")
-
-    @property
-    def delayed(self) -> int:
-        """W / s, fading tokens that are made but not yet beyond the window (0 where F = 0)."""
-        return self.window // self.stride if self.fading else 0
-
-
-class BMojoConfig(FileConfig):
+class BMojoConfig(BackboneConfig):
     r"""
     Configuration of a [`BMojoModel`]. The backbone fields mean what they mean in `LlamaConfig`; the memory and `ssm_*`
     fields are B'MOJO's own. Contradictory values raise `ValueError` naming field, value, rule and remedy.
@@ -91,7 +58,8 @@ class BMojoConfig(FileConfig):
         eidetic_decay: g >= 0, a kept token's score fades as e * exp(-g * age in tokens).
         innovation: `"output"`: predict the SSM's output from its last outputs (paper, Algorithm 1);
             `"state"`: predict the SSM's input by reading the state with the token's own write key;
-            `"key"`: predict the token's attention key by the mean of all keys before it (best on grafts, docs/log.md).
+            `"key"`: predict the token's attention key by the mean of all keys before it (best on grafts, docs/log.md);
+            `"constant"`: all tokens are equal and of equals the older stays: the first M tokens (attention sinks).
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
         fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
         fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
@@ -141,66 +109,66 @@ class BMojoConfig(FileConfig):
     _auto_class = "AutoConfig"  # save_pretrained writes this module, and all that it imports, into the folder
     keys_to_ignore_at_inference = list(CACHE_NAMES)
 
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    intermediate_size: int = 5632
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    tie_word_embeddings: bool = False
-    rope_parameters: dict | None = field(default_factory=dict)
-    attention_bias: bool = False
-    attention_output_bias: bool | None = None
-    mlp_bias: bool = False
-    qk_norm: str | None = None
-    norm_position: str = "pre"
-    embedding_multiplier: float = 1.0
-    attention_multiplier: float | None = None
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
-    attention_dropout: float = 0.0
-    no_rope_layers: list[int] | None = None
+    vocab_size: int = backbone(32000, live=True)
+    hidden_size: int = backbone(2048)
+    intermediate_size: int = backbone(5632)
+    num_hidden_layers: int = backbone(24)
+    num_attention_heads: int = backbone(32)
+    num_key_value_heads: int | None = backbone()
+    head_dim: int | None = backbone()
+    hidden_act: str = backbone("silu")
+    max_position_embeddings: int = backbone(2048, live=True)
+    initializer_range: float = backbone(0.02, results=False, live=True)
+    rms_norm_eps: float = backbone(1e-6)
+    use_cache: bool = use(True)
+    pad_token_id: int | None = backbone(results=False, live=True)
+    bos_token_id: int | None = backbone(results=False, live=True)
+    eos_token_id: int | list[int] | None = backbone(results=False, live=True)
+    tie_word_embeddings: bool = backbone(False, results=False, live=True)
+    rope_parameters: dict | None = backbone(dict, factory=True)
+    attention_bias: bool = backbone(False)
+    attention_output_bias: bool | None = backbone()
+    mlp_bias: bool = backbone(False)
+    qk_norm: str | None = backbone()
+    norm_position: str = backbone("pre")
+    embedding_multiplier: float = backbone(1.0, live=True)
+    attention_multiplier: float | None = backbone()
+    residual_multiplier: float = backbone(1.0)
+    logits_scaling: float = backbone(1.0, live=True)
+    attention_dropout: float = backbone(0.0, results=False)
+    no_rope_layers: list[int] | None = backbone()
 
-    layer_types: list[str] | None = None
-    window_size: int = 512
-    eidetic_size: int = 64
-    eidetic_decay: float = 0.0
-    innovation: str = "output"
-    innovation_taps: int = 4
-    fading_size: int = 1
-    fading_stride: int = 1
-    tie_fading_projections: bool = True
-    memory_block_size: int = 64
-    kernel_backend: str = "auto"
+    layer_types: list[str] | None = memory(None)
+    window_size: int = memory(512)
+    eidetic_size: int = memory(64)
+    eidetic_decay: float = memory(0.0)
+    innovation: str = memory("output")
+    innovation_taps: int = memory(4)
+    fading_size: int = memory(1)
+    fading_stride: int = memory(1)
+    tie_fading_projections: bool = memory(True)
+    memory_block_size: int = speed(64)
+    kernel_backend: str = speed("auto", live=True)
 
-    ssm_type: str = "mamba2"
-    ssm_num_heads: int | None = None
-    ssm_head_dim: int | None = None
-    ssm_state_size: int = 64
-    ssm_num_groups: int | None = None
-    ssm_time_step_rank: int | None = None
-    ssm_conv_kernel: int = 4
-    ssm_conv_bias: bool = True
-    ssm_conv_act: str = "silu"
-    ssm_projected: bool = True
-    ssm_proj_bias: bool = False
-    ssm_gated: bool = True
-    ssm_norm: bool | None = None
-    ssm_chunk_size: int = 64
-    ssm_time_step_min: float = 0.001
-    ssm_time_step_max: float = 0.1
-    ssm_time_step_floor: float = 1e-4
-    ssm_scalars_in_fp32: bool = True
-    ssm_time_step_limit: list[float] | tuple[float, float] = (0.0, math.inf)
+    ssm_type: str = memory("mamba2")
+    ssm_num_heads: int | None = memory(None)
+    ssm_head_dim: int | None = memory(None)
+    ssm_state_size: int = memory(64)
+    ssm_num_groups: int | None = memory(None)
+    ssm_time_step_rank: int | None = memory(None)
+    ssm_conv_kernel: int = memory(4)
+    ssm_conv_bias: bool = memory(True)
+    ssm_conv_act: str = memory("silu")
+    ssm_projected: bool = memory(True)
+    ssm_proj_bias: bool = memory(False)
+    ssm_gated: bool = memory(True)
+    ssm_norm: bool | None = memory(None)
+    ssm_chunk_size: int = speed(64)
+    ssm_time_step_min: float = use(0.001)
+    ssm_time_step_max: float = use(0.1)
+    ssm_time_step_floor: float = use(1e-4)
+    ssm_scalars_in_fp32: bool = use(True)
+    ssm_time_step_limit: list[float] | tuple[float, float] = memory((0.0, math.inf))
 
     def __post_init__(self, **kwargs):
         of_others = self._take_file_forms(kwargs)
@@ -214,23 +182,6 @@ class BMojoConfig(FileConfig):
         if no_positions:
             self.rope_parameters = None
         self.validate()
-
-    def _validate_types(self) -> None:
-        """The types that filling in defaults relies on, and that reading a saved configuration does."""
-        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
-        if self.dtype is not None and not isinstance(dtype, torch.dtype):
-            self._reject("dtype", self.dtype, "must be a torch dtype or its name", "e.g. 'bfloat16'")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-            self._require_int(name, 1, "give a positive size")
-        for name in ("layer_types", "no_rope_layers"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, list | tuple):
-                self._reject(name, value, "must be a list with one entry per layer, or None", "give a list")
-        limit = self.ssm_time_step_limit
-        if not isinstance(limit, list | tuple) or not all(_is_number(value) for value in limit):
-            self._reject("ssm_time_step_limit", limit, "must be two numbers 0 <= low < high", "use [0, inf] for none")
-        if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
-            self._reject("rope_parameters", self.rope_parameters, "must be a dict or None", "None is for no positions")
 
     def _fill_defaults(self) -> None:
         heads, hidden = self.num_attention_heads, self.hidden_size
@@ -249,18 +200,9 @@ class BMojoConfig(FileConfig):
             self.ssm_num_heads = heads
         if self.ssm_head_dim is None:
             self.ssm_head_dim = self.head_dim
-        is_mamba2 = self.ssm_type == "mamba2"
-        if self.ssm_num_groups is None:
-            self.ssm_num_groups = self.num_key_value_heads if is_mamba2 else 1
-        if self.ssm_norm is None:
-            self.ssm_norm = is_mamba2
-        if self.ssm_time_step_rank is None and not is_mamba2:
-            self.ssm_time_step_rank = math.ceil(hidden / 16)
+        if self.ssm_type in FADING_MEMORIES:  # else `validate` says so
+            FADING_MEMORIES[self.ssm_type].fill(self)
         self.ssm_time_step_limit = list(self.ssm_time_step_limit)
-
-    @staticmethod
-    def _reject(name: str, value: Any, rule: str, remedy: str = "") -> None:
-        raise ValueError(f"{name}={value!r}: {rule}" + (f"; {remedy}" if remedy else "") + ".")
 
     def validate(self) -> None:
         """Checks every rule between the fields.
@@ -277,219 +219,73 @@ class BMojoConfig(FileConfig):
         self._validate_rope()
         self.validate_token_ids()
 
-    def _validate_rope(self) -> None:
-        rope = self.rope_parameters
-        for name in ("rope_theta", "partial_rotary_factor"):
-            # The constructor takes these older names into rope_parameters. Set later they would be heard by who loads
-            # the saved configuration, and by nobody before.
-            if name in vars(self):
-                self._reject(name, getattr(self, name), "is no attribute", f"set config.rope_parameters[{name!r}]")
-        if rope is None:
-            return
-        types = ["default", *ROPE_INIT_FUNCTIONS]
-        if rope.get("rope_type") not in types:
-            self._reject("rope_parameters", rope, f"its rope_type must be one of {types}", "pick one of them")
-        theta = rope.get("rope_theta")
-        if not _is_number(theta) or not 0 < theta < math.inf:
-            self._reject("rope_parameters", rope, "its rope_theta must be a positive number", "e.g. 10000.0")
-        share = rope.get("partial_rotary_factor", 1.0)
-        if not _is_number(share) or not 0 < share <= 1:
-            self._reject(
-                "rope_parameters", rope, "its partial_rotary_factor must lie in (0, 1]", "1 turns every channel"
-            )
-        if int(self.head_dim * share) % 2:
-            self._reject("head_dim", self.head_dim, "RoPE turns channels in pairs, so it must be even", "change it")
-        try:
-            self.validate_rope()
-        except KeyError as error:
-            self._reject("rope_parameters", rope, str(error.args[0]), "add the missing keys")
-
-    def validate_token_ids(self) -> None:
-        """Overrides transformers' warning: an id outside the vocabulary is an error."""
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            for token in value if isinstance(value, list | tuple) else [value]:
-                if token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
-                    self._reject(name, value, f"must lie in [0, vocab_size={self.vocab_size})", "or leave it None")
-
-    def _require_number(self, name: str, minimum: float, exclusive: bool, remedy: str) -> None:
-        value = getattr(self, name)
-        if not _is_number(value) or not (minimum < value if exclusive else minimum <= value) or value == math.inf:
-            rule = f"must be a finite number {'>' if exclusive else '>='} {minimum}"
-            self._reject(name, value, rule, remedy)
-
-    def _require_int(self, name: str, minimum: int, remedy: str) -> None:
-        value = getattr(self, name)
-        if not _is_int(value) or value < minimum:
-            self._reject(name, value, f"must be an integer >= {minimum}", remedy)
-
-    def _require_choice(self, name: str, choices: tuple) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            self._reject(name, value, f"must be one of {list(choices)}", "pick one of them")
-
-    def _validate_sizes(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-            self._require_int(name, 1, "give a positive size")
-        self._require_int("max_position_embeddings", 1, "give the length that the positions were made for")
-        self._require_number("rms_norm_eps", 0, True, "e.g. 1e-6")
-        self._require_number("initializer_range", 0, False, "e.g. 0.02")
-        self._require_choice("hidden_act", tuple(ACT2CLS))
-        self._require_choice("ssm_conv_act", tuple(ACT2CLS))
-        self._require_int("head_dim", 1, "give a positive size or leave it None")
-        self._require_int("intermediate_size", 0, "give the MLP's width, or 0 for layers without an MLP")
-        self._require_choice("qk_norm", QK_NORMS)
-        self._require_choice("norm_position", NORM_POSITIONS)
-        for name in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"):
-            if getattr(self, name) is not None or name != "attention_multiplier":
-                self._require_number(name, 0, True, "leave it out for a model without it")
-        if self.num_attention_heads % self.num_key_value_heads:
-            self._reject(
-                "num_key_value_heads",
-                self.num_key_value_heads,
-                f"must divide num_attention_heads={self.num_attention_heads}",
-                "query heads share key/value heads in equal groups",
-            )
-        if not _is_number(self.attention_dropout) or not 0.0 <= self.attention_dropout < 1.0:
-            self._reject("attention_dropout", self.attention_dropout, "must lie in [0, 1)", "give a probability")
-
-    def validate_layer_type(self) -> None:
-        """Overrides transformers' closed list of layer types by B'MOJO's own."""
-        if self.layer_types is None:  # the constructor has filled it; it was taken away since
-            self._reject("layer_types", None, "must be a list with one entry per layer", "give a list")
-        for index, kind in enumerate(self.layer_types):
-            if kind not in LAYER_TYPES:
-                self._reject(f"layer_types[{index}]", kind, f"must be one of {list(LAYER_TYPES)}", "pick one of them")
-        for name in ("layer_types", "no_rope_layers"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.num_hidden_layers:
-                self._reject(
-                    name,
-                    values,
-                    f"has {len(values)} entries but num_hidden_layers={self.num_hidden_layers}",
-                    "give one entry per layer",
-                )
-        if self.no_rope_layers is not None and any(value not in (0, 1) for value in self.no_rope_layers):
-            self._reject("no_rope_layers", self.no_rope_layers, "must hold 0 (no RoPE) or 1 (RoPE) per layer")
-
     def _validate_memory(self) -> None:
-        self._require_int("window_size", 1, "the window counts the query itself; use 'full_attention' for no window")
-        self._require_int("eidetic_size", 0, "use 0 to switch the long-term eidetic memory off")
-        self._require_int("fading_size", 0, "use 0 to switch fading tokens off")
-        self._require_int("fading_stride", 1, "use 1 to make every SSM output a fading token")
+        require_int(self, "window_size", 1, "the window counts the query itself; use 'full_attention' for no window")
+        require_int(self, "eidetic_size", 0, "use 0 to switch the long-term eidetic memory off")
+        require_int(self, "fading_size", 0, "use 0 to switch fading tokens off")
+        require_int(self, "fading_stride", 1, "use 1 to make every SSM output a fading token")
         if self.fading_size and self.window_size % self.fading_stride:
-            self._reject(
+            reject(
                 "fading_stride",
                 self.fading_stride,
                 f"must divide window_size={self.window_size}",
                 "a fading token becomes visible when the next one is made; give a divisor",
             )
-        self._require_int("memory_block_size", 1, "give the queries per block of the memory attention")
-        self._require_int("innovation_taps", 1, "the predictor needs at least one past output")
-        self._require_choice("innovation", INNOVATIONS)
-        self._require_choice("kernel_backend", KERNEL_BACKENDS)
-        self._require_number("eidetic_decay", 0, False, "use 0 for no forgetting")
+        require_int(self, "memory_block_size", 1, "give the queries per block of the memory attention")
+        for test in INNOVATIONS.values():
+            test.check(self)
+        require_choice(self, "innovation", tuple(INNOVATIONS))
+        require_choice(self, "kernel_backend", KERNEL_BACKENDS)
+        require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")
 
     def _validate_ssm(self) -> None:
-        self._require_choice("ssm_type", SSM_TYPES)
+        require_choice(self, "ssm_type", tuple(FADING_MEMORIES))
         for name in ("ssm_num_heads", "ssm_head_dim", "ssm_state_size", "ssm_num_groups", "ssm_conv_kernel"):
-            self._require_int(name, 1, "give a positive size")
-        self._require_int("ssm_chunk_size", 1, "give the tokens per chunk of the scan")
+            require_int(self, name, 1, "give a positive size")
+        require_int(self, "ssm_chunk_size", 1, "give the tokens per chunk of the scan")
         if self.ssm_num_heads % self.ssm_num_groups:
-            self._reject(
+            reject(
                 "ssm_num_groups",
                 self.ssm_num_groups,
                 f"must divide ssm_num_heads={self.ssm_num_heads}",
                 "SSM heads share B and C in equal groups",
             )
-        self._require_choice("ssm_projected", (True, False))
+        require_choice(self, "ssm_projected", (True, False))
         inner = self.ssm_num_heads * self.ssm_head_dim
         if not self.ssm_projected and inner != self.hidden_size:
-            self._reject(
+            reject(
                 "ssm_projected",
                 self.ssm_projected,
                 f"ssm_num_heads={self.ssm_num_heads} times ssm_head_dim={self.ssm_head_dim} must be "
                 f"hidden_size={self.hidden_size}, because the SSM reads and writes the layer's channels themselves",
                 "change them, or set ssm_projected=True",
             )
-        self._validate_ssm_type()
+        FADING_MEMORIES[self.ssm_type].check(self)
         limit = self.ssm_time_step_limit
         if len(limit) != 2 or not 0 <= limit[0] < limit[1]:
-            self._reject("ssm_time_step_limit", limit, "must be two numbers 0 <= low < high", "use [0, inf] for none")
-        self._require_number("ssm_time_step_floor", 0, False, "e.g. 1e-4")
-        self._require_number("ssm_time_step_max", 0, True, "e.g. 0.1")
-        self._require_number("ssm_time_step_min", 0, True, "e.g. 0.001")
+            reject("ssm_time_step_limit", limit, "must be two numbers 0 <= low < high", "use [0, inf] for none")
+        require_number(self, "ssm_time_step_floor", 0, False, "e.g. 1e-4")
+        require_number(self, "ssm_time_step_max", 0, True, "e.g. 0.1")
+        require_number(self, "ssm_time_step_min", 0, True, "e.g. 0.001")
         if self.ssm_time_step_min > self.ssm_time_step_max:
-            self._reject(
+            reject(
                 "ssm_time_step_min",
                 self.ssm_time_step_min,
                 f"must lie in (0, ssm_time_step_max={self.ssm_time_step_max}]",
                 "give the smaller one first",
             )
 
-    def _validate_ssm_type(self) -> None:
-        """Fields that one SSM has and the other has not."""
-        if self.ssm_type == "mamba2":
-            if self.ssm_time_step_rank is not None:
-                rule = "must be None with ssm_type='mamba2', whose time steps are projected directly"
-                self._reject("ssm_time_step_rank", self.ssm_time_step_rank, rule, "leave it out")
-            return
-        self._require_int("ssm_time_step_rank", 1, "give a positive size, or None for hidden_size / 16")
-        if self.ssm_num_groups != 1:
-            rule = "must be 1 with ssm_type='mamba', whose B and C are shared by all channels"
-            self._reject("ssm_num_groups", self.ssm_num_groups, rule, "leave it out")
-        if not self.ssm_projected:
-            rule = "must be True with ssm_type='mamba', whose time steps, B and C are made from the projected x"
-            self._reject("ssm_projected", self.ssm_projected, rule, "leave it out")
-        if self.ssm_norm:
-            rule = "must be False with ssm_type='mamba', which has no norm after the gate"
-            self._reject("ssm_norm", self.ssm_norm, rule, "leave it out")
-
-    @property
-    def sliding_window(self):
-        """What transformers' caches ask a layer of type "sliding_attention": they cannot hold a B'MOJO memory."""
-        raise _OtherWindow(
-            "sliding_window: BMojoConfig has window_size instead, because DynamicCache, StaticCache and their kin keep "
-            "keys and values alone; build BMojoCache(model.config), or pass nothing to have one built."
-        )
-
     def layer_spec(self, layer_idx: int) -> LayerSpec:
-        """What layer `layer_idx` remembers, as sizes (see `LayerSpec`)."""
+        """What kind of layer `layer_idx` is, and how much it remembers (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
-        is_bmojo = kind == "bmojo"
-        judged_by = self.innovation if is_bmojo and self.eidetic_size > 0 else None
-        channels = self.ssm_num_heads * self.ssm_head_dim
-        if self.ssm_type == "mamba2":
-            channels += 2 * self.ssm_num_groups * self.ssm_state_size
+        remembers = kind == "bmojo"
         return LayerSpec(
             kind=kind,
             window=self.window_size if kind in ("bmojo", "sliding_attention") else None,
-            slots=self.eidetic_size if is_bmojo else 0,
-            fading=self.fading_size if is_bmojo else 0,
-            stride=self.fading_stride if is_bmojo and self.fading_size else 1,
-            taps=self.innovation_taps if judged_by == "output" else 0,
-            averages_keys=judged_by == "key",
-            kv_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            hidden=self.hidden_size,
-            ssm_heads=self.ssm_num_heads,
-            ssm_head_dim=self.ssm_head_dim,
-            ssm_state=self.ssm_state_size,
-            conv_channels=channels,
-            conv_kernel=self.ssm_conv_kernel,
+            slots=self.eidetic_size if remembers else 0,
+            fading=self.fading_size if remembers else 0,
+            stride=self.fading_stride if remembers and self.fading_size else 1,
         )
-
-
-class _OtherWindow(AttributeError, ValueError):
-    """So that `getattr(config, name, None)` and `hasattr` find no such attribute, and whoever needs it is told why."""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 __all__ = ["BMojoConfig"]

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .attention_ops import memory_attention
-from .configuration_bmojo import KERNEL_BACKENDS, BMojoConfig
 from .kernels_attention import triton_block_attention
 from .kernels_common import INTERPRETED, unavailable
 from .kernels_cuda import DTYPES, KERNELS, Kernel, load
@@ -37,6 +37,7 @@ from .ssm_ops import causal_conv, chunk_ssd, step_ssd
 logger = logging.get_logger("modeling_bmojo.kernels")
 
 ENVIRONMENT = "BMOJO_KERNEL_BACKEND"
+KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
 PREFERENCE = ("hub", "cuda", "triton", "torch")
 TORCH = {
     "conv": causal_conv,
@@ -147,7 +148,7 @@ class Kernels:
         config: whose `kernel_backend` is obeyed, read at every call; None is "auto".
     """
 
-    def __init__(self, config: BMojoConfig | None = None):
+    def __init__(self, config: PreTrainedConfig | None = None):
         self.config = config
         # What transformers loaded from the hub for this model, by operation; None if nobody asked.
         self.hub: dict[str, Form] | None = None

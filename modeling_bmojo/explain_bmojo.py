@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_bmojo import BMojoConfig
+from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
 from .dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, environment, make_plan
+from .layer_memory_bmojo import LayerMemory
 
 
 class Explanation(NamedTuple):
@@ -65,14 +66,15 @@ def _hub_operations(model: torch.nn.Module | None, device: str) -> tuple[str, ..
 
 def _operations_of(config: BMojoConfig) -> set[str]:
     """The operations that the layers of `config` have."""
-    specs, used = [config.layer_spec(index) for index in range(config.num_hidden_layers)], set()
-    if any(spec.has_ssm for spec in specs):
-        scans = ("chunk_scan", "scan_step") if config.ssm_type == "mamba2" else ("s6_scan", "s6_step")
-        used.update(("conv", "conv_step", *scans))
-    if any(spec.taps for spec in specs):
-        used.add("innovation")
-    if any(spec.has_attention and spec.window is not None for spec in specs):
-        used.update(("expiry", "memory_attention"))
+    used = set()
+    for index in range(config.num_hidden_layers):
+        memory = LayerMemory(config, index)
+        if memory.fading is not None:
+            used.update(memory.fading.operations)
+        if memory.innovation is not None:
+            used.update(memory.innovation.operations)
+        if memory.bounded:
+            used.update(("expiry", "memory_attention"))
     return used
 
 
@@ -106,19 +108,15 @@ def _choice(op: str, config: BMojoConfig, situation: Situation) -> tuple[str, di
 
 def _example(op: str, config: BMojoConfig, training: bool) -> tuple:
     """A call's arguments of the model's sizes, without data, as far as forms look at them before they run."""
-    spec = config.layer_spec(0)
-    inner = spec.ssm_heads * spec.ssm_head_dim
     with torch.device("meta"):
-        if op in ("conv", "conv_step"):
-            return torch.empty(1, 1, spec.conv_channels), torch.empty(spec.conv_channels, spec.conv_kernel), None
-        if op in ("s6_scan", "s6_step"):
-            keys = torch.empty(1, 1, spec.ssm_state)
-            return torch.empty(1, 1, inner), torch.empty(1, 1, inner), torch.empty(inner, spec.ssm_state), keys, keys
         if op == "memory_attention":
-            query = torch.empty(1, 1, config.num_attention_heads, spec.head_dim)
+            query = torch.empty(1, 1, config.num_attention_heads, config.head_dim)
             dropout = config.attention_dropout if training else 0.0
             return query, [], 1, 1.0, dropout, config._attn_implementation or "sdpa"
-    raise KeyError(op)
+        # Of an operation that the model does not have, by one of the forms that do.
+        forms = [FADING_MEMORIES[config.ssm_type], *FADING_MEMORIES.values()]
+        form = next(form for form in forms if op in form.operations)
+        return form.example(op, config)
 
 
 def _table(rows: list[Explanation], situation: Situation) -> str:

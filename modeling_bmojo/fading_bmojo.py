@@ -1,38 +1,102 @@
-"""FadingMemory: the selective SSM of a layer as a module, Mamba-2 in form (arXiv 2405.21060, figure 6).
+"""FadingMemory: what every selective SSM of a layer must say and do, and the modules that they share.
 
-    z | xBC | dt = in_proj(u);  x | B | C = act(conv(xBC));  y = ssd(x, softplus(dt + dt_bias), A, B, C) + D x
-    y = out_proj(norm(y * silu(z)))
+One class per form: `fading_ssd_bmojo` (Mamba-2), `fading_s6_bmojo` (Mamba). A form owns its facts: its rules between
+configuration fields, the defaults that None stands for, its projections, states, operations and initial values. It is
+entered in `configuration_bmojo.FADING_MEMORIES`, and configuration, cache, adapters and kernels ask the class.
 
-With `ssm_projected=False` x is u itself and y goes out as it is: in_proj has no x rows, and there is no out_proj.
-The module also measures the innovation of every token on its output or its input (B'MOJO, Algorithm 1, lines 2, 3),
-unless the attention does it on its keys (`innovation="key"`).
-
-What treats each token by itself (in_proj, gate, norm, out_proj) runs on the input's columns, convolution and scan on
-mixer rows (layout_bmojo.py).
-
-Shapes: B rows, T tokens, R rows and T' tokens of a group of mixer rows, E hidden size, H heads, P channels per head,
-N state channels, G groups, K conv taps.
+Shapes: B rows, T tokens (R, T' in mixer rows), E hidden size, I inner width, C channels of the convolution, K its taps.
 """
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers import PreTrainedConfig
+from transformers import initialization as init
 
-from .cache_layer_bmojo import BMojoCacheLayer
-from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
-from .inputs_bmojo import Rows
-from .layout_bmojo import to_columns, to_rows
-from .linear_bmojo import project
-from .memory_ops import prediction_error
+from .layout_bmojo import Rows
 from .register_bmojo import NoDecay
-from .ssm_ops import predict_input
+from .states_bmojo import State
 
 
-WHOLE = Rows(None, [None], [None], None)  # rows as they stand, all real, without positions
+# Rows as they stand, all real, without positions.
+WHOLE = Rows(None, [None], [None], None)
+Prediction = tuple[torch.Tensor, torch.Tensor]
+
+
+class FadingMemory(nn.Module):
+    """The selective SSM of one layer; subclasses give it a form.
+
+    name: its value of `config.ssm_type`. operations: those of `dispatch_bmojo` that it runs. maps: names of its linear
+    maps, of which a configuration may leave out some. about: its row in the documentation.
+
+    Args:
+        config: the model's configuration. layer_idx: which layer.
+    """
+
+    name: str
+    operations: tuple[str, ...]
+    maps: tuple[str, ...]
+    about: str
+
+    # Facts -----------------------------------------------------------------------------------------------------------
+    @classmethod
+    def fill(cls, config: PreTrainedConfig) -> None:
+        """Put values where the configuration has None for this form's own choice."""
+
+    @classmethod
+    def check(cls, config: PreTrainedConfig) -> None:
+        """Raise ValueError (field, value, rule, remedy) where the fields do not fit this form."""
+
+    @classmethod
+    def channels(cls, config: PreTrainedConfig) -> int:
+        """C, channels that its convolution runs over."""
+        return config.ssm_num_heads * config.ssm_head_dim
+
+    @classmethod
+    def projections(cls, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Names of the linear maps that it has: what adapters adapt."""
+        return cls.maps
+
+    @classmethod
+    def states(cls, config: PreTrainedConfig) -> dict[str, State]:
+        """What it remembers: the convolution's last inputs, and the state of the recurrence."""
+        return {
+            "conv": State((config.ssm_conv_kernel - 1, cls.channels(config))),
+            "ssm": State((config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size), "wide"),
+        }
+
+    @classmethod
+    def example(cls, operation: str, config: PreTrainedConfig) -> tuple:
+        """Arguments of one of its operations as far as implementations look at them before they run, without data."""
+        channels, taps = cls.channels(config), config.ssm_conv_kernel
+        return torch.empty(1, 1, channels), torch.empty(channels, taps), None
+
+    # Work ------------------------------------------------------------------------------------------------------------
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rows: Rows | None = None,
+        layer: Any = None,
+        predicts: bool = False,
+    ) -> tuple[torch.Tensor, list[Prediction] | None]:
+        """Run the SSM over the real tokens of every sequence.
+
+        Args:
+            hidden_states: `[B, T, E]`. rows: how they are cut into mixer rows; None: as they stand, all are real.
+            layer: the layer's states, read and moved on; None starts from zeros and keeps nothing.
+            predicts: whether an innovation test asks what the state says of every input before it is written.
+
+        Returns:
+            y `[B, T, E]`, and by group of mixer rows the inputs and what the state said of them, `[R, T', I]` each,
+            without gradient; None unless asked for.
+        """
+        raise NotImplementedError
+
+    def initialise(self, config: PreTrainedConfig) -> None:
+        """Fill parameters that its parts do not fill themselves; called after them."""
 
 
 class CausalConv(nn.Module):
@@ -43,6 +107,12 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.kernels = Kernels() if kernels is None else kernels
+
+    def initialise(self, config: PreTrainedConfig) -> None:
+        """Fill the parameters as torch fills a convolution's."""
+        init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, history: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
         """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels."""
@@ -60,171 +130,31 @@ class CausalConv(nn.Module):
 
 
 class SSMScalars(NoDecay):
-    """Per-head decay, time-step bias and skip. A module of its own, so that adapters can train and save it."""
+    """Decay rates, time-step biases and skips. A module of its own, so that adapters can train and save it.
 
-    def __init__(self, heads: int):
+    Args:
+        rates: shape of A_log. channels: how many time steps and skips there are.
+    """
+
+    def __init__(self, rates: tuple[int, ...], channels: int):
         super().__init__()
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(rates))
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+        self.D = nn.Parameter(torch.empty(channels))
+
+    def initialise(self, config: PreTrainedConfig) -> None:
+        """Fill them as published: A = -1 ... -H over the heads (Mamba-2) or -1 ... -N in every channel (Mamba), time
+        steps log-uniform in their range, D = 1."""
+        rates = self.A_log.shape[-1]
+        init.copy_(self.A_log, torch.arange(1, rates + 1, dtype=torch.float32).log().expand_as(self.A_log))
+        init.ones_(self.D)
+        low, high = math.log(config.ssm_time_step_min), math.log(config.ssm_time_step_max)
+        step = torch.exp(torch.rand(self.dt_bias.shape) * (high - low) + low).clamp(min=config.ssm_time_step_floor)
+        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
     def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A (negative rates), dt_bias and D, `[H]` each, in `dtype`.
+        """A (negative rates), dt_bias and D in `dtype`.
 
         Copies: FSDP2 frees a module's parameters when its forward is over, and what is an alias of one with them.
         """
         return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype, copy=True), self.D.to(dtype, copy=True)
-
-
-class GroupedRMSNorm(nn.Module):
-    """RMSNorm over equal groups of channels, as Mamba-2 normalises its gated output."""
-
-    def __init__(self, channels: int, groups: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.groups = groups
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.flatten(-2).to(x.dtype)
-
-
-def surprise_of_output(
-    kernels: Kernels, y: torch.Tensor, taps: int, rows: Rows, cache: BMojoCacheLayer | None
-) -> torch.Tensor:
-    """Innovation `[B, T]` of SSM outputs `[B, T, E]` against the `taps` before them, which the cache keeps."""
-    surprises = []
-    for part, lengths in zip(to_rows(rows.layout, y), rows.lengths):
-        history = part.new_zeros(part.shape[0], taps, part.shape[2]) if cache is None else cache.outputs
-        surprises.append(kernels.run("innovation", part, history))
-        if cache is not None:
-            cache.shift("outputs", part, lengths)
-    return to_columns(rows.layout, surprises)
-
-
-class FadingMemory(nn.Module):
-    """The SSM of one layer.
-
-    Args:
-        config: the model's configuration. layer_idx: which layer.
-    """
-
-    def __init__(self, config: BMojoConfig, layer_idx: int):
-        super().__init__()
-        spec = config.layer_spec(layer_idx)
-        self.heads, self.head_dim, self.state = spec.ssm_heads, spec.ssm_head_dim, spec.ssm_state
-        self.groups = config.ssm_num_groups
-        self.inner = self.heads * self.head_dim
-        self.gated = config.ssm_gated
-        self.projected = config.ssm_projected
-        self.chunk_size = config.ssm_chunk_size
-        self.time_step_limit = tuple(config.ssm_time_step_limit)
-        self.kernels = Kernels(config)
-        # What the eidetic memory asks for: nothing, the error on the output, or on the input.
-        self.innovation = config.innovation if spec.slots else None
-        self.taps = config.innovation_taps
-
-        # Rows of in_proj: z, then x (if projected), B and C, then dt.
-        mixed = (self.inner if self.projected else 0) + 2 * self.groups * self.state
-        self.rows = [self.inner if self.gated else 0, mixed, self.heads]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
-        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
-        self.act = ACT2FN[config.ssm_conv_act]
-        self.scalars = SSMScalars(self.heads)
-        self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
-        self.out_proj = None
-        if self.projected:
-            self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rows: Rows | None = None,
-        cache: BMojoCacheLayer | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the SSM over the real tokens of every sequence.
-
-        Args:
-            hidden_states: `[B, T, E]`. rows: how they are cut into mixer rows; None: as they stand, all are real.
-            cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
-
-        Returns:
-            y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens or judges by keys.
-        """
-        rows = WHOLE if rows is None else rows
-        gate, mixed, dt = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
-        # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
-        parts = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
-        groups = zip(zip(*(to_rows(rows.layout, part) for part in parts)), rows.lengths)
-        convolved = [self._convolve(parts, lengths, cache) for parts, lengths in groups]
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            groups = zip(convolved, to_rows(rows.layout, dt), rows.lengths)
-            scanned = [self._scan(*inputs, step, real, step.shape[1], cache) for inputs, step, real in groups]
-            y = to_columns(rows.layout, [out for out, _ in scanned])
-            if self.gated:
-                y = y * F.silu(gate.to(y.dtype))
-            if self.norm is not None:
-                y = self.norm(y)
-        y = y.to(mixed.dtype)
-        if self.out_proj is not None:
-            y = project(self.out_proj, y)
-        surprise = None
-        if self.innovation == "state":
-            surprise = to_columns(rows.layout, [found for _, found in scanned])
-        elif self.innovation == "output":
-            surprise = surprise_of_output(self.kernels, y, self.taps, rows, cache)
-        return y, surprise
-
-    def _convolve(
-        self, parts: tuple[torch.Tensor, ...], lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """act(conv(x|B|C)) of mixer rows `[R, T', C']`, given whole or x apart, which are not joined: no copy of u is
-        made. Returns x and B|C; `lengths` `[R]` tokens are real and come first, None: all."""
-        if len(parts) > 1 and parts[0].shape[1] == 1:
-            parts = [torch.cat(parts, dim=-1)]  # one token is copied sooner than it is convolved in two parts
-        convolved, first = [], 0
-        for part in parts:
-            convolved.append(self.act(self.conv(part, None if cache is None else cache.conv, first)))
-            if cache is not None:
-                cache.shift("conv", part, lengths, first)
-            first += part.shape[-1]
-        return convolved if len(convolved) > 1 else convolved[0].split([self.inner, 2 * self.groups * self.state], -1)
-
-    def _scan(
-        self,
-        x: torch.Tensor,
-        keys: torch.Tensor,
-        dt: torch.Tensor,
-        lengths: torch.Tensor | None,
-        tokens: int,
-        cache: BMojoCacheLayer | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The recurrence of mixer rows in fp32 at least: of x `[R, T', H P]`, keys = B|C `[R, T', 2 G N]` and dt
-        `[R, T', H]`.
-
-        Returns y `[R, T', H P]` and the innovation `[R, T']` of the "state" form, or None.
-        """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        op = "scan_step" if tokens == 1 and cache is not None else "chunk_scan"
-        taken = self.kernels.input_dtype(op, x, wide)
-        x = x.to(taken).unflatten(-1, (self.heads, self.head_dim))
-        B, C = keys.to(taken).unflatten(-1, (2, self.groups, self.state)).unbind(-3)
-        A, dt_bias, D = self.scalars(wide)
-        dt = F.softplus(dt.to(wide) + dt_bias)
-        if self.time_step_limit != (0.0, math.inf):
-            dt = dt.clamp(*self.time_step_limit)
-        if lengths is not None:
-            dt = dt * (torch.arange(tokens, device=dt.device) < lengths[:, None])[..., None]
-        # A copy where a backward pass may still need what the state was; else a step writes into it.
-        state = None if cache is None else cache.ssm.to(wide, copy=torch.is_grad_enabled())
-        surprise = None
-        if self.innovation == "state":
-            with torch.no_grad():
-                expected = predict_input(x.to(wide), dt, A, B.to(wide), state, self.chunk_size)
-                surprise = prediction_error(x.flatten(2), expected.flatten(2))
-        y, after = self.kernels.run(op, x, dt, A, B, C, D, state, self.chunk_size)
-        if cache is not None and after is not cache.ssm:
-            cache.ssm.copy_(after.detach())
-        return y.flatten(2), surprise

@@ -3,7 +3,7 @@
     x | z = in_proj(u);  x = act(conv(x));  r | B | C = x_proj(x);  dt = softplus(dt_proj(r) + dt_bias)
     y = out_proj((s6(x, dt, A, B, C) + D x) * silu(z))
 
-Beside `FadingMemory` (Mamba-2): every channel has N decays and a time step of its own, B and C are shared by all
+Beside `SSDFadingMemory` (Mamba-2): every channel has N decays and a time step of its own, B and C are shared by all
 channels and read from the convolved x, the convolution covers x alone, and nothing is normalised.
 
 All four projections run on the input's columns, convolution and scan on mixer rows (layout_bmojo.py).
@@ -12,111 +12,108 @@ Shapes: B rows, T tokens (R', T' in mixer rows), E hidden size, I inner width (h
 channels, R rank of the time step, K conv taps.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .cache_layer_bmojo import BMojoCacheLayer
-from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
-from .fading_bmojo import WHOLE, CausalConv, surprise_of_output
-from .inputs_bmojo import Rows
+from .fading_bmojo import WHOLE, CausalConv, FadingMemory, Prediction, SSMScalars
+from .fields_bmojo import reject, require_int
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
-from .memory_ops import prediction_error
-from .register_bmojo import NoDecay
 from .s6_ops import predict_s6_input
+from .states_bmojo import shift
 
 
-class S6Scalars(NoDecay):
-    """Decay rates, time-step biases and skips of all channels, apart so that adapters can train and save them.
+class S6FadingMemory(FadingMemory):
+    """The SSM of one layer, N decays and a time step per channel.
 
-    `dt_bias` is Mamba's `dt_proj.bias`: here, because it decides the time step and is too fine for bf16.
+    `scalars.dt_bias` is Mamba's `dt_proj.bias`: there, because it decides the time step and is too fine for bf16.
     """
 
-    def __init__(self, inner: int, state: int):
+    name = "mamba"
+    operations = ("conv", "conv_step", "s6_scan", "s6_step")
+    maps = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    about = "Mamba (S6): N decays and a time step per channel; B and C shared by all channels (the paper's)"
+
+    @classmethod
+    def fill(cls, config):
+        if config.ssm_num_groups is None:
+            config.ssm_num_groups = 1
+        if config.ssm_norm is None:
+            config.ssm_norm = False
+        if config.ssm_time_step_rank is None:
+            config.ssm_time_step_rank = math.ceil(config.hidden_size / 16)
+
+    @classmethod
+    def check(cls, config):
+        require_int(config, "ssm_time_step_rank", 1, "give a positive size, or None for hidden_size / 16")
+        if config.ssm_num_groups != 1:
+            rule = "must be 1 with ssm_type='mamba', whose B and C are shared by all channels"
+            reject("ssm_num_groups", config.ssm_num_groups, rule, "leave it out")
+        if not config.ssm_projected:
+            rule = "must be True with ssm_type='mamba', whose time steps, B and C are made from the projected x"
+            reject("ssm_projected", config.ssm_projected, rule, "leave it out")
+        if config.ssm_norm:
+            rule = "must be False with ssm_type='mamba', which has no norm after the gate"
+            reject("ssm_norm", config.ssm_norm, rule, "leave it out")
+
+    @classmethod
+    def example(cls, operation, config):
+        if operation in ("s6_scan", "s6_step"):
+            inner, state = cls.channels(config), config.ssm_state_size
+            x, keys = torch.empty(1, 1, inner), torch.empty(1, 1, state)
+            return x, x, torch.empty(inner, state), keys, keys
+        return super().example(operation, config)
+
+    def __init__(self, config, layer_idx: int):
         super().__init__()
-        self.A_log = nn.Parameter(torch.empty(inner, state))
-        self.dt_bias = nn.Parameter(torch.empty(inner))
-        self.D = nn.Parameter(torch.empty(inner))
-
-    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A `[I, N]` (negative rates), dt_bias and D `[I]`, in `dtype`; copies, see `SSMScalars`."""
-        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype, copy=True), self.D.to(dtype, copy=True)
-
-
-class S6FadingMemory(nn.Module):
-    """The S6 of one layer, with the interface of `FadingMemory`.
-
-    Args:
-        config: the model's configuration. layer_idx: which layer.
-    """
-
-    def __init__(self, config: BMojoConfig, layer_idx: int):
-        super().__init__()
-        spec = config.layer_spec(layer_idx)
-        self.inner, self.state, self.rank = spec.conv_channels, spec.ssm_state, config.ssm_time_step_rank
+        self.inner, self.state = self.channels(config), config.ssm_state_size
+        self.rank = config.ssm_time_step_rank
         self.gated = config.ssm_gated
         self.chunk_size = config.ssm_chunk_size
         self.time_step_limit = tuple(config.ssm_time_step_limit)
         self.kernels = Kernels(config)
-        # What the eidetic memory asks for: nothing, the error on the output, or on the input.
-        self.innovation = config.innovation if spec.slots else None
-        self.taps = config.innovation_taps
 
         self.in_proj = nn.Linear(config.hidden_size, self.inner * (2 if self.gated else 1), bias=config.ssm_proj_bias)
-        self.conv = CausalConv(spec.conv_channels, spec.conv_kernel, config.ssm_conv_bias, self.kernels)
+        self.conv = CausalConv(self.inner, config.ssm_conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.inner, bias=False)
-        self.dt_proj.makes_time_steps = True  # Mamba initialises it its own way; a class of its own hides it from tools
-        self.scalars = S6Scalars(self.inner, self.state)
+        self.scalars = SSMScalars((self.inner, self.state), self.inner)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rows: Rows | None = None,
-        cache: BMojoCacheLayer | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the SSM over the real tokens of every sequence.
+    def initialise(self, config):
+        bound = self.rank**-0.5  # Mamba's own way for what makes the time steps
+        init.uniform_(self.dt_proj.weight, -bound, bound)
 
-        Args:
-            hidden_states: `[B, T, E]`. rows: how they are cut into mixer rows; None: as they stand, all are real.
-            cache: the layer's states, read and moved on; None starts from zeros and keeps nothing.
-
-        Returns:
-            y `[B, T, E]`, and the innovation `[B, T]` or None if the layer keeps no tokens or judges by keys.
-        """
+    def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
         layout = rows.layout
         gate_rows = self.inner if self.gated else 0
         mixed, gate = project(self.in_proj, hidden_states).split([self.inner, gate_rows], dim=-1)
-        x = [self._convolve(part, lengths, cache) for part, lengths in zip(to_rows(layout, mixed), rows.lengths)]
+        x = [self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(layout, mixed), rows.lengths)]
         low_rank, keys = project(self.x_proj, to_columns(layout, x)).split([self.rank, 2 * self.state], dim=-1)
         dt = self.dt_proj(low_rank)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             groups = zip(x, to_rows(layout, dt), to_rows(layout, keys), rows.lengths)
-            scanned = [self._scan(*group, cache) for group in groups]
+            scanned = [self._scan(*group, layer, predicts) for group in groups]
             y = to_columns(layout, [out for out, _ in scanned])
             if self.gated:
                 y = y * F.silu(gate.to(y.dtype))
         y = project(self.out_proj, y.to(mixed.dtype))
-        surprise = None
-        if self.innovation == "state":
-            surprise = to_columns(layout, [found for _, found in scanned])
-        elif self.innovation == "output":
-            surprise = surprise_of_output(self.kernels, y, self.taps, rows, cache)
-        return y, surprise
+        return y, [prediction for _, prediction in scanned] if predicts else None
 
-    def _convolve(
-        self, mixed: torch.Tensor, lengths: torch.Tensor | None, cache: BMojoCacheLayer | None
-    ) -> torch.Tensor:
+    def _convolve(self, mixed: torch.Tensor, lengths: torch.Tensor | None, layer: Any) -> torch.Tensor:
         """act(conv(x)) of mixer rows `[R', T', I]`."""
-        x = self.act(self.conv(mixed, None if cache is None else cache.conv))
-        if cache is not None:
-            cache.shift("conv", mixed, lengths)
+        x = self.act(self.conv(mixed, None if layer is None else layer.conv))
+        if layer is not None:
+            shift(layer.conv, mixed, lengths)
         return x
 
     def _scan(
@@ -125,14 +122,15 @@ class S6FadingMemory(nn.Module):
         dt: torch.Tensor,
         keys: torch.Tensor,
         lengths: torch.Tensor | None,
-        cache: BMojoCacheLayer | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layer: Any,
+        predicts: bool,
+    ) -> tuple[torch.Tensor, Prediction | None]:
         """The recurrence of mixer rows in fp32 at least, of x, dt `[R', T', I]` and keys = B|C `[R', T', 2 N]`.
 
-        Returns y `[R', T', I]` and the innovation of the "state" form, or None.
+        Returns y `[R', T', I]` and the prediction, or None.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        op = "s6_step" if x.shape[1] == 1 and cache is not None else "s6_scan"
+        op = "s6_step" if x.shape[1] == 1 and layer is not None else "s6_scan"
         taken = self.kernels.input_dtype(op, x, wide)
         x = x.to(taken)
         B, C = keys.to(taken).chunk(2, dim=-1)
@@ -143,14 +141,17 @@ class S6FadingMemory(nn.Module):
         # A copy: the state is overwritten below, and a backward pass may still need what it was. The cache holds the
         # channels as [heads, channels per head]. A fresh cache's zeros are not handed over: mamba-ssm takes no state.
         state = None
-        if cache is not None and cache.started:
-            state = cache.ssm.to(wide, copy=torch.is_grad_enabled()).flatten(1, 2)
-        surprise = None
-        if self.innovation == "state":
+        if layer is not None and layer.started:
+            state = layer.ssm.to(wide, copy=torch.is_grad_enabled()).flatten(1, 2)
+        prediction = None
+        if predicts:
             with torch.no_grad():
-                expected = predict_s6_input(x.to(wide), dt, A, B.to(wide), state, self.chunk_size)
-                surprise = prediction_error(x, expected)
+                said = predict_s6_input(x.to(wide), dt, A, B.to(wide), state, self.chunk_size)
+                prediction = x.detach(), said
         y, after = self.kernels.run(op, x, dt, A, B, C, D, state, self.chunk_size)
-        if cache is not None:
-            cache.ssm.copy_(after.detach().reshape(cache.ssm.shape))
-        return y, surprise
+        if layer is not None:
+            layer.ssm.copy_(after.detach().reshape(layer.ssm.shape))
+        return y, prediction
+
+
+__all__ = ["S6FadingMemory"]

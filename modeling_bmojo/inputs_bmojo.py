@@ -3,29 +3,12 @@
 Shapes: B batch, T new columns, P columns already in the cache, R rows and T' tokens of a group of mixer rows.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
-from .layout_bmojo import RowLayout, packed_layout, padded_layout, sequence_starts
-
-
-class Rows(NamedTuple):
-    """The mixer rows of a forward call.
-
-    layout: None if the input's rows are the mixer's rows as they stand.
-    lengths: per group, `[R]` real tokens, or None if all are. rotary: per group, cos and sin `[R, T', 1, D]`, or None
-        without positions.
-    columns: columns of the attention weights, None if they are not wanted.
-    """
-
-    layout: RowLayout | None
-    lengths: list[torch.Tensor | None]
-    rotary: list[tuple[torch.Tensor, torch.Tensor] | None]
-    columns: int | None
+from .layout_bmojo import Rows, packed_layout, padded_layout, sequence_starts
 
 
 def check_tokens(config: BMojoConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:

@@ -64,6 +64,21 @@ class RowLayout(NamedTuple):
         return by_query.transpose(1, 2)
 
 
+class Rows(NamedTuple):
+    """The mixer rows of a forward call.
+
+    layout: None if the input's rows are the mixer's rows as they stand.
+    lengths: per group, `[R]` real tokens, or None if all are. rotary: per group, cos and sin `[R, T', 1, D]`, or None
+        without positions.
+    columns: columns of the attention weights, None if they are not wanted.
+    """
+
+    layout: RowLayout | None
+    lengths: list[torch.Tensor | None]
+    rotary: list[tuple[torch.Tensor, torch.Tensor] | None]
+    columns: int | None
+
+
 def _with_zero(parts: list[torch.Tensor]) -> torch.Tensor:
     """`[n, ...]` each to one, with an entry of zeros at the end."""
     return torch.cat([*parts, parts[0].new_zeros(1, *parts[0].shape[1:])])

@@ -9,8 +9,6 @@ u = h;  h += norm(o_proj(...));  h += norm(mlp(h)).
 Shapes: B batch, T tokens, E hidden size, H query heads, D head dim, S token positions so far.
 """
 
-import math
-
 import torch
 from torch import nn
 from transformers import (
@@ -20,7 +18,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -44,13 +41,12 @@ from .arguments_bmojo import built_fields, check_built, packing_lengths, refuse_
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
-from .configuration_bmojo import BMojoConfig
+from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
 from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
-from .fading_s6_bmojo import S6FadingMemory, S6Scalars
 from .generation_bmojo import BMojoGenerationMixin
-from .inputs_bmojo import Rows, build_rows, carry_last, check_cache, check_tokens, new_token_mask
+from .inputs_bmojo import build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
-from .layout_bmojo import sequence_starts
+from .layout_bmojo import Rows, sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
 from .peft_bmojo import NoPrompts
@@ -59,7 +55,6 @@ from .peft_bmojo import NoPrompts
 logger = logging.get_logger(__name__)
 
 MLP_BLOCK = 1024  # tokens of a prompt that pass an MLP at once on a CPU: its wide activations stay small
-FADING_MEMORIES = {"mamba2": FadingMemory, "mamba": S6FadingMemory}  # by config.ssm_type
 
 
 class BMojoRotaryEmbedding(nn.Module):
@@ -190,12 +185,17 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if cache is not None:
             cache.prepare(hidden_states)
-        y = innovation = None
+        y = predictions = None
         if self._runs_ssm(rows, hidden_states.shape[1], cache is not None):
-            y, innovation = self.fading(hidden_states, rows, cache)
+            y, predictions = self.fading(hidden_states, rows, cache, self._judges_by() == "prediction")
         if not self.spec.has_attention:
             return y, None
-        return self.self_attn(hidden_states, rows, y, innovation, cache)
+        return self.self_attn(hidden_states, rows, y, predictions, cache)
+
+    def _judges_by(self) -> str | None:
+        """The signal of the layer's innovation test."""
+        innovation = self.self_attn.memory.innovation if self.spec.has_attention else None
+        return None if innovation is None else innovation.signal
 
     def check_hooks(self, rows: Rows, columns: int, cached: bool) -> None:
         """Raises ValueError for hooks on tied projections, before anything has run: `BMojoAttention.check_hooks`."""
@@ -207,12 +207,13 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
 
         Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
         runs all the same, because data-parallel training waits for a gradient of every parameter. With F = 0 and an
-        innovation that is measured on keys nobody ever does.
+        innovation that is not measured on it nobody ever does.
         """
-        unused = self.spec.averages_keys and not self.spec.fading
+        if not self.spec.has_ssm or self.training or self.spec.kind != "bmojo":
+            return self.spec.has_ssm
         longest = columns if rows.layout is None else rows.layout.longest
-        unread = self.spec.kind == "bmojo" and longest <= self.spec.window
-        return self.spec.has_ssm and (self.training or not (unused or (unread and not cached)))
+        unread = longest <= self.spec.window and not cached
+        return not unread and (self.spec.fading > 0 or self._judges_by() in ("output", "prediction"))
 
 
 class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
@@ -271,25 +272,8 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CausalConv):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, SSMScalars | S6Scalars):
-            self._init_scalars(module)
-        elif getattr(module, "makes_time_steps", False):
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
-
-    def _init_scalars(self, module: SSMScalars | S6Scalars) -> None:
-        """As published: A = -1 ... -H over the heads (Mamba-2) or -1 ... -N in every channel (Mamba), time steps
-        log-uniform in their range, D = 1."""
-        config, rates = self.config, module.A_log.shape[-1]
-        init.copy_(module.A_log, torch.arange(1, rates + 1, dtype=torch.float32).log().expand_as(module.A_log))
-        init.ones_(module.D)
-        low, high = math.log(config.ssm_time_step_min), math.log(config.ssm_time_step_max)
-        step = torch.exp(torch.rand(module.dt_bias.shape) * (high - low) + low).clamp(min=config.ssm_time_step_floor)
-        init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
+        if isinstance(module, CausalConv | SSMScalars | FadingMemory):
+            module.initialise(self.config)
 
 
 class BMojoModel(BMojoPreTrainedModel):

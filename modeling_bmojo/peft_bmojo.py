@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .configuration_bmojo import BMojoConfig
+from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
 
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FADING_ATTENTION = ("fading_k_proj", "fading_v_proj")
-SSM = ("in_proj", "x_proj", "dt_proj", "out_proj")
+SSM = tuple(dict.fromkeys(name for form in FADING_MEMORIES.values() for name in form.maps))
 MLP = ("gate_proj", "up_proj", "down_proj")
 # Every projection that a layer of some type has. PEFT passes over names that a model does not have.
 TARGETS = (*ATTENTION, *FADING_ATTENTION, *SSM, *MLP)
@@ -111,15 +111,12 @@ class NoPrompts:
 def projections(config: BMojoConfig) -> list[str]:
     """Names of the projections (linear maps inside layers) that a model of `config` has, in the order of `TARGETS`."""
     specs = [config.layer_spec(index) for index in range(config.num_hidden_layers)]
-    has_ssm = any(spec.has_ssm for spec in specs)
-    is_s6 = config.ssm_type == "mamba"
-    untied = not config.tie_fading_projections and any(spec.has_attention and spec.fading for spec in specs)
     present = dict.fromkeys(ATTENTION, any(spec.has_attention for spec in specs))
-    present |= dict.fromkeys(FADING_ATTENTION, untied)
-    present |= {"in_proj": has_ssm, "x_proj": has_ssm and is_s6, "dt_proj": has_ssm and is_s6}
-    present["out_proj"] = has_ssm and (is_s6 or config.ssm_projected)
+    present |= dict.fromkeys(FADING_ATTENTION, not config.tie_fading_projections and any(s.fading for s in specs))
     present |= dict.fromkeys(MLP, config.intermediate_size > 0)
-    return [name for name in TARGETS if present[name]]
+    if any(spec.has_ssm for spec in specs):
+        present |= dict.fromkeys(FADING_MEMORIES[config.ssm_type].projections(config), True)
+    return [name for name in TARGETS if present.get(name)]
 
 
 def bmojo_lora_config(

@@ -13,6 +13,7 @@ from torch import nn
 
 from .cache_bmojo import BMojoCache
 from .configuration_bmojo import BMojoConfig
+from .eidetic_bmojo import EideticMemory
 from .memory_ops import blocked_expiry, retention_key
 
 
@@ -96,8 +97,8 @@ def _note(cache: BMojoCache, layer: int, into: torch.Tensor) -> None:
 def held_tokens(cache: BMojoCache, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions and innovations of the tokens that a layer holds, window and eidetic memory, by position."""
     states = cache.layers[layer]
-    pool = slice(states.spec.fading, None)
-    positions, innovations = states.positions[row, pool].cpu(), states.innovations[row, pool].cpu()
+    own = states.memory.part(EideticMemory).own
+    positions, innovations = states.positions[row, own].cpu(), states.innovations[row, own].cpu()
     order = positions.argsort()
     order = order[positions[order] >= 0]
     return positions[order], innovations[order]

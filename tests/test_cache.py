@@ -88,7 +88,8 @@ def test_the_settings_allocate_every_state():
         found |= {state for _, state in states(cache)}
         assert [len(cache.remembered(0, row)) for row in range(3)] == [SLOTS, SLOTS, 0]
         assert cache.seen.tolist() == LENGTHS.tolist()
-    assert found == set(cache.layers[0].STATES)
+    declared = {state for name in STATES for layer in BMojoCache(build(name).config).layers for state in layer.names}
+    assert found == declared
 
 
 # Operations over every state -----------------------------------------------------------------------------------------
@@ -648,11 +649,11 @@ def test_a_step_in_a_cuda_graph_counts_in_tensors(monkeypatch):
     """A captured graph would keep the numbers of the step that it saw."""
     cache = read(build(), tokens(30))
     layer = cache.layers[0]
-    assert layer._counts(None) and not layer._counts(torch.ones(3))
+    assert layer.counts(None) and not layer.counts(torch.ones(3))
 
     class OnGPU:
         is_cuda = True
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     layer.seen = OnGPU()
-    assert not layer._counts(None)
+    assert not layer.counts(None)

@@ -11,6 +11,7 @@ from oracles import EideticMemory, oracle_eidetic, oracle_key_innovation, oracle
 
 from modeling_bmojo import BMojoConfig, memory_ops
 from modeling_bmojo.cache_layer_bmojo import BMojoCacheLayer
+from modeling_bmojo.dispatch_bmojo import Kernels
 from modeling_bmojo.memory_ops import (
     INNOVATION_EPS,
     NEVER,
@@ -22,6 +23,7 @@ from modeling_bmojo.memory_ops import (
     retention_key,
     select,
 )
+from modeling_bmojo.parts_bmojo import Tokens
 
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -284,8 +286,9 @@ def test_cache_step_is_the_streaming_rule(random, window, slots, decay, fading):
         window_size=window,
         eidetic_size=slots,
         fading_size=fading,
+        eidetic_decay=decay,
     )
-    layer = BMojoCacheLayer(config.layer_spec(0))
+    layer, kernels = BMojoCacheLayer(config, 0), Kernels(config)
     layer.prepare(torch.zeros(2, 1, 4))
     counts = [0, 0]
     while min(counts) < length:
@@ -295,7 +298,9 @@ def test_cache_step_is_the_streaming_rule(random, window, slots, decay, fading):
         error = torch.tensor([[row[min(count, len(row) - 1)]] for row, count in zip(rows, counts, strict=True)])
         faded = (tag + 0.25, tag + 0.75) if fading else None
         lengths = torch.tensor(active, dtype=torch.int64)
-        layer.step(tag, tag + 0.5, error.float(), faded, lengths > 0, decay)
+        sizes = dict(front=0, block=1, steps=True, needs_grad=False, wants_left=False)
+        tokens = Tokens(tag, tag, tag + 0.5, error.float(), lengths, faded, **sizes)
+        layer.memory.observe(tokens, layer, kernels)
         layer.advance(lengths, 1)
         counts = [count + step for count, step in zip(counts, active, strict=True)]
         for row, count in enumerate(counts):

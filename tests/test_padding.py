@@ -87,7 +87,7 @@ def memory(cache, row):
         spec, seen = layer.spec, int(layer.seen[row])
         held[f"{index}.seen"] = layer.seen[row]
         for name in ("outputs", "conv", "ssm"):
-            if getattr(layer, name) is not None:
+            if name in layer.states():
                 held[f"{index}.{name}"] = getattr(layer, name)[row]
         if spec.has_attention and spec.window is None:
             held[f"{index}.keys"], held[f"{index}.values"] = layer.keys[row, :, :seen], layer.values[row, :, :seen]
@@ -106,7 +106,7 @@ def memory(cache, row):
             for name in names:
                 state = getattr(layer, name)[row]
                 held[f"{index}.{section}.{name}"] = (state.transpose(0, 1) if state.dim() == 3 else state)[order]
-        if layer.delay_keys is not None:
+        if "delay_keys" in layer.states():
             made = seen // spec.stride
             slots = torch.arange(max(0, made - spec.delayed), made) % spec.delayed
             held[f"{index}.delay_keys"] = layer.delay_keys[row, slots]

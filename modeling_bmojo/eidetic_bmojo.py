@@ -1,0 +1,206 @@
+"""EideticMemory: what a layer remembers verbatim, the window and the tokens beyond it that it could not predict.
+
+    a token is visible to query t iff s <= t < expiry_s      (`memory_ops`; B'MOJO, Algorithm 1, lines 1 and 4)
+
+Window (short-term) and eidetic memory (long-term) are one part, because a token that passes from one to the other stays
+where it lies: a token of the key buffer is in the window if its position is at least `seen - W`, else in the eidetic
+memory. Their order means nothing (positions are in the keys), and a new token takes the place of the one that is
+forgotten. With M = 0 the part is a sliding window.
+
+Shapes: R rows (B in a cache), T new tokens, S tokens of a context, G key/value heads, D head dim, W window, M slots.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .attention_ops import KeySet
+from .memory_ops import retention_key
+from .parts_bmojo import Left, MemoryPart, Observed, Tokens, require
+from .states_bmojo import read, take, write
+
+
+LARGEST_INNOVATION = 2.01  # 2 by its definition; the rest is rounding
+
+
+class Context(NamedTuple):
+    """Tokens from old to new: M slots and W window tokens of a cache (-1 = empty), then the new ones.
+
+    keys, values: `[R, S, G, D]`. positions, innovations: `[R, S]`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    innovations: torch.Tensor
+
+
+class EideticMemory(MemoryPart):
+    """The last W tokens and M surprising ones before them."""
+
+    bounded = True
+
+    def __init__(self, config, spec):
+        super().__init__(config, spec)
+        self.window, self.slots, self.decay = spec.window, spec.slots, config.eidetic_decay
+        self.places = self.window + self.slots
+
+    @classmethod
+    def belongs(cls, config, spec):
+        return spec.has_attention and spec.window is not None
+
+    def observe(self, tokens: Tokens, layer: Any, left, kernels) -> Observed:
+        if tokens.steps:
+            return self._step(tokens, layer)
+        past = self.recall(layer) if layer is not None and layer.started else None
+        context = self._context(tokens, layer, past)
+        if tokens.queries <= 0:  # nothing is beyond the window yet
+            self._commit(context, None, tokens, layer, past)
+            return Observed()
+        slots, before = (0, tokens.front) if past is None else (self.slots, self.window)
+        first = -slots - before
+        block = min(tokens.block, tokens.queries)
+        valid = context.positions >= 0
+        ranked = retention_key(context.innovations, context.positions, self.decay)
+        sizes = (self.window, self.slots, block, tokens.queries, slots, before)
+        chosen = kernels.run("expiry", ranked, valid, *sizes)
+        coordinate = torch.arange(first, tokens.queries, device=valid.device).expand(valid.shape)
+        # A pad sees itself, so that no softmax is empty; nobody else does, because pads come last.
+        end = torch.where(valid | (coordinate < 0), chosen.expiry, coordinate + 1)
+        everything = KeySet(context.keys, context.values, coordinate, end, context.positions, first)
+        local = KeySet(*(value[:, slots:] for value in everything[:5]), -before)
+        offers = [(local, (1 - self.window, 0))]
+        if self.slots:
+            offers.append((everything, chosen.slots))
+        self._commit(context, chosen.expiry - first, tokens, layer, past)
+        out = Left(*context, chosen.expiry) if tokens.wants_left else None
+        return Observed(offers, left=out)
+
+    # Many tokens -----------------------------------------------------------------------------------------------------
+    def recall(self, layer: Any) -> Context:
+        """What the cache holds of it, by position; empty entries come first."""
+        order = layer.positions[:, self.own].argsort(dim=1, stable=True) + self.first
+        keys, values = (take(buffer, order) for buffer in layer.by_token())
+        return Context(keys, values, layer.positions.gather(1, order), layer.innovations.gather(1, order))
+
+    def _context(self, tokens: Tokens, layer: Any, past: Context | None) -> Context:
+        positions, innovation = tokens.positions(layer), tokens.innovation
+        if innovation is None:
+            innovation = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
+        new = Context(tokens.keys, tokens.values, positions, innovation)
+        if past is None:
+            return new
+        return Context(*(torch.cat([old.to(each), each], dim=1) for old, each in zip(past, new)))
+
+    @torch.no_grad()
+    def _commit(
+        self, context: Context, expiry: torch.Tensor | None, tokens: Tokens, layer: Any, past: Context | None
+    ) -> None:
+        """Let the cache hold the window and the eidetic memory as they are after each row's last real token.
+
+        Args:
+            expiry: `[R, S]` of the context's tokens, as indices into it; None: no token is beyond the window.
+        """
+        if layer is None:
+            return
+        lengths = tokens.real()
+        count, total = tokens.query.shape[1], context.positions.shape[1]
+        last = total - count + lengths - 1
+        keep = (last + 1)[:, None] + torch.arange(-self.window, 0, device=lengths.device)
+        if self.slots and expiry is None:
+            keep = torch.cat([keep.new_full((len(keep), self.slots), -1), keep], dim=1)
+        elif self.slots:
+            keep = torch.cat([self._kept(context.positions, expiry, last), keep], dim=1)
+        empty, keep = keep < 0, keep.clamp(min=0)
+        own, (keys, values) = self.own, layer.by_token()
+        keys[:, own] = take(context.keys, keep).to(keys.dtype)
+        values[:, own] = take(context.values, keep).to(values.dtype)
+        layer.positions[:, own] = context.positions.gather(1, keep).masked_fill(empty, -1)
+        layer.innovations[:, own] = context.innovations.gather(1, keep).to(layer.innovations.dtype)
+
+    def _kept(self, positions: torch.Tensor, expiry: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """The tokens in the eidetic memory after each row's last real token, oldest first.
+
+        Args:
+            positions, expiry: `[R, S]` of the context, expiry as indices into it. last: `[R]` index of the last token.
+
+        Returns:
+            `[R, M]` indices into the context, -1 = empty slot.
+        """
+        count = positions.shape[1]
+        index = torch.arange(count, device=positions.device)
+        last = last[:, None]
+        kept = (positions >= 0) & (index <= last - self.window) & (expiry > last)
+        place = torch.where(kept, index, count)
+        order = F.pad(place, (0, max(self.slots - count, 0)), value=count).sort(dim=1).values[:, : self.slots]
+        return order.masked_fill(order == count, -1)
+
+    # One token -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _step(self, tokens: Tokens, layer: Any) -> Observed:
+        """The new token takes the place of the one that is forgotten: in place, with fixed shapes; nothing moves."""
+        active = None if tokens.lengths is None else tokens.lengths > 0
+        known = layer.counts(tokens.lengths)
+        seen = layer.columns if known else layer.seen
+        rows = torch.arange(layer.seen.shape[0], device=layer.seen.device)
+        leaving = seen - self.window
+        full = known and seen >= self.places
+        slot = self._forgotten(layer, leaving if known else leaving[:, None], full)
+        left = self._left(layer, rows, slot, active) if tokens.wants_left else None
+        for buffer, new in zip(layer.by_token(), (tokens.keys, tokens.values)):
+            write(buffer, rows, slot, new[:, 0], active)
+        write(layer.positions, rows, slot, seen, active)
+        if tokens.innovation is not None:
+            write(layer.innovations, rows, slot, tokens.innovation[:, 0], active)
+        return Observed(full=known and seen + 1 >= self.places, left=left)
+
+    def _forgotten(self, layer: Any, leaving: torch.Tensor | int, full: bool) -> torch.Tensor:
+        """The entry `[B]` of the key buffer whose token the next one replaces (Algorithm 1, line 4).
+
+        Up for it are an empty entry, the kept tokens, and the one that leaves the window, at position `leaving`, a
+        number or `[B, 1]`. The weakest goes: the smallest retention key, among equals the youngest. full: no entry is
+        empty.
+        """
+        positions = layer.positions[:, self.own]
+        ranked = retention_key(layer.innovations[:, self.own], positions, self.decay)
+        ranked = ranked.masked_fill(positions > leaving, torch.inf)
+        if not full:
+            # An empty entry, position -1, counts as the weakest and the youngest: the sign bit goes.
+            ranked = ranked.masked_fill(positions < 0, -torch.inf)
+            positions = positions & torch.iinfo(positions.dtype).max
+        weakest = ranked == ranked.amin(dim=1, keepdim=True)
+        return torch.where(weakest, positions, -1).argmax(dim=1) + self.first
+
+    def _left(self, layer: Any, rows: torch.Tensor, slot: torch.Tensor, active: torch.Tensor | None) -> Left:
+        """The token that lies where the next one goes: copies, because it is about to be overwritten."""
+        positions, innovations = (read(buffer, rows, slot)[:, None] for buffer in (layer.positions, layer.innovations))
+        if active is not None:
+            positions = positions.masked_fill(~active[:, None], -1)
+        keys, values = (read(buffer, rows, slot)[:, None] for buffer in layer.by_token())
+        return Left(keys, values, positions, innovations, torch.zeros_like(positions))
+
+    # What a file may hold --------------------------------------------------------------------------------------------
+    def check(self, states, seen):
+        """The last W tokens are there, each once; before them older ones, as many as have room."""
+        innovations = states["innovations"]
+        seen = seen[:, None]
+        newest = states["positions"][:, self.own].sort(dim=1, descending=True).values
+        rank = torch.arange(self.places, device=seen.device)
+        filled, recent = rank < seen, rank < seen.clamp(max=self.window)
+        rules = {
+            "hold a position below -1": newest < -1,
+            "hold a position beyond the tokens read": newest >= seen,
+            "do not hold as many tokens as there is room for": (newest >= 0) != filled,
+            "do not hold the last tokens, each once": recent & (newest != seen - 1 - rank),
+            "hold a token twice": filled[:, 1:] & (newest[:, 1:] == newest[:, :-1]),
+        }
+        require(rules, "'positions' of window and memory")
+        rules = {
+            "are negative": innovations < 0,
+            "are larger than an innovation can be, 2": innovations > LARGEST_INNOVATION,
+        }
+        require(rules, "'innovations'")
+
+
+__all__ = ["EideticMemory"]

@@ -1,0 +1,172 @@
+"""FadingTokens: SSM outputs just beyond the window, as tokens that the attention sees (B'MOJO, Algorithm 1, line 5).
+
+    query t sees fading token y_p, p = s - 1, 2 s - 1, ..., iff p + W <= t < p + W + F s
+
+Fading token i is made at position (i + 1) s - 1, so n tokens make n // s. The W / s that are not yet beyond the window
+wait in a delay line; it and the visible ones in the key buffer are rings: number i lies in slot i mod size.
+
+Shapes: R rows (B in a cache), n fading tokens, G key/value heads, D head dim, W window, F fading tokens, s stride.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .attention_ops import KeySet
+from .memory_ops import NEVER
+from .parts_bmojo import MemoryPart, Observed, Tokens, require
+from .states_bmojo import State, read, take, write
+
+
+class FadingContext(NamedTuple):
+    """Fading tokens from old to new: those of a cache (visible, then delayed), then the new ones.
+
+    keys, values: `[R, n, G, D]`. positions: `[R, n]`, each s after the one before it, negative = empty.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+
+
+class FadingTokens(MemoryPart):
+    """The F fading tokens beyond the window."""
+
+    bounded = True
+
+    def __init__(self, config, spec):
+        super().__init__(config, spec)
+        self.window, self.stride, self.delayed = spec.window, spec.stride, spec.delayed
+        self.places = spec.fading
+        self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
+
+    @classmethod
+    def belongs(cls, config, spec):
+        return spec.fading > 0
+
+    def states(self):
+        delay = State((self.delayed, self.heads, self.head_dim))
+        return {"delay_keys": delay, "delay_values": delay}
+
+    def observe(self, tokens: Tokens, layer: Any, left, kernels) -> Observed:
+        if tokens.steps:
+            return self._step(tokens, layer)
+        if tokens.fading is None:
+            return Observed()
+        past = self.recall(layer) if layer is not None and layer.started else None
+        context = self._context(tokens, layer, past)
+        if context.keys.shape[1] == 0:
+            return Observed()
+        offers = [self._offer(tokens, layer, context)] if tokens.queries > 0 else []
+        if layer is not None:
+            self._commit(context, tokens, layer, past)
+        return Observed(offers)
+
+    def makes_one(self, lengths: torch.Tensor | None, layer: Any) -> bool:
+        """Whether the next token may make a fading token, as far as that is known without looking at tensors.
+
+        Args:
+            lengths: `[B]` real tokens of the step, None: one in every row.
+        """
+        return not layer.counts(lengths) or (layer.columns + 1) % self.stride == 0
+
+    # Many tokens -----------------------------------------------------------------------------------------------------
+    def recall(self, layer: Any) -> FadingContext:
+        """What the cache holds of them."""
+        made = (layer.seen // self.stride)[:, None]
+        numbers = torch.arange(self.places, device=made.device), torch.arange(self.delayed, device=made.device)
+        visible, delay = (made - self.delayed + numbers[0]) % self.places, (made + numbers[1]) % self.delayed
+        keys, values = (
+            torch.cat([take(buffer, visible + self.first), take(ring, delay)], dim=1)
+            for buffer, ring in zip(layer.by_token(), (layer.delay_keys, layer.delay_values))
+        )
+        number = made + torch.arange(-self.places - self.delayed, 0, device=made.device)
+        return FadingContext(keys, values, (number + 1) * self.stride - 1)
+
+    def _context(self, tokens: Tokens, layer: Any, past: FadingContext | None) -> FadingContext:
+        keys, values = tokens.fading
+        seen = torch.zeros(len(keys), dtype=torch.int64, device=keys.device) if layer is None else layer.seen
+        number = (seen // self.stride)[:, None] + torch.arange(keys.shape[1], device=keys.device)
+        new = FadingContext(keys, values, (number + 1) * self.stride - 1)
+        if past is None:
+            return new
+        return FadingContext(*(torch.cat([old.to(each), each], dim=1) for old, each in zip(past, new)))
+
+    def _offer(self, tokens: Tokens, layer: Any, context: FadingContext):
+        """The fading tokens as a set, and which of them each block of queries is offered: those made from W to
+        W + F s - 1 tokens ago. Entries behind a row's last token are seen by pads alone."""
+        block, reach = min(tokens.block, tokens.queries), self.places * self.stride
+        positions = context.positions
+        start = tokens.front if layer is None else layer.seen[:, None] + tokens.front
+        count, coordinate = positions.shape[1], positions - start
+        if self.stride == 1:
+            offered = (1 - self.window - reach, -self.window)
+        else:
+            # Block j sees those after j L - W - F s, the first of which is number `oldest`, until its last query.
+            blocks = torch.arange(0, tokens.queries, block, device=positions.device)
+            oldest = (blocks - self.window - reach - coordinate[:, :1]).div(self.stride, rounding_mode="floor") + 1
+            width = self.places - (1 - block) // self.stride
+            offered = oldest[..., None] + torch.arange(width, device=positions.device)
+            offered = torch.where((offered >= 0) & (offered < count), offered, -1)
+        begin = coordinate + self.window
+        end = torch.where(positions >= 0, begin + reach, -NEVER)
+        return KeySet(context.keys, context.values, begin, end, positions, tokens.queries - count), offered
+
+    @torch.no_grad()
+    def _commit(self, context: FadingContext, tokens: Tokens, layer: Any, past: FadingContext | None) -> None:
+        """Let the cache hold the visible and the delayed ones as they are after each row's last real token."""
+        before, after = (layer.seen // self.stride)[:, None], ((layer.seen + tokens.real()) // self.stride)[:, None]
+        start = (0 if past is None else past.positions.shape[1]) + after - before
+        # Slot r of a ring of size n whose last token is e - 1 holds the (r - e mod n)-th of the n tokens up to e.
+        ring = torch.arange(self.places, device=after.device)
+        visible = start - self.delayed - self.places + (ring - after + self.delayed) % self.places
+        empty, visible = visible < 0, visible.clamp(min=0)
+        delay = start - self.delayed + (torch.arange(self.delayed, device=after.device) - after) % self.delayed
+        delay = delay.clamp(min=0)
+        own = self.own
+        delays = layer.delay_keys, layer.delay_values
+        for buffer, line, new in zip(layer.by_token(), delays, (context.keys, context.values)):
+            buffer[:, own] = take(new, visible).to(buffer.dtype)
+            line.copy_(take(new, delay))
+        layer.positions[:, own] = context.positions.gather(1, visible).masked_fill(empty, -1).clamp(min=-1)
+
+    # One token -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _step(self, tokens: Tokens, layer: Any) -> Observed:
+        """A fading token that the new token makes joins the delay line, and the one that it replaces there, W tokens
+        older, becomes visible."""
+        known = layer.counts(tokens.lengths)
+        seen = layer.columns if known else layer.seen
+        leaving = seen - self.window
+        if tokens.fading is not None:
+            active = None if tokens.lengths is None else tokens.lengths > 0
+            number = seen // self.stride
+            delayed, visible = number % self.delayed, (number - self.delayed) % self.places + self.first
+            if known:
+                position = max(leaving, -1)
+            else:
+                position = leaving.clamp(min=-1)
+                due = (seen + 1) % self.stride == 0
+                active = due if active is None else active & due
+            rows = torch.arange(layer.seen.shape[0], device=layer.seen.device)
+            delays = layer.delay_keys, layer.delay_values
+            for buffer, line, new in zip(layer.by_token(), delays, tokens.fading):
+                write(buffer, rows, visible, read(line, rows, delayed), active)
+                write(line, rows, delayed, new[:, 0], active)
+            write(layer.positions, rows, visible, position, active)
+        return Observed(full=known and (leaving + 1) // self.stride >= self.places)
+
+    # What a file may hold --------------------------------------------------------------------------------------------
+    def check(self, states, seen):
+        """Slot r holds the newest fading token beyond the window whose number is r mod F, at (number + 1) s - 1."""
+        newest = (seen // self.stride - self.delayed - 1)[:, None]
+        slot = torch.arange(self.places, device=seen.device)
+        number = newest - (newest - slot) % self.places
+        expected = torch.where(number >= 0, (number + 1) * self.stride - 1, -1)
+        own = self.own
+        wrong = states["positions"][:, own] != expected
+        require({"do not follow from the tokens read": wrong}, "'positions' of fading tokens")
+        require({"are not 0 for fading tokens": states["innovations"][:, own] != 0}, "'innovations'")
+
+
+__all__ = ["FadingTokens"]

@@ -1,0 +1,140 @@
+"""The innovation test: how much a token was not expected, one class per test (B'MOJO, Algorithm 1, line 3).
+
+    e_t = |v_t - v_hat_t|^2 / (|v_t|^2 + |v_hat_t|^2 + eps)      v_t what is predicted, v_hat_t what was expected
+
+The eidetic memory keeps the tokens with the largest e (`eidetic_bmojo`). A test says which signal of its layer it
+judges by, what it has to remember of the past, and the score. It is entered in `configuration_bmojo.INNOVATIONS` and
+nothing else has to know it: choices, cache, kernels and the table in docs/model.md follow from the class.
+
+Shapes: R mixer rows, T tokens, E hidden size, G key/value heads, D head dim, I inner width of the SSM, k taps.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .dispatch_bmojo import Kernels
+from .fields_bmojo import require_int
+from .memory_ops import key_innovation, prediction_error, widest
+from .states_bmojo import State, shift
+
+
+class Innovation:
+    """One test. Without parameters and without tensors of its own: what it remembers are states of the cache.
+
+    name: its value of `config.innovation`. signal: what it judges by, see `score`; None: by nothing.
+    operations: those of `dispatch_bmojo` that it runs. about: its row in the documentation.
+    """
+
+    name: str
+    signal: str | None = None
+    operations: tuple[str, ...] = ()
+    about: str
+
+    @classmethod
+    def check(cls, config: PreTrainedConfig) -> None:
+        """Raise ValueError for a value of this test's own fields that breaks a rule."""
+
+    def states(self, config: PreTrainedConfig) -> dict[str, State]:
+        """What it remembers of the past."""
+        return {}
+
+    def score(
+        self,
+        signal: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        lengths: torch.Tensor | None,
+        layer: Any,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        """Innovation `[R, T]` of new tokens, without gradient (selection is discrete), in [0, 2].
+
+        Args:
+            signal: as `signal` names it: "key" `[R, T, G, D]` keys without positions; "output" `[R, T, E]` the fading
+                memory's outputs; "prediction": the SSM's inputs and what its state said of them, `[R, T, I]` each;
+                None: the keys, of which the shape alone is meant.
+            lengths: `[R]` real tokens, which come first; None: all. layer: the cache's states, which it moves on; None
+                starts from nothing.
+        """
+        raise NotImplementedError
+
+
+class OutputInnovation(Innovation):
+    """v_t is the fading memory's output, expected to be the mean of the k outputs before it (Algorithm 1)."""
+
+    name, signal, operations = "output", "output", ("innovation",)
+    about = "the fading memory's output, by the mean of the last `innovation_taps` outputs (the paper's test)"
+
+    @classmethod
+    def check(cls, config):
+        require_int(config, "innovation_taps", 1, "the predictor needs at least one past output")
+
+    def __init__(self, config):
+        self.taps = config.innovation_taps
+
+    def states(self, config):
+        return {"outputs": State((self.taps, config.hidden_size))}
+
+    def score(self, signal, lengths, layer, kernels):
+        history = signal.new_zeros(signal.shape[0], self.taps, signal.shape[2]) if layer is None else layer.outputs
+        surprise = kernels.run("innovation", signal, history)
+        if layer is not None:
+            shift(layer.outputs, signal, lengths)
+        return surprise
+
+
+class StateInnovation(Innovation):
+    """v_t is the SSM's input, expected to be what its state says when it is read with the token's own write key (the
+    paper's figure)."""
+
+    name, signal = "state", "prediction"
+    about = "the SSM's input, by reading the state with the token's own write key (the paper's figure)"
+
+    def __init__(self, config):
+        pass
+
+    def score(self, signal, lengths, layer, kernels):
+        with torch.no_grad():
+            return prediction_error(*signal)
+
+
+class KeyInnovation(Innovation):
+    """v_t is the token's attention key without its position, expected to be the mean of all keys before it."""
+
+    name, signal = "key", "key"
+    about = "the token's attention key, by the mean of all keys before it (best on grafts, docs/log.md)"
+
+    def __init__(self, config):
+        pass
+
+    def states(self, config):
+        return {"key_sum": State((config.num_key_value_heads, config.head_dim), "widest")}
+
+    def score(self, signal, lengths, layer, kernels):
+        keys = signal
+        if layer is None:
+            nothing = torch.zeros(keys.shape[0], *keys.shape[2:], dtype=widest(keys.device), device=keys.device)
+            return key_innovation(keys, nothing, torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
+        surprise = key_innovation(keys, layer.key_sum, layer.seen)
+        with torch.no_grad():
+            if lengths is not None:
+                pads = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
+                keys = keys.masked_fill(pads[..., None, None], 0.0)
+            layer.key_sum += keys.sum(dim=1, dtype=layer.key_sum.dtype)
+        return surprise
+
+
+class ConstantInnovation(Innovation):
+    """Every token surprises alike. Of equals the older stays, so the first M tokens do: attention sinks, a baseline."""
+
+    name = "constant"
+    about = "nothing: all tokens are equal, and of equals the older stays, so the first M do (attention sinks)"
+
+    def __init__(self, config):
+        pass
+
+    def score(self, signal, lengths, layer, kernels):
+        return torch.ones(signal.shape[:2], dtype=torch.float32, device=signal.device)
+
+
+__all__ = ["ConstantInnovation", "Innovation", "KeyInnovation", "OutputInnovation", "StateInnovation"]

@@ -1,0 +1,99 @@
+"""LayerMemory: the memories of one layer, put together from what the configuration says.
+
+    parts         what offers keys to the attention (`parts_bmojo`), in the order of `configuration_bmojo.PARTS`
+    innovation    how the layer judges tokens, if it keeps some (`innovation_bmojo`)
+    fading        the class of its SSM, if it has one (`fading_bmojo`)
+
+The model's layer reads with it, the cache's layer allocates by it; both build it from the same configuration.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .attention_ops import Whole
+from .configuration_bmojo import FADING_MEMORIES, INNOVATIONS, PARTS
+from .dispatch_bmojo import Kernels
+from .parts_bmojo import LayerSpec, MemoryPart, Tokens
+from .states_bmojo import State
+
+
+class LayerMemory:
+    """See the module's docstring.
+
+    Args:
+        config: the model's configuration. layer_idx: which layer.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        self.spec: LayerSpec = config.layer_spec(layer_idx)
+        self.parts: list[MemoryPart] = [part(config, self.spec) for part in PARTS if part.belongs(config, self.spec)]
+        self.innovation = INNOVATIONS[config.innovation](config) if self.spec.slots else None
+        self.fading = FADING_MEMORIES[config.ssm_type] if self.spec.has_ssm else None
+        self.hidden = config.hidden_size
+        places = 0
+        for part in self.parts:
+            part.first = places
+            places += part.places
+        self.bounded = bool(self.parts) and all(part.bounded for part in self.parts)
+        self.takes_left = any(part.takes_left for part in self.parts)
+        self.declared = self._declared(config, places)
+
+    def _declared(self, config: PreTrainedConfig, places: int) -> dict[str, State]:
+        states: dict[str, State] = {}
+        if places:
+            entry = State((config.num_key_value_heads, places, config.head_dim))
+            states |= {"keys": entry, "values": entry}
+            states |= {"positions": State((places,), "count", fill=-1), "innovations": State((places,), "wide")}
+        for part in self.parts:
+            states |= part.states()
+        if self.innovation is not None:
+            states |= self.innovation.states(config)
+        if self.fading is not None:
+            states |= self.fading.states(config)
+        return states
+
+    def part(self, kind: type[MemoryPart]) -> Any:
+        """The layer's part of this class, or None."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
+
+    def front(self, tokens: int, layer: Any) -> int:
+        """How many of the first queries see nothing but the new tokens before them: the plain causal triangle."""
+        started = layer is not None and layer.started
+        return 0 if started or not self.bounded else min(tokens, self.spec.window)
+
+    def observe(self, tokens: Tokens, layer: Any, kernels: Kernels) -> list:
+        """Let every part take the tokens in; what their queries see, as offers of one softmax (`attention_ops`).
+
+        Args:
+            layer: the layer's states, or None.
+        """
+        offers, left, full = [], [], True
+        for part in self.parts:
+            observed = part.observe(tokens, layer, left, kernels)
+            offers += observed.offers
+            full = full and observed.full
+            if observed.left is not None:
+                left.append(observed.left)
+        if tokens.steps and "positions" in self.declared:
+            offers.insert(0, self._buffer(tokens, layer, full))
+        return offers
+
+    def _buffer(self, tokens: Tokens, layer: Any, full: bool) -> Whole:
+        """The key buffer after a step: its entries are exactly what the token sees."""
+        if full:
+            return Whole(*layer.by_token(), None, layer.positions)
+        visible = layer.positions >= 0
+        if tokens.lengths is not None:
+            # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
+            visible = visible | (tokens.lengths <= 0)[:, None]
+        return Whole(*layer.by_token(), visible[:, None], layer.positions)
+
+    def check(self, states: dict[str, torch.Tensor], seen: torch.Tensor) -> None:
+        """Raise ValueError unless the states are what `seen` `[B]` tokens can leave."""
+        for part in self.parts:
+            part.check(states, seen)
+
+
+__all__ = ["LayerMemory"]

@@ -1,0 +1,173 @@
+"""The parts of a layer's memory: what every one of them declares and does.
+
+A layer's memory is a list of parts (window and eidetic memory, fading tokens, or every past token). Each takes in the
+tokens that the layer reads and says what their queries may see: keys and values, offered to one softmax. Prefill,
+chunked prefill and decoding ask the same thing; one token is a block of one. A part is entered in
+`configuration_bmojo.PARTS`; the cache holds whatever states it declares.
+
+Tokens that a bounded part keeps lie in the layer's key buffer, one buffer for all parts, each with its own places: a
+decoding step attends to it as it lies, without a copy. What lies elsewhere is offered beside it.
+
+Shapes: R mixer rows, T tokens, H query heads, G key/value heads, D head dim, S entries, L block length.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from .attention_ops import BlockKeys, KeySet, Whole
+from .dispatch_bmojo import Kernels
+from .states_bmojo import State
+
+
+class LayerSpec(NamedTuple):
+    """What kind of layer it is, and how much it remembers.
+
+    window: W, visible tokens including the query itself; None means every past token (full attention).
+    slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
+    """
+
+    kind: str
+    window: int | None
+    slots: int
+    fading: int
+    stride: int
+
+    @property
+    def has_attention(self) -> bool:
+        return self.kind != "linear_attention"
+
+    @property
+    def has_ssm(self) -> bool:
+        return self.kind in ("bmojo", "linear_attention")
+
+    @property
+    def delayed(self) -> int:
+        """W / s, fading tokens that are made but not yet beyond the window (0 where F = 0)."""
+        return self.window // self.stride if self.fading else 0
+
+
+class Tokens(NamedTuple):
+    """T new tokens of R mixer rows, as a layer's memory reads them.
+
+    query: `[R, T, H, D]`; keys, values: `[R, T, G, D]`; query and keys at their positions (RoPE).
+    innovation: `[R, T]`, or None where nobody asks. lengths: `[R]` real tokens, which come first; None: all.
+    fading: keys and values `[R, n, G, D]` of the fading tokens that these tokens make, or None.
+    front: the first `front` queries see nothing but the new tokens before them, and no part offers them anything.
+    block: L, queries that share what is offered to them. steps: one token, whose states are written in place.
+    needs_grad: a gradient is wanted. wants_left: some part asks what the others let go.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    innovation: torch.Tensor | None
+    lengths: torch.Tensor | None
+    fading: tuple[torch.Tensor, torch.Tensor] | None
+    front: int
+    block: int
+    steps: bool
+    needs_grad: bool
+    wants_left: bool
+
+    @property
+    def queries(self) -> int:
+        """Queries that something is offered to; the first of them is at coordinate 0."""
+        return self.query.shape[1] - self.front
+
+    def real(self) -> torch.Tensor:
+        """Real tokens of each row, `[R]`."""
+        if self.lengths is not None:
+            return self.lengths
+        return torch.full((self.query.shape[0],), self.query.shape[1], device=self.query.device)
+
+    def positions(self, layer: Any) -> torch.Tensor:
+        """`[R, T]`, each token's position in its row, -1 for a pad."""
+        lengths = self.real()
+        seen = lengths.new_zeros(lengths.shape) if layer is None else layer.seen
+        offset = torch.arange(self.query.shape[1], device=self.query.device)
+        return torch.where(offset < lengths[:, None], seen[:, None] + offset, -1)
+
+
+class Left(NamedTuple):
+    """Tokens that a part lets go: what a storage takes in.
+
+    keys, values: `[R, S, G, D]`. positions: `[R, S]`, -1 = no token. innovations: `[R, S]`.
+    out_at: `[R, S]`, the query (0 is the first one) from which on the part does not show the token any more; `NEVER`,
+    or beyond the last query, if it still does.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    innovations: torch.Tensor
+    out_at: torch.Tensor
+
+
+class Observed(NamedTuple):
+    """What a part says of the tokens that it has taken in.
+
+    offers: what their queries may see, beside the key buffer. full: of a step: all the part's places in the key buffer
+    hold tokens that the query sees. left: tokens that it lets go, or None.
+    """
+
+    offers: "list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole]" = []
+    full: bool = True
+    left: Left | None = None
+
+
+class MemoryPart:
+    """One memory of a layer. It holds sizes and no tensors: those are states of the cache.
+
+    places: entries in the layer's key buffer. first: where they begin (set by `LayerMemory`). takes_left: it takes in
+    what the parts before it let go. bounded: its offers are empty while no token is beyond the window.
+
+    Args:
+        config: the model's configuration. spec: the layer's.
+    """
+
+    places = 0
+    first = 0
+    takes_left = False
+    bounded = False
+
+    def __init__(self, config: PreTrainedConfig, spec: LayerSpec):
+        self.spec = spec
+
+    @classmethod
+    def belongs(cls, config: PreTrainedConfig, spec: LayerSpec) -> bool:
+        """Whether a layer of this kind has the part."""
+        raise NotImplementedError
+
+    def states(self) -> dict[str, State]:
+        """Its states beside the key buffer."""
+        return {}
+
+    def observe(self, tokens: Tokens, layer: Any, left: list[Left], kernels: Kernels) -> Observed:
+        """Take the tokens in, and say what their queries see.
+
+        Args:
+            layer: the layer's states, which are moved on; None: nothing was read before, and nothing is kept.
+            left: what the parts before this one let go, by these tokens.
+        """
+        raise NotImplementedError
+
+    def check(self, states: dict[str, torch.Tensor], seen: torch.Tensor) -> None:
+        """Raise ValueError unless `states` are what `seen` `[B]` tokens can leave: a file may say anything."""
+
+    @property
+    def own(self) -> slice:
+        """Its places in the key buffer."""
+        return slice(self.first, self.first + self.places)
+
+
+def require(rules: dict[str, torch.Tensor], what: str) -> None:
+    """Raise ValueError for the first rule that is broken. rules: by what is wrong, where it is, `[B, ...]` bool."""
+    for wrong, where in rules.items():
+        if bool(where.any()):
+            row = int(where.flatten(1).any(dim=1).to(torch.int8).argmax())
+            raise ValueError(f"row {row}: {what} {wrong}")
+
+
+__all__ = ["LayerSpec", "Left", "MemoryPart", "Observed", "Tokens"]

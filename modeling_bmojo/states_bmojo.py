@@ -1,0 +1,90 @@
+"""States of a layer: how a memory declares them, and how tokens are written into them.
+
+A layer's tensors are the states that its memories declare; the cache allocates, moves, reorders, saves and loads them
+all alike (`cache_layer_bmojo`) and knows nothing else of them.
+
+Shapes: B rows, T new tokens, S entries of a buffer, C channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .memory_ops import widest
+
+
+class State(NamedTuple):
+    """One state, a tensor `[B, *shape]`.
+
+    kind: its dtype: "model" (that of the activations), "wide" (the same, fp32 at least), "widest" (fp64 where the
+    device has it), "count" (int64). fill: what it holds before the first token. grows: the axis of `shape` that follows
+    the text; None: none does. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is.
+    """
+
+    shape: tuple[int, ...]
+    kind: str = "model"
+    fill: int = 0
+    grows: int | None = None
+    saved: bool = True
+    on_host: bool = False
+
+    def dtype(self, model: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype for activations of dtype `model` on `device`."""
+        wide = torch.promote_types(model, torch.float32)
+        return {"model": model, "wide": wide, "widest": widest(device), "count": torch.int64}[self.kind]
+
+    def new(self, batch: int, model: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The state before the first token."""
+        device = torch.device("cpu") if self.on_host and device.type != "meta" else device
+        return torch.full((batch, *self.shape), self.fill, dtype=self.dtype(model, device), device=device)
+
+
+def take(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` `[B, k]` of `value` `[B, S, ...]`."""
+    rows = torch.arange(index.shape[0], device=index.device)[:, None]
+    return value[rows, index]
+
+
+def read(buffer: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor | int) -> torch.Tensor:
+    """buffer[b, slot[b]] `[B, ...]`; a number is one slot for all rows."""
+    return buffer[:, slot] if isinstance(slot, int) else buffer[rows, slot]
+
+
+def write(
+    buffer: torch.Tensor,
+    rows: torch.Tensor,
+    slot: torch.Tensor | int,
+    value: torch.Tensor | int,
+    active: torch.Tensor | None,
+) -> None:
+    """buffer[b, slot[b]] = value[b] where `active[b]`, in place and without a data-dependent shape."""
+    if isinstance(value, torch.Tensor) and value.dtype != buffer.dtype:
+        value = value.to(buffer.dtype)
+    if active is not None:
+        value = torch.where(active.view(active.shape + (1,) * (buffer.dim() - 2)), value, read(buffer, rows, slot))
+    if isinstance(slot, int):
+        buffer[:, slot] = value
+    else:
+        buffer[rows, slot] = value
+
+
+@torch.no_grad()
+def shift(history: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor | None, first: int = 0) -> None:
+    """Move `history` `[B, k, C]` on by the first `lengths` `[B]` (None: all) tokens of `new` `[B, T, C']`, in place.
+
+    Where C' < C only the channels from `first` on move; the caller moves the others.
+    """
+    history = history[..., first : first + new.shape[-1]]
+    kept = history.shape[1]
+    if kept == 0:
+        return
+    if lengths is None:
+        history.copy_(torch.cat([history, new[:, -kept:].to(history.dtype)], dim=1)[:, -kept:])
+        return
+    index = lengths[:, None] + torch.arange(-kept, 0, device=history.device)
+    fresh = take(new, index.clamp(min=0)).to(history.dtype)
+    older = take(history, (index + kept).clamp(max=kept - 1))
+    history.copy_(torch.where((index >= 0)[..., None], fresh, older))
+
+
+__all__ = ["State", "read", "shift", "take", "write"]
