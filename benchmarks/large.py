@@ -1,6 +1,6 @@
-"""Peak memory of a graft of a large checkpoint: `python -m tests.bench.large --folder DIR`.
+"""Peak memory of a graft of a large checkpoint: `python -m benchmarks.large --folder DIR`.
 
-    python -m tests.bench.large --folder DIR [--layers 48] [--shard 1GB] [--keep]
+    python -m benchmarks.large --folder DIR [--layers 48] [--shard 1GB] [--keep]
 
 Writes a random Llama in bfloat16 (48 layers: 6.3 GB) in shards of at most `--shard` into DIR, grafts it in a fresh
 process with output shards of the same size, restores the source from the graft in another, and prints the peak of each
@@ -23,7 +23,7 @@ from conversion.files import write_json
 from conversion.weights import write_shards
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def llama(layers: int, hidden: int = 2048, vocabulary: int = 32000) -> LlamaConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "triton", "numpy", "mamba-ssm", "causal-conv1d", "flash-attn")
 
 

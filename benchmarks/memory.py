@@ -1,13 +1,13 @@
 """Peak memory of one thing: measured in a fresh process, which runs nothing else.
 
-    in_child("tests.bench.rows_scan:case", arguments, small, threads)
+    in_child("benchmarks.rows_scan:case", arguments, small, threads)
 
 A case is a function that builds the inputs and returns what is to be measured as a call without arguments. The process
 builds and runs it once with the arguments in `small` in place (libraries load, thread pools start), builds it as asked,
 and notes the resident memory; then it runs it once. Extra memory = peak while it ran - resident memory before.
 
 The processes are forked, one per case, from a server that has imported the libraries and done nothing else
-(`python -m tests.bench.memory`: orders on stdin, findings on stdout, one line of JSON each): importing takes seconds.
+(`python -m benchmarks.memory`: orders on stdin, findings on stdout, one line of JSON each): importing takes seconds.
 
 The peak is VmHWM, reset just before (Linux). Not `ru_maxrss`: in a child that keeps the peak of the parent it was
 forked from. Elsewhere there is only `ru_maxrss`, taken before and after: what building the inputs took at its peak is
@@ -33,7 +33,7 @@ import torch
 from .timing import Action
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SERVERS: list[subprocess.Popen] = []
 # glibc: blocks from 64 KiB on are mapped one by one, so freed ones do not hide in the heap and new ones are seen.
@@ -96,7 +96,7 @@ def _ask(order: str, as_users: bool) -> str:
 @functools.cache
 def _server(as_users: bool) -> subprocess.Popen:
     own = {} if as_users else EXACT
-    command, environment = [sys.executable, "-m", "tests.bench.memory"], {**os.environ, **ENVIRONMENT, **own}
+    command, environment = [sys.executable, "-m", "benchmarks.memory"], {**os.environ, **ENVIRONMENT, **own}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     # A session of its own, so that `close` ends the child that is at work, too.
     server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)

@@ -19,7 +19,7 @@ from conversion.sources import open_source, source_files
 from modeling_bmojo import BMojoForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
 TINY = dict(
     vocab_size=512,

@@ -22,7 +22,7 @@ from .timing import Action
 
 HEADS, GROUPS, DIM, WINDOW, SLOTS, FADING = 9, 3, 64, 256, 64, 1
 CAUSAL_TOKENS, QUICK_TOKENS = (1024, 4096, 16384), (512, 1024)
-CASE = "tests.bench.rows_attention:case"
+CASE = "benchmarks.rows_attention:case"
 
 
 class Problem(NamedTuple):

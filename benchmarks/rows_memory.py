@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, memory_ops
+from tests.oracles import oracle_eidetic, oracle_output_innovation
 
-from ..oracles import oracle_eidetic, oracle_output_innovation
 from . import adapters
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure

@@ -29,7 +29,7 @@ DECODE, QUICK_DECODE = (512, 8192, 32768), (64, 256)
 CACHE, QUICK_CACHE = (512, 2048, 8192, 32768, 131072), (128, 256, 512)
 STEPS = 4  # tokens per timing
 LONG_BUDGET, LONG_MOST = 240.0, 3  # seconds per length, rounds; one round is always made
-CASE = "tests.bench.rows_model:case"
+CASE = "benchmarks.rows_model:case"
 SIDES = ("ours", "theirs")
 
 

@@ -20,7 +20,7 @@ from .timing import Action, Plan, alternate
 SHAPES = ((9, 3), (24, 1))  # heads, groups
 TOKENS, QUICK_TOKENS = (2048, 8192), (256, 512)
 DEFAULT_CHUNK, CHUNKS = 256, (16, 32, 64, 128, 256)
-CASE = "tests.bench.rows_scan:case"
+CASE = "benchmarks.rows_scan:case"
 
 
 def inputs(tokens: int, heads: int, groups: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> list:

@@ -17,7 +17,7 @@ from .timing import Action, Plan
 
 
 TOKENS, QUICK_TOKENS = 2048, 128
-CASE = "tests.bench.rows_train:case"
+CASE = "benchmarks.rows_train:case"
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,6 +1,6 @@
-"""Speed and memory against what a user would take instead: `python -m tests.bench.speed --json FILE [--quick]`.
+"""Speed and memory against what a user would take instead: `python -m benchmarks.speed --json FILE [--quick]`.
 
-    python -m tests.bench.speed [--json FILE] [--quick] [--rows NAME ...] [--device cpu|cuda] [--threads N]
+    python -m benchmarks.speed [--json FILE] [--quick] [--rows NAME ...] [--device cpu|cuda] [--threads N]
                                 [--source X] [--graft FOLDER] [--models FOLDER] [--list]
 
 Writes FILE, and beside it the table (.md) and the diagrams (.png). Every figure is the ratio of two things run in turn;
@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: a row that does not exist, a number of threads below 1, or a device that is not there.
     """
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.speed", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0])
     outputs = ROOT / "outputs" / "bench"
     parser.add_argument("--json", type=Path, default=outputs / "speed.json", help="where the figures go")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -
     models = Models(arguments.models.absolute(), arguments.source, arguments.graft, arguments.quick)
     context = Context(arguments.quick, arguments.threads, arguments.device, models)
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    command = "python -m tests.bench.speed " + shlex.join(sys.argv[1:] if argv is None else argv)
+    command = "python -m benchmarks.speed " + shlex.join(sys.argv[1:] if argv is None else argv)
     outcome = Report(facts(arguments.device), started, command, arguments.quick)
     status = 0
     try:

@@ -1,6 +1,6 @@
-"""CPU seconds and peak memory of an alignment step on one row: `python -m tests.bench.training_step FOLDER`.
+"""CPU seconds and peak memory of an alignment step on one row: `python -m benchmarks.training_step FOLDER`.
 
-    python -m tests.bench.training_step FOLDER [--losses kl hidden] [--tokens T] [--steps 3] [--bf16] [--set key=value]
+    python -m benchmarks.training_step FOLDER [--losses kl hidden] [--tokens T] [--steps 3] [--bf16] [--set key=value]
 
 FOLDER is a graft. The new tensors train, on a row of the built-in text; one thread. CPU time, not wall time, so that a
 busy machine changes little. The teacher's forward pass is timed by itself too.
@@ -36,7 +36,7 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> list[float]:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.training_step")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step")
     parser.add_argument("folder")
     parser.add_argument("--losses", nargs="+", default=["mixer"])
     parser.add_argument("--tokens", type=int, default=1024)

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from graft_sources import randomised
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from tests.conversion.graft_sources import randomised
 
 
 CHARACTERS = ["\n", *map(chr, range(32, 127))]

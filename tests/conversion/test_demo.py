@@ -1,10 +1,10 @@
 """conversion.demo end to end on a tiny random model: graft in a process of its own, load, read, answer, report."""
 
 import pytest
-from graft_sources import save_source, tiny_tokenizer
 
 from conversion.demo import excerpt, main, read_document
 from conversion.report import REPORT_FILE
+from tests.conversion.graft_sources import save_source, tiny_tokenizer
 
 
 SETTINGS = ["--set", "window_size=16", "--set", "eidetic_size=4", "--max-new-tokens", "5"]

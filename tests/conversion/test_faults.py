@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from graft_sources import edit_json, graft, save_source, snapshot, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from training_setup import log_of, recipe, run_align, run_finetune, tiny_graft
 from transformers import TrainerCallback
 
 from conversion import evaluate, restore, trainer
 from conversion.checkpoints import checkpoints, work_folder
 from conversion.report import read_report
+from tests.conversion.graft_sources import edit_json, graft, save_source, snapshot, tiny_tokenizer
+from tests.conversion.training_setup import log_of, recipe, run_align, run_finetune, tiny_graft
 
 
 STEADY = {"max_steps": 3, "save_steps": 1, "save_total_limit": 3, "lr_scheduler_type": "constant", "warmup_steps": 0}

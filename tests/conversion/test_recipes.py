@@ -13,8 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from graft_sources import W, save_source, settings_file, tiny_tokenizer
-from training_setup import QUIET, T, write_text
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, SmolLM3Config
 
 from conversion import align, evaluate, finetune, graft, pipeline
@@ -28,9 +26,11 @@ from conversion.training_cli import parse_arguments, settings_of
 from conversion.training_model import choose_trained
 from conversion.training_settings import AlignSettings, FinetuneSettings
 from modeling_bmojo import BMojoForCausalLM, lora_coverage
+from tests.conversion.graft_sources import W, save_source, settings_file, tiny_tokenizer
+from tests.conversion.training_setup import QUIET, T, write_text
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("llama-3.2-1b", "qwen3-0.6b", "qwen3-8b", "smollm2-135m", "smollm3-3b")
 ADAPTERS = ("dora-smollm2-135m", "hylora-smollm2-135m", "lora-smollm2-135m", "qlora-smollm2-135m")
 FOLDERS = {"graft": "graft", "align": "align", "finetune": "finetune", "peft": "finetune"}  # folder to program

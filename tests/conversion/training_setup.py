@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from graft_sources import W, graft, save_source, tiny_tokenizer
 
 from conversion import align, finetune
+from tests.conversion.graft_sources import W, graft, save_source, tiny_tokenizer
 
 
 T = 3 * W

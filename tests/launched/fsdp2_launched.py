@@ -1,6 +1,6 @@
 """One of two processes that load a model under transformers' FSDP2 and write what they compute.
 
-torchrun --nproc-per-node 2 tests/fsdp2_launched.py MODEL DTYPE OUT.pt
+torchrun --nproc-per-node 2 tests/launched/fsdp2_launched.py MODEL DTYPE OUT.pt
 """
 
 import os

@@ -1,6 +1,6 @@
 """conversion.align or conversion.finetune as one of several processes on the CPU, with what only tests need.
 
-    accelerate launch --config_file configs/accelerate/fsdp2.yaml tests/train_launched.py align RECIPE.yaml ...
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml tests/launched/train_launched.py align RECIPE.yaml ...
 
 TEST_POISON=R: in process R alone, the loss of the second step's first micro-batch is not finite.
 TEST_FAIL=N: every process fails at the end of step N.

@@ -1,6 +1,6 @@
 """A training program that `accelerate launch` can start: a tiny model, a few steps, losses and a checkpoint.
 
-    accelerate launch --config_file configs/accelerate/ddp.yaml tests/train_tiny.py START RESULT FIRST LAST
+    accelerate launch --config_file configs/accelerate/ddp.yaml tests/launched/train_tiny.py START RESULT FIRST LAST
 
 Reads the model from START, trains on batches FIRST ... LAST - 1 and writes RESULT/model (an ordinary checkpoint) and
 RESULT/losses.json. Plain SGD, so that nothing but the weights has to be carried from run to run.
@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from tiny import VOCAB, WINDOW
 
 from modeling_bmojo import BMojoForCausalLM
+from tests.tiny import VOCAB, WINDOW
 
 
 ROWS = 4  # of the whole batch, over all processes

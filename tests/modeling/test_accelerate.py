@@ -18,17 +18,17 @@ import yaml
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from oracles import randomize_
 from peft import get_peft_model
 from safetensors.torch import load_file
-from tiny import MIXED_LAYERS, SIZES
 from torch.distributed.fsdp import fully_shard
-from train_tiny import batch, train
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, bmojo_lora_config
+from tests.launched.train_tiny import batch, train
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
 NAMES = ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 
@@ -49,9 +49,8 @@ def launch(name: str, start: Path, folder: Path, first: int, last: int) -> Run:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
     command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", str(port)]
-    command += [str(ROOT / "tests" / "train_tiny.py"), str(start), str(folder), str(first), str(last)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "tests" / "launched" / "train_tiny.py"), str(start), str(folder), str(first), str(last)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as run:
         try:
             _, errors = run.communicate(timeout=150)

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import randomize_
-from tiny import MIXED_LAYERS, SIZES, VOCAB
 
 from modeling_bmojo import (
     BMojoCache,
@@ -20,6 +18,8 @@ from modeling_bmojo import (
     BMojoModel,
 )
 from modeling_bmojo.arguments_bmojo import HARMLESS, LIVE_FIELDS
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
 PAD = 0

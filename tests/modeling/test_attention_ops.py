@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import attend
 
 from modeling_bmojo.attention_ops import KeySet, banded, block_attention, causal_attention, gathered
+from tests.oracles import attend
 
 
 EXACT = dict(rtol=1e-10, atol=1e-10)

@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from oracles import randomize_
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 
 from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoConfig, BMojoForCausalLM, RememberedToken, cache_file_bmojo
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 
 
 BASE = SIZES

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cache import STATES, build, go_on, padded, read, tokens
-from tiny import SIZES
 from transformers import PreTrainedConfig
 
 from modeling_bmojo import BMojoCache, BMojoConfig, cache_facts_bmojo, cache_file_bmojo
+from tests.modeling.test_cache import STATES, build, go_on, padded, read, tokens
+from tests.tiny import SIZES
 
 
 # Damage --------------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ OLD_FACTS = [
 
 
 def as_before(path, plant=None):
-    """Makes the file at `path` one of format 4, as version 0.1 wrote it: see tests/contract for real ones."""
+    """Makes the file at `path` one of format 4, as version 0.1 wrote it: see tests/project/contract for real ones."""
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), load_file(path)
     facts = json.loads(metadata["facts"])
@@ -569,7 +569,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[2:]
 import torch
-from test_cache import build, read, tokens
+from tests.modeling.test_cache import build, read, tokens
 from modeling_bmojo import cache_file_bmojo
 written = cache_file_bmojo.save_file
 def killed(tensors, filename, metadata=None):
@@ -584,7 +584,7 @@ read(build(), tokens(9)).save(sys.argv[1])
 
 
 def saver(path, *, live):
-    folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    folders = [str(Path(__file__).resolve().parents[2])]
     return subprocess.Popen(
         [sys.executable, "-c", KILLED, str(path), "live" if live else "dead", *folders],
         stdin=subprocess.PIPE,

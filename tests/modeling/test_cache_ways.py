@@ -12,13 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cache import LENGTHS, STATES, assert_near, assert_same_states, build, go_on, padded, read, states, tokens
-from tiny import MIXED_LAYERS, SIZES
 from torch.nn.parallel import scatter_gather
 from transformers import DynamicCache, StaticCache
 
 from modeling_bmojo import BMojoCache, BMojoConfig
 from modeling_bmojo.cache_pads_bmojo import column_codes
+from tests.modeling.test_cache import (
+    LENGTHS,
+    STATES,
+    assert_near,
+    assert_same_states,
+    build,
+    go_on,
+    padded,
+    read,
+    states,
+    tokens,
+)
+from tests.tiny import MIXED_LAYERS, SIZES
 
 
 # An unfinished forward -----------------------------------------------------------------------------------------------
@@ -419,7 +430,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 folder = sys.argv[1]
 sys.path[:0] = sys.argv[2:]
-from test_cache import build, go_on, read, tokens
+from tests.modeling.test_cache import build, go_on, read, tokens
 import modeling_bmojo
 Model = get_class_from_dynamic_module("modeling_bmojo.BMojoForCausalLM", folder)
 Config = get_class_from_dynamic_module("configuration_bmojo.BMojoConfig", folder)
@@ -456,13 +467,13 @@ print("as one")
 
 def test_package_and_remote_code_share_caches(tmp_path):
     """Two sets of classes in one process: each reads, saves, loads and joins what the other wrote."""
-    folder, here = tmp_path / "folder", Path(__file__).parent
+    folder, root = tmp_path / "folder", Path(__file__).resolve().parents[2]
     folder.mkdir()
-    for file in (here.parent / "modeling_bmojo").glob("*.py"):
+    for file in (root / "modeling_bmojo").glob("*.py"):
         if file.name != "__init__.py":
             shutil.copy(file, folder)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REMOTE, str(folder), str(here), str(here.parent)]
+    command = [sys.executable, "-c", REMOTE, str(folder), str(root)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split("\n")[-2] == "as one"

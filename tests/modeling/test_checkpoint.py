@@ -11,11 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import randomize_
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from strangers import run_stranger
-from tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,6 +24,9 @@ from transformers import (
 
 import modeling_bmojo
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, BMojoModel
+from tests.oracles import randomize_
+from tests.strangers import run_stranger
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 
 
 BASE = {**SIZES, "pad_token_id": 0}

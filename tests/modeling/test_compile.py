@@ -9,9 +9,9 @@ import copy
 import pytest
 import torch
 import torch._dynamo
-from tiny import MIXED_LAYERS, SIZES, VOCAB
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
+from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
 SETTINGS = {

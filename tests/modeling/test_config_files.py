@@ -10,11 +10,11 @@ import pickle
 
 import pytest
 import torch
-from tiny import MIXED_LAYERS, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.tiny import MIXED_LAYERS, SIZES
 
 
 KINDS = MIXED_LAYERS["layer_types"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import algorithm1_forward, bmojo_f_dense, randomize_
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
@@ -43,6 +42,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.oracles import algorithm1_forward, bmojo_f_dense, randomize_
 
 
 VOCAB = 61

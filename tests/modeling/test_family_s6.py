@@ -10,13 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import algorithm1_forward, randomize_
-from test_family import assert_equals_algorithm1, assert_near, decode, fp64_norms_, remembered, small_model, tokens
 from transformers import MambaConfig, MambaForCausalLM
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, dispatch_bmojo
 from modeling_bmojo.fading_s6_bmojo import S6FadingMemory
 from modeling_bmojo.s6_ops import chunk_s6, step_s6
+from tests.modeling.test_family import (
+    assert_equals_algorithm1,
+    assert_near,
+    decode,
+    fp64_norms_,
+    remembered,
+    small_model,
+    tokens,
+)
+from tests.oracles import algorithm1_forward, randomize_
 
 
 # fields of upstream's config. Ours takes the inner width as heads times channels per head.

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fsdp2_launched import compute, prompt
-from oracles import randomize_
-from tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 from modeling_bmojo.compat_bmojo import SHARDS_BY_DTYPE
+from tests.launched.fsdp2_launched import compute, prompt
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"plain": {}, "s6": {"ssm_type": "mamba"}, "mixed": MIXED_LAYERS, "unprojected": UNPROJECTED}
 
 
@@ -30,7 +30,7 @@ def test_two_processes_compute_what_one_does(name, in_fp32, tmp_path):
     randomize_(BMojoForCausalLM(config).float()).save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [
-        str(ROOT / "tests" / "fsdp2_launched.py"),
+        str(ROOT / "tests" / "launched" / "fsdp2_launched.py"),
         str(tmp_path / "model"),
         "bfloat16",
         str(tmp_path / "out.pt"),

@@ -6,13 +6,13 @@ expiry at once. Padded prompts are in test_padding.py, the cache's own operation
 
 import pytest
 import torch
-from oracles import randomize_
-from tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 
 
 PAD = 0

@@ -6,13 +6,13 @@ when that row is read alone. The second run of tied k_proj and v_proj, on SSM ou
 
 import pytest
 import torch
-from oracles import randomize_
 from peft import LoraConfig, get_peft_model
-from tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 from torch import nn
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 from modeling_bmojo.linear_bmojo import listeners
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 
 
 BASE = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "pad_token_id": 0}

@@ -7,13 +7,13 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import randomize_
-from tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 from torch import nn
 from torch.nn.utils import prune
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
 from modeling_bmojo.linear_bmojo import FEW_ROWS, parts_for, project
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
 
 SETTINGS = {"mixed": MIXED_LAYERS, "unprojected": UNPROJECTED, "s6": {"ssm_type": "mamba"}}

@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import INNOVATION_EPS as ORACLE_EPS
-from oracles import EideticMemory, oracle_eidetic, oracle_key_innovation, oracle_output_innovation, scale_free_error
 
 from modeling_bmojo import BMojoConfig, memory_ops
 from modeling_bmojo.cache_layer_bmojo import BMojoCacheLayer
@@ -21,6 +19,14 @@ from modeling_bmojo.memory_ops import (
     prediction_error,
     retention_key,
     select,
+)
+from tests.oracles import INNOVATION_EPS as ORACLE_EPS
+from tests.oracles import (
+    EideticMemory,
+    oracle_eidetic,
+    oracle_key_innovation,
+    oracle_output_innovation,
+    scale_free_error,
 )
 
 

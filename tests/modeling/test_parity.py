@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import algorithm1_forward, randomize_
-from tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.oracles import algorithm1_forward, randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
 
 
 TOKENS = 44

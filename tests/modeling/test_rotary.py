@@ -6,12 +6,12 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
-from tiny import SIZES
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from modeling_bmojo.modeling_bmojo import BMojoRotaryEmbedding
+from tests.tiny import SIZES
 
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import oracle_s6, oracle_s6_prediction, oracle_s6_token
 
 from modeling_bmojo import s6_ops
 from modeling_bmojo.s6_ops import chunk_s6, naive_s6, predict_s6_input, step_s6
+from tests.oracles import oracle_s6, oracle_s6_prediction, oracle_s6_token
 
 
 FORMS = [naive_s6, chunk_s6]

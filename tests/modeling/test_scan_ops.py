@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 import torch.utils.checkpoint
-from test_ssm_ops import EXACT, draw
 
 from modeling_bmojo import scan_blocks, scan_ops
 from modeling_bmojo.ssm_ops import chunk_ssd, naive_ssd, predict_input
+from tests.modeling.test_ssm_ops import EXACT, draw
 
 
 NAMES = ["x", "dt", "A", "B", "C", "D", "initial_state"]

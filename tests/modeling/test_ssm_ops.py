@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import oracle_ssd, oracle_ssd_token, oracle_state_innovation, oracle_state_prediction
 
 from modeling_bmojo.memory_ops import prediction_error
 from modeling_bmojo.ssm_ops import causal_conv, chunk_ssd, naive_ssd, predict_input, step_ssd
+from tests.oracles import oracle_ssd, oracle_ssd_token, oracle_state_innovation, oracle_state_prediction
 
 
 FORMS = [naive_ssd, chunk_ssd]

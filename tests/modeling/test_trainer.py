@@ -1,7 +1,7 @@
 """Plain `transformers.Trainer` on our models: which loss, which columns, which weights decay, what accumulation does.
 
-Trainer decides these by class names, signatures and module classes; tests/test_travel.py asks the same of a folder
-without the package.
+Trainer decides these by class names, signatures and module classes; tests/modeling/test_travel.py asks the same of a
+folder without the package.
 """
 
 import logging
@@ -9,10 +9,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from graft_sources import tiny_tokenizer
-from oracles import randomize_
 from peft import LoraConfig, get_peft_model
-from tiny import SIZES
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -32,6 +29,9 @@ from modeling_bmojo import (
     BMojoForSequenceClassification,
     BMojoForTokenClassification,
 )
+from tests.conversion.graft_sources import tiny_tokenizer
+from tests.oracles import randomize_
+from tests.tiny import SIZES
 
 
 BASE = {**SIZES, "pad_token_id": 0}

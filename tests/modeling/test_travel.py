@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from graft_sources import tiny_tokenizer
-from oracles import randomize_
 from peft import LoraConfig, get_peft_model
-from strangers import run_stranger
-from tiny import MIXED_LAYERS, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_bmojo import AUTO_CLASSES, BMojoConfig, BMojoForCausalLM
+from tests.conversion.graft_sources import tiny_tokenizer
+from tests.oracles import randomize_
+from tests.strangers import run_stranger
+from tests.tiny import MIXED_LAYERS, SIZES
 
 
 CLASSES = {"AutoConfig": "configuration_bmojo.BMojoConfig"} | {

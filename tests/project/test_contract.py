@@ -1,6 +1,6 @@
 """What was published stays readable: checkpoints, configurations and cache files of earlier versions.
 
-tests/contract/ holds them, written by the code that they name (see the README there).
+tests/project/contract/ holds them, written by the code that they name (see the README there).
 """
 
 import json

@@ -19,12 +19,12 @@ from pydoc_data.topics import topics
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
-from test_project import ON_ONE_MACHINE, ROOT, pyproject
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modeling_bmojo
 from notebooks.run import assigned_names, execute, main, notebooks, read, with_parameters
+from tests.project.test_project import ON_ONE_MACHINE, ROOT, pyproject
 
 
 NAMES = ("01_quickstart", "02_graft_and_align", "03_lora", "04_inside_the_memory")

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 import modeling_bmojo
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modeling_bmojo"
 MODULES = sorted(PACKAGE.glob("*.py"))
 # What a checkpoint may demand of the machine that loads it. Everything else belongs inside `try`.
@@ -161,7 +161,7 @@ def test_patterns_find_what_they_look_for():
 
 def test_no_machine_paths_or_registry_hosts():
     texts = tracked_texts()
-    assert "pyproject.toml" in texts and "tests/test_project.py" in texts
+    assert "pyproject.toml" in texts and "tests/project/test_project.py" in texts
     assert lines_matching(ON_ONE_MACHINE, texts) == []
     assert lines_matching(REGISTRY_HOST, texts) == []
 

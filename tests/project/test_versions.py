@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from oracles import randomize_
-from tiny import MIXED_LAYERS, SIZES, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -40,6 +38,8 @@ from modeling_bmojo import (
     show_memory,
     trace_innovation,
 )
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
 PAD = 0
@@ -51,7 +51,7 @@ HEADS = (
     BMojoForTokenClassification,
     BMojoForQuestionAnswering,
 )
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(cls=BMojoForCausalLM, **settings):

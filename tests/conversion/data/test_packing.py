@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import SIZES
 
 from conversion.alignment import document_groups, run_teacher
 from conversion.packing import IGNORED, Collator, concatenate, count_from, cut, pack_documents, single
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.tiny import SIZES
 
 
 def documents(sizes):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs" / "peft" / "data"
+FOLDER = Path(__file__).resolve().parents[3] / "configs" / "peft" / "data"
 WINDOW = 512  # of the default graft
 FORM = re.compile(r"(?P<body>.+) In short: (?P<gist>[^.]+)\.")
 # A sentence ends with a full stop that no digit follows (3.14), maybe behind a quotation mark.

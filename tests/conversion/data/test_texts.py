@@ -4,9 +4,9 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from evaluation_sources import character_tokenizer
 
 from conversion.texts import HELD_OUT, fingerprint, openings, pydoc_text, read_texts, sequences, token_stream
+from tests.conversion.evaluation_sources import character_tokenizer
 
 
 TOKENIZER = character_tokenizer()

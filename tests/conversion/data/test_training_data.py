@@ -4,14 +4,14 @@ import json
 
 import datasets
 import pytest
-from graft_sources import tiny_tokenizer
-from training_setup import letters, write_rows, write_text
 
 from conversion import training_data
 from conversion.files import sha256
 from conversion.packing import IGNORED
 from conversion.training_data import SAMPLE, _Rows, build_data
 from conversion.training_settings import DataSettings
+from tests.conversion.graft_sources import tiny_tokenizer
+from tests.conversion.training_setup import letters, write_rows, write_text
 
 
 TOKENIZER = tiny_tokenizer()

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from evaluation_sources import READER, dense_mask, save_reader
-from graft_sources import SOURCES, randomised, save_source
 
 from conversion.baselines import Models, equal_memory_window
 from conversion.families import bmojo_config_for
@@ -15,6 +13,8 @@ from conversion.scores_nll import read
 from conversion.settings import GraftSettings
 from conversion.sources import open_source
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.evaluation_sources import READER, dense_mask, save_reader
+from tests.conversion.graft_sources import SOURCES, randomised, save_source
 
 
 TOKENS = 60

@@ -7,8 +7,6 @@ import sys
 import pytest
 import torch
 import yaml
-from evaluation_sources import READER, character_tokenizer, save_reader
-from graft_sources import graft, randomised
 
 from conversion import baselines, evaluation, evaluation_store
 from conversion.baselines import ROWS, Row
@@ -16,6 +14,8 @@ from conversion.evaluate import main
 from conversion.evaluation_report import summarise
 from conversion.evaluation_settings import KNOWN_KEYS, load_evaluation
 from conversion.scores_nll import mean_and_error
+from tests.conversion.evaluation_sources import READER, character_tokenizer, save_reader
+from tests.conversion.graft_sources import graft, randomised
 
 
 SETTINGS = {

@@ -5,8 +5,6 @@ import statistics
 
 import pytest
 import torch
-from evaluation_sources import CHARACTERS, READER, character_tokenizer
-from graft_sources import randomised, tiny_tokenizer
 
 from conversion import scores_cost
 from conversion.families import bmojo_config_for
@@ -15,6 +13,8 @@ from conversion.scores_cost import measure_cost
 from conversion.scores_nll import bucket_means, buckets, curve, mean_and_error, read
 from conversion.scores_passkey import NEEDLE, QUESTION, by_distance, make_prompts, score_prompts
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.evaluation_sources import CHARACTERS, READER, character_tokenizer
+from tests.conversion.graft_sources import randomised, tiny_tokenizer
 
 
 TOKENIZER = character_tokenizer()

@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from graft_sources import (
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion.families import bmojo_config_for
+from conversion.report import REPORT_FILE, read_report
+from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.conversion.graft_sources import (
     CHAT_TEMPLATE,
     SOURCES,
     VOCAB,
@@ -27,13 +34,6 @@ from graft_sources import (
     snapshot,
     tiny_tokenizer,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from conversion.families import bmojo_config_for
-from conversion.report import REPORT_FILE, read_report
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from graft_sources import SIZES, SOURCES, VOCAB, W, graft, logits, randomised, save_source
 from transformers import LlamaConfig, Qwen3Config
 
 from conversion.families import FAMILIES, MEMORY_FIELDS, backbone_fields, bmojo_config_for, targets_of
@@ -19,9 +18,10 @@ from conversion.ssm_init import (
     smoother_time_constants,
 )
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.conversion.graft_sources import SIZES, SOURCES, VOCAB, W, graft, logits, randomised, save_source
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_settings_that_a_graft_may_set_are_config_fields():

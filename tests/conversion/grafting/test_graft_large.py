@@ -1,6 +1,6 @@
 """Large checkpoints: bounded memory, dtypes kept, pickles, and runs that are killed.
 
-The bounds are shown on a scaled-down checkpoint; `python -m tests.bench.large` shows them on one of 6 GB.
+The bounds are shown on a scaled-down checkpoint; `python -m benchmarks.large` shows them on one of 6 GB.
 """
 
 import json
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -27,14 +26,15 @@ from conversion.settings import load_settings
 from conversion.staging import clear_leftovers, sole_writer, staged_folder
 from conversion.weights import BLOCK_BYTES, digest, open_weights, row_blocks
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.conversion.graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, snapshot
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 MEMORY_SCRIPT = """
 import resource, sys
 from pathlib import Path
 from conversion.graft import main
-from tests.bench.large import llama, write_checkpoint
+from benchmarks.large import llama, write_checkpoint
 
 for name, layers, vocabulary in (("small", 1, 512), ("large", 12, 4096)):  # the small one brings in all code
     folder = Path(sys.argv[1]) / name

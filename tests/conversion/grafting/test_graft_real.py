@@ -18,7 +18,7 @@ from conversion.restore import main as main_restore
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
 PROMPTS = (
     "The capital of France is",

@@ -8,7 +8,14 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from graft_sources import (
+from safetensors.torch import load_file, save_file
+from transformers import GemmaConfig, GemmaForCausalLM
+
+from conversion.families import FAMILIES, bmojo_config_for
+from conversion.graft import main
+from conversion.report import REPORT_FILE
+from modeling_bmojo import BMojoConfig
+from tests.conversion.graft_sources import (
     SIZES,
     SOURCES,
     VOCAB,
@@ -21,13 +28,6 @@ from graft_sources import (
     snapshot,
     tiny_tokenizer,
 )
-from safetensors.torch import load_file, save_file
-from transformers import GemmaConfig, GemmaForCausalLM
-
-from conversion.families import FAMILIES, bmojo_config_for
-from conversion.graft import main
-from conversion.report import REPORT_FILE
-from modeling_bmojo import BMojoConfig
 
 
 def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:

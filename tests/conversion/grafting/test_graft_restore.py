@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.report import REPORT_FILE, read_report
 from conversion.restore import main
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, tiny_tokenizer
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -5,8 +5,6 @@ import sys
 
 import pytest
 import torch
-from evaluation_sources import CHARACTERS, READER, save_reader
-from graft_sources import SOURCES, W, graft, logits, randomised, save_source
 from transformers import Qwen2Config
 
 from conversion.families import bmojo_config_for, chosen_layers
@@ -16,6 +14,8 @@ from conversion.running import assembled
 from conversion.sources import open_source
 from conversion.texts import read_texts, sequences
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.evaluation_sources import CHARACTERS, READER, save_reader
+from tests.conversion.graft_sources import SOURCES, W, graft, logits, randomised, save_source
 
 
 TOKENS, TEXTS = 96, 2

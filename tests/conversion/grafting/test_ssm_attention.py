@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from graft_sources import SIZES, SOURCES, VOCAB, W, graft, logits, save_source
 from transformers import LlamaConfig
 
 from conversion.families import backbone_fields, bmojo_config_for
@@ -13,6 +12,7 @@ from conversion.ssm_init import SSM_INITS
 from conversion.ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
 from conversion.ssm_scalars import smoother_time_constants
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.graft_sources import SIZES, SOURCES, VOCAB, W, graft, logits, save_source
 
 
 TAU = (2.0, 16.0)

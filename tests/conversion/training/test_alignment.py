@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-from graft_sources import SOURCES, VOCAB, W
-from tiny import SIZES
-from training_setup import T, tiny_graft
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from conversion.alignment import Alignment, document_groups, run_teacher
@@ -17,6 +14,9 @@ from conversion.training_model import choose_trained, hold_in_float32
 from conversion.training_settings import LossSettings
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from modeling_bmojo.inputs_bmojo import Rows
+from tests.conversion.graft_sources import SOURCES, VOCAB, W
+from tests.conversion.training_setup import T, tiny_graft
+from tests.tiny import SIZES
 
 
 BACKBONE = "model.layers.*.self_attn.q_proj.weight"

@@ -1,6 +1,7 @@
 """QLoRA without a GPU: what is refused, what transformers and PEFT are asked for, and that nothing is passed over.
 
-4-bit arithmetic itself is bitsandbytes'; `tests/test_peft_training.py` has a test of it for machines with a GPU.
+4-bit arithmetic itself is bitsandbytes'; `tests/modeling/adapters/test_peft_training.py` has a test of it for
+machines with a GPU.
 """
 
 import json
@@ -10,16 +11,16 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from oracles import randomize_
 from safetensors.torch import load_file
-from tiny import SIZES
 from torch import nn
-from training_setup import log_of, run_finetune, tiny_graft
 from transformers import BitsAndBytesConfig
 from transformers.integrations import bitsandbytes as integration
 
 from conversion import four_bit
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from tests.conversion.training_setup import log_of, run_finetune, tiny_graft
+from tests.oracles import randomize_
+from tests.tiny import SIZES
 
 
 QLORA = {"r": 2, "quantize": "nf4"}

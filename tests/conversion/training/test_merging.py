@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from graft_sources import W
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_setup import run_finetune, tiny_graft
 
 from conversion.report import read_report
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.graft_sources import W
+from tests.conversion.training_setup import run_finetune, tiny_graft
 
 
 TIED = "llama_biases_tied"

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_setup import letters, log_of, run_finetune, tiny_graft, write_rows
 
 from conversion import finetune
 from conversion.report import read_report
+from tests.conversion.training_setup import letters, log_of, run_finetune, tiny_graft, write_rows
 
 
 def is_fresh(tmp_path):

@@ -12,13 +12,13 @@ import torch
 import torch.distributed.checkpoint as dist_cp
 import yaml
 from safetensors.torch import load_file
-from training_setup import T, log_of, recipe, run_align, run_finetune, tiny_graft, write_text
 
 from conversion.checkpoints import checkpoints, work_folder
 from conversion.trainer import load_trained
+from tests.conversion.training_setup import T, log_of, recipe, run_align, run_finetune, tiny_graft, write_text
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def launch(settings: Path) -> subprocess.CompletedProcess:
@@ -59,9 +59,8 @@ def launch_test(layout: str, program: str, tmp_path: Path, *options: str, enviro
     settings.write_text(yaml.safe_dump(recipe(tmp_path, **values)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
     command += ["--config_file", str(ROOT / "configs" / "accelerate" / f"{layout}.yaml"), "--mixed_precision", "no"]
-    command += [*options, str(ROOT / "tests" / "train_launched.py"), program, str(settings)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    given = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
+    command += [*options, str(ROOT / "tests" / "launched" / "train_launched.py"), program, str(settings)]
+    given = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})}
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **given}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graft_sources import W
-from training_setup import letters, log_of, run_align, run_finetune, write_rows
 from transformers import AutoTokenizer
 
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.graft_sources import W
+from tests.conversion.training_setup import letters, log_of, run_align, run_finetune, write_rows
 
 
 TEXTS = [letters(count, seed=20 + count) for count in (W + 3, 45, W + 9, 30, 40)]  # five: no multiple of two

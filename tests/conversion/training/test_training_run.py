@@ -6,15 +6,24 @@ import signal
 
 import pytest
 import torch
-from graft_sources import W, snapshot
 from safetensors.torch import load_file
-from training_setup import letters, log_of, recipe, run_align, run_finetune, tiny_graft, write_rows, write_text
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conversion import trainer as trainer_module
 from conversion.checkpoints import checkpoints, start_work, work_folder
 from conversion.report import read_report
 from modeling_bmojo import BMojoForCausalLM
+from tests.conversion.graft_sources import W, snapshot
+from tests.conversion.training_setup import (
+    letters,
+    log_of,
+    recipe,
+    run_align,
+    run_finetune,
+    tiny_graft,
+    write_rows,
+    write_text,
+)
 
 
 def tensors(folder):

@@ -10,10 +10,8 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from oracles import randomize_
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 from torch import nn
 
 from modeling_bmojo import (
@@ -27,9 +25,11 @@ from modeling_bmojo import (
     peft_bmojo,
     print_lora_coverage,
 )
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 MODELS = {
     "mamba2": {},
     "s6": dict(ssm_type="mamba"),

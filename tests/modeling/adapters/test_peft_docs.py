@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_setup import letters, tiny_graft
 
 from modeling_bmojo import BMojoCache, BMojoForCausalLM
+from tests.conversion.training_setup import letters, tiny_graft
 
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "peft.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "peft.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 

@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracles import randomize_
-from tiny import SIZES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, bmojo_lora_config
+from tests.oracles import randomize_
+from tests.tiny import SIZES
 
 
 SENTENCE = "the memory keeps what surprised it and forgets all that could be predicted"

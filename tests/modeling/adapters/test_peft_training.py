@@ -5,13 +5,13 @@ import importlib.util
 
 import pytest
 import torch
-from kernel_stubs import CALLS, install
-from oracles import randomize_
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB, WINDOW
 from torch import nn
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, bmojo_lora_config, dispatch_bmojo
+from tests.modeling.kernels.kernel_stubs import CALLS, install
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB, WINDOW
 
 
 LONG = 3 * WINDOW

@@ -6,9 +6,6 @@ import sys
 import matplotlib
 import pytest
 import torch
-from oracles import randomize_
-from test_show import TOKENIZER, encode
-from tiny import MIXED_LAYERS, SIZES, UNPROJECTED, WINDOW
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_bmojo import (
@@ -23,6 +20,9 @@ from modeling_bmojo import (
 )
 from modeling_bmojo.memory_ops import NEVER
 from modeling_bmojo.trace_bmojo import held_tokens, measure_bytes, memory_bytes
+from tests.modeling.inspect.test_show import TOKENIZER, encode
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED, WINDOW
 
 
 matplotlib.use("Agg")

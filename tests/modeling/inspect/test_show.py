@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import randomize_
-from tiny import MIXED_LAYERS, SIZES, SLOTS, WINDOW
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, show_bmojo, show_memory
 from modeling_bmojo.pieces_bmojo import token_pieces, visible
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, WINDOW
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ The public functions run on CPU tensors with `launch` replaced by the compiler: 
 would launch, with their tile sizes and argument types. Run by `test_kernels.py`, in a process of its own because Triton
 either compiles or interprets, by what the environment says when it is imported.
 
-    python tests/compile_kernels.py
+    python tests/modeling/kernels/compile_kernels.py
 """
 
 import importlib
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
-PACKAGE = Path(__file__).resolve().parents[1] / "modeling_bmojo"
+PACKAGE = Path(__file__).resolve().parents[3] / "modeling_bmojo"
 NAMES = {torch.bool: "i1", torch.int32: "i32", torch.int64: "i64"}
 NAMES |= {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 

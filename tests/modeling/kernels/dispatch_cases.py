@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_stubs import FUNCTIONS, LAYERS, oracle_s6
-from oracles import oracle_eidetic, oracle_output_innovation, oracle_ssd, randomize_
-from test_attention_ops import SCALING, generator, one_by_one, three_sets
-from tiny import MIXED_LAYERS, SIZES, VOCAB
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, dispatch_bmojo, kernels_cuda, kernels_hub
 from modeling_bmojo.dispatch_bmojo import (
@@ -22,6 +18,10 @@ from modeling_bmojo.dispatch_bmojo import (
 )
 from modeling_bmojo.kernels_cuda import KERNELS
 from modeling_bmojo.memory_ops import NEVER
+from tests.modeling.kernels.kernel_stubs import FUNCTIONS, LAYERS, oracle_s6
+from tests.modeling.test_attention_ops import SCALING, generator, one_by_one, three_sets
+from tests.oracles import oracle_eidetic, oracle_output_innovation, oracle_ssd, randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
@@ -184,9 +184,9 @@ def chosen(op, **situation) -> list[str]:
 
 
 def python(code: str, *folders: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Runs `code` in a process of its own that finds packages in `folders`, the checkout and the tests."""
+    """Runs `code` in a process of its own that finds packages in `folders` and the checkout."""
     root = Path(dispatch_bmojo.__file__).parents[1]
-    paths = [*map(str, folders), str(root), str(Path(__file__).parent)]
+    paths = [*map(str, folders), str(root)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", **variables}
     environment.pop(ENVIRONMENT, None)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)

@@ -1,12 +1,12 @@
 """Fixtures of the tests of the dispatch: nothing remembered, a GPU and packages that are stood in for, messages."""
 
 import pytest
-from kernel_stubs import CALLS, install
 
 from modeling_bmojo import dispatch_bmojo
 from modeling_bmojo.dispatch_bmojo import (
     ENVIRONMENT,
 )
+from tests.modeling.kernels.kernel_stubs import CALLS, install
 
 
 PACKAGES = ("causal_conv1d", "mamba_ssm")

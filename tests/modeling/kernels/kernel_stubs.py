@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from oracles import oracle_ssd
+
+from tests.oracles import oracle_ssd
 
 
 # Read in causal-conv1d 1.7.0 and mamba-ssm 2.3.2.post1. causal-conv1d 1.4.0 and mamba-ssm 2.2.4, the oldest that the

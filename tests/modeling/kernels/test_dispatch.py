@@ -8,11 +8,6 @@ import sys
 
 import pytest
 import torch
-from dispatch_cases import attention_sets, cast, chosen, conv_case, fake_load, python, scan_case, tiny_model
-from dispatch_fixtures import PACKAGES
-from kernel_stubs import CALLS, LAYERS, install
-from test_attention_ops import SCALING
-from tiny import VOCAB
 
 from modeling_bmojo import BMojoConfig, dispatch_bmojo, explain_kernels, kernels_hub
 from modeling_bmojo.dispatch_bmojo import (
@@ -27,6 +22,20 @@ from modeling_bmojo.dispatch_bmojo import (
     triton_forms,
 )
 from modeling_bmojo.kernels_cuda import KERNELS
+from tests.modeling.kernels.dispatch_cases import (
+    attention_sets,
+    cast,
+    chosen,
+    conv_case,
+    fake_load,
+    python,
+    scan_case,
+    tiny_model,
+)
+from tests.modeling.kernels.dispatch_fixtures import PACKAGES
+from tests.modeling.kernels.kernel_stubs import CALLS, LAYERS, install
+from tests.modeling.test_attention_ops import SCALING
+from tests.tiny import VOCAB
 
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")

@@ -5,21 +5,8 @@ import pickle
 import sys
 from pathlib import Path
 
-import kernel_stubs
 import pytest
 import torch
-from dispatch_cases import (
-    cast,
-    chosen,
-    padded_batch,
-    python,
-    read_and_decode,
-    scan_case,
-    tiny_model,
-)
-from dispatch_fixtures import PACKAGES
-from kernel_stubs import CALLS, DECLARED, LAYERS, install
-from tiny import VOCAB, WINDOW
 
 from modeling_bmojo import dispatch_bmojo, kernels_hub
 from modeling_bmojo.dispatch_bmojo import (
@@ -28,6 +15,19 @@ from modeling_bmojo.dispatch_bmojo import (
     Situation,
     make_plan,
 )
+from tests.modeling.kernels import kernel_stubs
+from tests.modeling.kernels.dispatch_cases import (
+    cast,
+    chosen,
+    padded_batch,
+    python,
+    read_and_decode,
+    scan_case,
+    tiny_model,
+)
+from tests.modeling.kernels.dispatch_fixtures import PACKAGES
+from tests.modeling.kernels.kernel_stubs import CALLS, DECLARED, LAYERS, install
+from tests.tiny import VOCAB, WINDOW
 
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
@@ -201,8 +201,8 @@ def test_without_kernels_asking_for_them_is_transformers_error():
 HUB = """
 import sys, torch
 import kernels
-from kernel_stubs import CALLS, LAYERS
-from tiny import MIXED_LAYERS, SIZES, VOCAB
+from tests.modeling.kernels.kernel_stubs import CALLS, LAYERS
+from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, dispatch_bmojo, explain_kernels
 from transformers import AutoModelForCausalLM
 from transformers.models.mamba2 import modeling_mamba2

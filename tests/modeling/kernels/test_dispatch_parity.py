@@ -7,11 +7,8 @@ functions refuse.
 import importlib
 import inspect
 
-import kernel_stubs
 import pytest
 import torch
-from dispatch_cases import CASES, EXACT, FP32, cast, compare_expiry, conv_case, draw, flat, registered, s6_case, tensors
-from kernel_stubs import DECLARED, FUNCTIONS, LAYERS
 
 from modeling_bmojo import kernels_cuda, kernels_hub
 from modeling_bmojo.dispatch_bmojo import (
@@ -20,6 +17,21 @@ from modeling_bmojo.dispatch_bmojo import (
     triton_forms,
 )
 from modeling_bmojo.kernels_cuda import KERNELS
+from tests.modeling.kernels import kernel_stubs
+from tests.modeling.kernels.dispatch_cases import (
+    CASES,
+    EXACT,
+    FP32,
+    cast,
+    compare_expiry,
+    conv_case,
+    draw,
+    flat,
+    registered,
+    s6_case,
+    tensors,
+)
+from tests.modeling.kernels.kernel_stubs import DECLARED, FUNCTIONS, LAYERS
 
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import oracle_gathered_attention, oracle_ssd
 
 from modeling_bmojo import kernels_attention, kernels_common, kernels_memory, kernels_ssm, memory_ops, ssm_ops
 from modeling_bmojo.attention_ops import KeySet, banded, block_attention, gathered
 from modeling_bmojo.kernels_attention import gathered_attention, offers_to_index, triton_block_attention
+from tests.oracles import oracle_gathered_attention, oracle_ssd
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() and not kernels_common.INTERPRETED else "cpu"
 EXACT = dict(rtol=1e-10, atol=1e-10)
 HAS_WHEELS = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -126,7 +126,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     """Without a GPU: Triton brings its own assembler. 16-bit attention must reach Hopper's tensor core instructions."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py")]
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     reports = {report["kernel"]: report for report in map(json.loads, done.stdout.splitlines())}
