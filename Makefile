@@ -27,9 +27,9 @@ VENVS := .venvs
 HAVE_VERSIONS := $(OTHER_VERSIONS:%=$(VENVS)/transformers-%/.have)
 # What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints and
 # the code they carry, Trainer, and what users reported of other models.
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,arguments cache cache_file cache_ways checkpoint compile \
-	config_files contract family family_s6 four_bit fsdp2 generate hooks linear padding parity rotary trainer training \
-	travel versions))
+CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache cache_file cache_ways checkpoint compile \
+	config_files family family_s6 fsdp2 generate hooks linear padding parity rotary trainer training travel)) \
+	tests/conversion/training/test_four_bit.py $(addprefix tests/project/test_,contract.py versions.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-versions test-faults bench notebooks lint format clean
@@ -77,7 +77,7 @@ test-faults: $(HAVE_TEST)
 # Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.
 bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)
 	@echo "==> bench: every figure against what a user would take instead"
-	@HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m tests.bench.speed --json outputs/bench/speed.json $(ARGS)
+	@HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m benchmarks.speed --json outputs/bench/speed.json $(ARGS)
 
 # A notebook that fails stays as it was. ARGS='notebooks/03_lora.ipynb' runs one of them.
 notebooks: $(HAVE_NOTEBOOKS) $(HAVE_SMOLLM2)

@@ -7,9 +7,9 @@
     fresh          a graft that was not trained
     graft          a checkpoint folder: aligned, fine-tuned, or grafted otherwise
 
-The windows are `BMojoForCausalLM` itself, whose sliding layers equal transformers' (tests/test_family.py), so they are
-exact at any length and cost O(T W). Sinks are its eidetic memory with a constant innovation: nothing beats the first S
-tokens, and of equals the older stays. Nothing is trained or written here.
+The windows are `BMojoForCausalLM` itself, whose sliding layers equal transformers' (tests/modeling/test_family.py),
+so they are exact at any length and cost O(T W). Sinks are its eidetic memory with a constant innovation: nothing beats
+the first S tokens, and of equals the older stays. Nothing is trained or written here.
 """
 
 import copy

@@ -8,7 +8,7 @@ run: times of execution, versions of the kernel, frames of progress bars. Exit s
 is no notebook, 130 interrupted; a notebook that did not succeed stays as it was.
 
 `execute` with parameters runs a notebook with other settings, as papermill does: the cell tagged "parameters" is
-followed by one that assigns the new values. tests/test_notebooks.py makes every notebook small that way.
+followed by one that assigns the new values. tests/project/test_notebooks.py makes every notebook small that way.
 """
 
 import argparse

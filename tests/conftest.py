@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
-from dispatch_fixtures import installed, nothing_remembered, on_gpu, said  # noqa: E402, F401
+from tests.modeling.kernels.dispatch_fixtures import installed, nothing_remembered, on_gpu, said  # noqa: E402, F401
 
 
 class TorchRandom:

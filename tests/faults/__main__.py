@@ -26,11 +26,9 @@ from pathlib import Path
 from typing import Any
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import conftest  # noqa: F401  (no network, one thread)
-
+from tests import conftest  # noqa: F401  (no network, one thread)
 from tests.faults.events import FILLED, TAKES_SPACE, Watch
 from tests.faults.scenarios import Scenario, all_scenarios, outcome
 

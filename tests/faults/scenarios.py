@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from graft_sources import W
-from training_setup import QUIET, T, letters, tiny_graft
 
 from conversion import align, finetune, graft, restore
+from tests.conversion.graft_sources import W
+from tests.conversion.training_setup import QUIET, T, letters, tiny_graft
 
 
 STEADY = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}  # one step too many would show

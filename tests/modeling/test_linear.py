@@ -1,0 +1,208 @@
+"""Projections: `nn.Linear` itself, found by tools of others; the same numbers, on all threads where a CPU decodes."""
+
+import copy
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
+from modeling_bmojo.linear_bmojo import FEW_ROWS, parts_for, project
+from tests.oracles import randomize_
+from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
+
+
+SETTINGS = {"mixed": MIXED_LAYERS, "unprojected": UNPROJECTED, "s6": {"ssm_type": "mamba"}}
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How often the product was cut into parts."""
+    calls, real = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args, **options: calls.append(args) or real(*args, **options))
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, FEW_ROWS), (FEW_ROWS, 1), (3, 2), (1,), ()])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_few_rows_are_cut_and_equal(two_threads, products, shape, bias):
+    linear, x = nn.Linear(24, 30, bias=bias), torch.randn(*shape, 24)
+    torch.testing.assert_close(project(linear, x), linear(x), rtol=1e-6, atol=1e-6)
+    assert project(linear, x).shape == linear(x).shape and len(products) == 2
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 10), st.integers(1, 5), st.booleans())
+def test_any_size_equals_a_plain_linear(size_in, size_out, rows, threads, bias):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        linear, x = nn.Linear(size_in, size_out, bias=bias), torch.randn(1, rows, size_in)
+        with torch.no_grad():
+            torch.testing.assert_close(project(linear, x), linear(x), rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_go_through_the_plain_product(two_threads, products):
+    linear, x = nn.Linear(24, 30), torch.randn(1, 1, 24)
+    (ours,) = torch.autograd.grad(project(linear, x).square().sum(), linear.weight)
+    (theirs,) = torch.autograd.grad(linear(x).square().sum(), linear.weight)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert products == []
+
+
+@torch.no_grad()
+def test_other_inputs_take_the_plain_product(two_threads, products):
+    linear = nn.Linear(24, 30)
+    for x in (torch.randn(1, FEW_ROWS + 1, 24), torch.randn(1, 0, 24)):
+        torch.testing.assert_close(project(linear, x), linear(x), rtol=0, atol=0)
+    narrow, x = nn.Linear(24, 30, dtype=torch.bfloat16), torch.randn(1, 1, 24, dtype=torch.bfloat16)
+    torch.testing.assert_close(project(narrow, x), narrow(x), rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert project(linear, torch.randn(1, 1, 24)).dtype == torch.bfloat16
+    prime = nn.Linear(24, 31)
+    torch.testing.assert_close(project(prime, torch.ones(1, 1, 24)), prime(torch.ones(1, 1, 24)), rtol=0, atol=0)
+    torch.set_num_threads(1)
+    project(linear, torch.randn(1, 1, 24))
+    assert products == []
+
+
+def test_parts_keep_every_thread_busy_or_there_are_none():
+    assert parts_for(576, 2) == 2 and parts_for(393, 2) == 3 and parts_for(131, 2) == 1
+    assert parts_for(576, 1) == 1 and parts_for(576, 5) == 6 and parts_for(7, 8) == 1
+
+
+# What others do with a linear map ------------------------------------------------------------------------------------
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+class Negated(ModelHook):
+    def post_forward(self, module, output):
+        return -output
+
+
+def changed(how):
+    """A linear map that gives something else than the product with its weight, and what to undo afterwards."""
+    linear, undo = nn.Linear(24, 30), None
+    if how == "subclass":
+        linear = Doubled(24, 30)
+    elif how == "hook":
+        linear.register_forward_hook(lambda module, arguments, output: output + 1)
+    elif how == "pre-hook":
+        linear.register_forward_pre_hook(lambda module, arguments: (arguments[0] + 1,))
+    elif how == "forward of its own":
+        linear.forward = lambda x: nn.functional.linear(x, linear.weight) - 1
+    elif how == "accelerate":
+        add_hook_to_module(linear, Negated())
+    elif how == "parametrisation":
+        nn.utils.parametrize.register_parametrization(linear, "weight", Halved())
+    elif how == "pruning":
+        prune.l1_unstructured(linear, "weight", 0.5)
+    elif how == "global hook":
+        undo = nn.modules.module.register_module_forward_hook(lambda module, arguments, output: output + 1)
+    elif how == "global pre-hook":
+        undo = nn.modules.module.register_module_forward_pre_hook(lambda module, arguments: (arguments[0] + 1,))
+    else:
+        linear = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)[0]
+    return linear, undo
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("subclass", "hook", "pre-hook", "forward of its own", "accelerate", "parametrisation", "pruning"),
+        *("global hook", "global pre-hook", "quantised"),
+    ],
+)
+@torch.no_grad()
+def test_whoever_changed_a_map_is_heard(how, two_threads, products):
+    x = torch.randn(1, 1, 24)
+    linear, undo = changed(how)
+    try:
+        found, expected = project(linear, x), linear(x)
+    finally:
+        if undo is not None:
+            undo.remove()
+    assert torch.equal(found, expected) and products == []
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_linear_map_of_a_model_is_nn_linear(name):
+    for cls in (BMojoForCausalLM, BMojoForSequenceClassification):
+        model = cls(BMojoConfig(**{**SIZES, **SETTINGS[name]}))
+        found = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        assert len(found) > 10 and {type(module) for module in found} == {nn.Linear}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dynamic_quantisation_reaches_every_layer_and_generates(name):
+    """pytorch/pytorch#33433: exact types. A quantised module has a method where the weight was."""
+    model = randomize_(BMojoForCausalLM(BMojoConfig(**{**SIZES, **SETTINGS[name]}))).float().eval()
+    wanted = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    kinds = {key: type(module) for key, module in quantised.named_modules() if key in wanted}
+    assert kinds.keys() == wanted and set(kinds.values()) == {torch.ao.nn.quantized.dynamic.Linear}
+    ids = torch.randint(1, 61, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        distance = (quantised(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
+        assert 0 < distance < 0.5
+    assert quantised.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False).shape == (2, 25)
+
+
+@torch.no_grad()
+def test_decoding_uses_all_threads_and_a_hook_is_heard_in_it(two_threads, products):
+    """Every map of a decoding step is cut where it can be; a hooked one is called."""
+    model = randomize_(BMojoForCausalLM(BMojoConfig(**SIZES, tie_word_embeddings=False))).float().eval()
+    cache = BMojoCache(model.config)
+    model(torch.arange(1, 20)[None], past_key_values=cache)
+    sizes = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    expected = sum(parts_for(size, 2) > 1 for size in sizes) + 2 * model.config.num_hidden_layers  # k, v run twice
+    products.clear()
+    plain = model(torch.tensor([[3]]), past_key_values=copy.deepcopy(cache)).logits
+    assert len(products) >= expected
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, arguments, output: output + 1)
+    assert (model(torch.tensor([[3]]), past_key_values=cache).logits - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fields", [{}, {"window_size": 6, "fading_stride": 3}, {"ssm_type": "mamba"}], ids=str)
+@torch.no_grad()
+def test_few_fp32_rows_compile_without_a_graph_break(fields, two_threads):
+    torch.compiler.reset()
+    model = randomize_(BMojoForCausalLM(BMojoConfig(**{**SIZES, **fields}))).float().eval()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.arange(1, FEW_ROWS + 1)[None]
+    found, wanted = step(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_time_step_projections_start_as_mambas():
+    """Mamba's dt_proj.weight: uniform within one over the root of its rank, unlike other linear maps."""
+    config = BMojoConfig(**{**SIZES, "hidden_size": 64, "ssm_type": "mamba", "ssm_time_step_rank": 9})
+    for layer in BMojoForCausalLM(config).model.layers:
+        weight = layer.fading.dt_proj.weight.detach()
+        assert weight.abs().max() <= 1 / 3 and weight.std() == pytest.approx(1 / 3 / 3**0.5, rel=0.1)

@@ -1,0 +1,287 @@
+"""The project's frame as a contract: metadata, pinned versions, what files may say, what the package may import.
+
+A checkpoint carries the package's files to machines that do not have the package, and transformers finds them by
+reading their text. The import rules below are the conditions under which that works; each is checked from the syntax
+tree, and once more through transformers' own reader.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+import modeling_bmojo
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "modeling_bmojo"
+MODULES = sorted(PACKAGE.glob("*.py"))
+# What a checkpoint may demand of the machine that loads it. Everything else belongs inside `try`.
+REQUIRED_ROOTS = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
+UNTRACKED = {
+    ".git",
+    ".venv",
+    ".venvs",
+    ".hypothesis",
+    ".pytest_cache",
+    ".ruff_cache",
+    "__pycache__",
+    "build",
+    "dist",
+    "outputs",
+    "runs",
+}
+ON_ONE_MACHINE = re.compile(
+    r"(?:^|[^A-Za-z0-9_.])/(?:work|farm|root|home/[a-z]\w*|Users/[A-Za-z]\w*)/|/tmp/[A-Za-z0-9_]|[A-Z]:\\\\?Users\b",
+    re.MULTILINE,
+)
+LIKE_AN_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.\S*", re.MULTILINE)
+REGISTRY_HOST = re.compile(
+    r"(?:pypi|pythonhosted|anaconda|npmjs)\.(?:org|com)|download\.pytorch\.org|deb\.debian\.org|localhost:\d+",
+    re.IGNORECASE,
+)
+
+
+def pyproject() -> dict:
+    """pyproject.toml. `tomllib` came with Python 3.11; before that pytest brings `tomli`."""
+    if sys.version_info >= (3, 11):
+        import tomllib as toml
+    else:
+        import tomli as toml
+    return toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def constraints() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def tracked_files() -> list[Path]:
+    """What git tracks or would track; in an unpacked archive, every file that no program made."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+        files = [ROOT / name for name in listed if name]
+    except (OSError, subprocess.CalledProcessError):
+        files = [path for path in ROOT.rglob("*") if not UNTRACKED.intersection(path.relative_to(ROOT).parts)]
+        files = [path for path in files if not any(part.endswith(".egg-info") for part in path.parts)]
+    return [path for path in files if path.is_file()]
+
+
+def tracked_texts() -> dict[str, str]:
+    texts = {}
+    for path in tracked_files():
+        data = path.read_bytes()
+        if b"\0" not in data[:8192]:
+            texts[path.relative_to(ROOT).as_posix()] = data.decode("utf-8")
+    return texts
+
+
+def lines_matching(pattern: re.Pattern, texts: dict[str, str]) -> list[str]:
+    hits = ((name, text, match) for name, text in texts.items() for match in pattern.finditer(text))
+    return [f"{name}:{text.count(chr(10), 0, match.start() + 1) + 1}: {match[0].strip()}" for name, text, match in hits]
+
+
+# Metadata ------------------------------------------------------------------------------------------------------------
+def test_metadata():
+    project = pyproject()["project"]
+    assert project["name"] == "modeling-bmojo"
+    assert project["license"] == "Apache-2.0"
+    assert Requirement(f"python{project['requires-python']}").specifier.contains("3.10")
+    assert {"cuda", "convert", "bench", "train", "notebooks", "test", "dev"} <= set(project["optional-dependencies"])
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").count("Apache License") >= 1
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_one_version():
+    version = pyproject()["project"]["version"]
+    assert modeling_bmojo.__version__ == version
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(version)}\]", changelog, re.MULTILINE), (
+        f"CHANGELOG.md has no section [{version}]"
+    )
+    assert "### Numerics" in changelog
+
+
+def test_dependencies_are_open_ranges_and_constraints_pin_them():
+    """Each dependency has a lower bound, no upper one, and one tested version inside its range per Python."""
+    requirements = [Requirement(text) for text in pyproject()["project"]["dependencies"]]
+    for requirement in requirements:
+        assert [s.operator for s in requirement.specifier] == [">="], f"{requirement}: give a lower bound and no other"
+        for python in ("3.10", "3.13"):
+            pins = [
+                pin
+                for pin in constraints()
+                if canonicalize_name(pin.name) == canonicalize_name(requirement.name)
+                and (pin.marker is None or pin.marker.evaluate({"python_version": python}))
+            ]
+            assert len(pins) == 1, f"constraints.txt pins {requirement.name} {len(pins)} times for Python {python}"
+            (specifier,) = pins[0].specifier
+            assert specifier.operator == "==" and "+" not in specifier.version, f"{pins[0]}: pin one public version"
+            assert requirement.specifier.contains(specifier.version), f"{pins[0]} is outside {requirement}"
+
+
+def test_extras_name_their_test_tools_in_constraints():
+    pinned = {canonicalize_name(pin.name) for pin in constraints()}
+    extras = pyproject()["project"]["optional-dependencies"]
+    for text in extras["convert"] + extras["bench"] + extras["notebooks"] + extras["test"]:
+        name = canonicalize_name(Requirement(text).name)
+        assert name in pinned | {"modeling-bmojo"}, f"constraints.txt does not pin {name}, which make installs"
+
+
+def test_pre_commit_uses_the_pinned_ruff():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (revision,) = [repo["rev"] for repo in config["repos"] if repo["repo"].endswith("ruff-pre-commit")]
+    assert f"ruff=={revision.removeprefix('v')}" in [str(pin) for pin in constraints()]
+
+
+# What files say ------------------------------------------------------------------------------------------------------
+def test_patterns_find_what_they_look_for():
+    """The two scans below would pass on anything if their patterns matched nothing."""
+    slash = "/"
+    for text in (
+        f"{slash}root{slash}x",
+        f"see {slash}home/ann{slash}x",
+        f"open('{slash}tmp{slash}x')",
+        "C:" + "\\Users",
+    ):
+        assert ON_ONE_MACHINE.search(text), text
+    for text in ("docs/home/", "a/work/b", "network/", f"{slash}tmp"):
+        assert not ON_ONE_MACHINE.search(text), text
+    for text in ("https://" + "pypi" + ".org/simple", "files." + "pythonhosted" + ".org"):
+        assert REGISTRY_HOST.search(text), text
+
+
+def test_no_machine_paths_or_registry_hosts():
+    texts = tracked_texts()
+    assert "pyproject.toml" in texts and "tests/project/test_project.py" in texts
+    assert lines_matching(ON_ONE_MACHINE, texts) == []
+    assert lines_matching(REGISTRY_HOST, texts) == []
+
+
+def test_configs_parse_and_say_how_they_are_run():
+    """Each YAML opens with a comment that holds the exact command, with the file's own path in it."""
+    files = sorted((ROOT / "configs").rglob("*.y*ml"))
+    assert ROOT / "configs" / "graft" / "smollm2-135m.yaml" in files
+    for path in files:
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        assert isinstance(yaml.safe_load(text), dict), f"{name} is not a mapping"
+        header = re.match(r"(?:#[^\n]*\n|\n)*", text)[0]
+        command = re.search(rf"#\s+(?:\$ )?(?:python -m|accelerate launch) [^\n]*{re.escape(name)}", header)
+        assert command, f"{name}: its header comment holds no command such as `python -m conversion.graft {name}`"
+        program = re.search(r"(?:python -m|-m) ([\w.]+)", command[0])
+        if program and program[1].startswith("conversion."):
+            assert (ROOT / (program[1].replace(".", "/") + ".py")).is_file(), (
+                f"{name} names {program[1]}, which is not there"
+            )
+
+
+def test_readme_links_resolve():
+    """Every relative link of the Markdown files leads to a file of the checkout."""
+    files = [ROOT / name for name in tracked_texts() if name.endswith(".md")]
+    assert ROOT / "README.md" in files
+    for path in files:
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href|srcset)=\"([^\"]+)\"", text)
+        for target in (markdown or html for markdown, html in links):
+            file = target.partition("#")[0]
+            if file and not re.match(r"[a-z]+:", file):
+                assert (path.parent / file).exists(), f"{path.relative_to(ROOT)} links to {file}, which is not there"
+
+
+# What the package imports --------------------------------------------------------------------------------------------
+def unguarded_imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    """Import statements that are not in the body of a `try`: functions and `if` do not count as a guard."""
+    found, queue = [], [tree]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.append(node)
+        children = ast.iter_child_nodes(node)
+        queue += [c for c in children if not (isinstance(node, ast.Try) and c in node.body)]
+    return found
+
+
+def import_faults(source: str, siblings: set[str]) -> list[str]:
+    """Imports and docstring lines that would keep an exported checkpoint from loading by itself."""
+    tree, faults = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            if node.module is None:
+                faults.append(f"{node.lineno}: `from . import` fails when the checkpoint is loaded")
+            elif node.level > 1 or node.module not in siblings:
+                faults.append(f"{node.lineno}: `{node.module}` is no flat sibling module")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            if any(name.partition(".")[0] == "modeling_bmojo" for name in names):
+                faults.append(f"{node.lineno}: an absolute import of the package itself")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            faults += [
+                f"{node.lineno}: text reads like an import: {m[0]!r}" for m in LIKE_AN_IMPORT.finditer(node.value)
+            ]
+    for node in unguarded_imports(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            continue
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        roots = {name.partition(".")[0] for name in names}
+        for root in sorted(roots - REQUIRED_ROOTS - set(sys.stdlib_module_names) - {"modeling_bmojo"}):
+            faults.append(f"{node.lineno}: `{root}` is optional; import it inside `try`")
+    return faults
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from . import other",
+        "from .sub.other import x",
+        "from ..other import x",
+        "from .ghost import x",
+        "from .__init__ import x",
+        "import modeling_bmojo.other",
+        "from modeling_bmojo import other",
+        '"""Text.\n\nfrom .other on, all is well.\n"""',
+        "def f():\n    import triton",
+        "if FLAG:\n    from fla.ops import x",
+        "import einops",
+        "try:\n    pass\nexcept ImportError:\n    import mamba_ssm",
+    ],
+)
+def test_import_rules_reject(source: str):
+    assert len(import_faults(source, {"other"})) == 1
+
+
+def test_import_rules_accept():
+    guarded = "try:\n    import triton\nexcept ImportError:\n    triton = None\n"
+    assert import_faults("from .other import x\nimport math, torch\n" + guarded, {"other"}) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_module_travels_with_a_checkpoint(path: Path):
+    siblings = {module.stem for module in MODULES} - {"__init__"}
+    source = path.read_text(encoding="utf-8")
+    assert import_faults(source, siblings) == []
+    assert set(get_relative_imports(path)) <= siblings
+    assert set(get_imports(path)) <= REQUIRED_ROOTS | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_module_is_documented_and_named_safely(path: Path):
+    """generate() passes the cache as `cache_params` to a class with "mamba" in its name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{path.name} has no module docstring"
+    classes = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert [name for name in classes if "mamba" in name.lower()] == []
+
+
+def test_package_is_flat():
+    """setuptools installs `modeling_bmojo` alone, and the exporter copies sibling files only."""
+    assert pyproject()["tool"]["setuptools"]["packages"] == ["modeling_bmojo"]
+    assert len(MODULES) > 1
+    assert [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE] == []
