@@ -17,7 +17,8 @@ from modeling_bmojo import (
     BMojoForTokenClassification,
     BMojoModel,
 )
-from modeling_bmojo.arguments_bmojo import HARMLESS, LIVE_FIELDS
+from modeling_bmojo.arguments_bmojo import HARMLESS
+from modeling_bmojo.fields_bmojo import fields_with
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
@@ -324,8 +325,9 @@ def test_changes_that_are_followed_pass():
 
 def test_every_field_is_live_or_built_in():
     names = {field.name for field in fields(BMojoConfig)}
-    assert names >= LIVE_FIELDS
-    assert set(build().model._built) == set(BMojoConfig.__annotations__) - LIVE_FIELDS
+    live = set(fields_with(BMojoConfig, live=True))
+    assert names >= live
+    assert set(build().model._built) == set(BMojoConfig.__annotations__) - live
 
 
 # Compiled ------------------------------------------------------------------------------------------------------------

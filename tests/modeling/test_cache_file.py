@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from modeling_bmojo import BMojoCache, BMojoConfig, cache_facts_bmojo, cache_file_bmojo
+from modeling_bmojo import BMojoCache, BMojoConfig, cache_file_bmojo
 from tests.modeling.test_cache import STATES, build, go_on, padded, read, tokens
 from tests.tiny import SIZES
 
@@ -111,15 +111,6 @@ def say(name, value):
 def fact(name, value):
     def plant(tensors, metadata):
         metadata["facts"] = json.dumps({**json.loads(metadata["facts"]), name: value})
-
-    return plant
-
-
-def spec(name, value):
-    def plant(tensors, metadata):
-        specs = json.loads(metadata["specs"])
-        specs[0][name] = value
-        metadata["specs"] = json.dumps(specs)
 
     return plant
 
@@ -216,14 +207,12 @@ PLANTS = {
     "facts too deep": (say("facts", "[" * 100_000), "description is damaged"),
     "a fact of another model": (fact("hidden_act", "gelu"), "hidden_act='gelu' but the model has 'silu'"),
     "a fact of another version": (fact("memory_of_tomorrow", 3), "memory_of_tomorrow=3, which this version"),
-    "specs a dict": (say("specs", "{}"), "description is damaged"),
-    "specs of one layer": (say("specs", "[{}]"), "the cache has 1 layers but the model has 4"),
-    "a spec of petabytes": (spec("window", 10**15), "layer 0: the cache has window=1000000000000000"),
+    "a window of petabytes": (fact("window_size", 10**15), "the cache has window_size=1000000000000000"),
     "no checksum": (lambda tensors, metadata: metadata.pop("sha256"), "does not hold one sha256"),
     "the old format": (say("format", "bmojo-cache-4"), "has no sha256, but the file has one"),
-    "an unknown format": (say("format", "bmojo-cache-6"), "format 'bmojo-cache-6' is neither"),
-    "a format before": (say("format", "bmojo-cache-3"), "format 'bmojo-cache-3' is neither"),
-    "no format": (lambda tensors, metadata: metadata.pop("format"), "format None is neither"),
+    "an unknown format": (say("format", "bmojo-cache-7"), "format 'bmojo-cache-7' is none of"),
+    "a format before": (say("format", "bmojo-cache-3"), "format 'bmojo-cache-3' is none of"),
+    "no format": (lambda tensors, metadata: metadata.pop("format"), "format None is none of"),
 }
 
 
@@ -336,6 +325,22 @@ OLD_FACTS = [
 ]
 
 
+def old_specs(config):
+    """The sizes of every layer as formats 4 and 5 wrote them."""
+    sizes = {
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden": config.hidden_size,
+        "ssm_heads": config.ssm_num_heads,
+        "ssm_head_dim": config.ssm_head_dim,
+        "ssm_state": config.ssm_state_size,
+        "conv_kernel": config.ssm_conv_kernel,
+    }
+    specs = [config.layer_spec(index) for index in range(config.num_hidden_layers)]
+    taps = [config.innovation_taps * (config.innovation == "output" and spec.slots > 0) for spec in specs]
+    return [spec._asdict() | sizes | {"taps": tap} for spec, tap in zip(specs, taps, strict=True)]
+
+
 def as_before(path, plant=None):
     """Makes the file at `path` one of format 4, as version 0.1 wrote it: see tests/project/contract for real ones."""
     with safe_open(path, framework="pt") as file:
@@ -343,6 +348,7 @@ def as_before(path, plant=None):
     facts = json.loads(metadata["facts"])
     del metadata["sha256"]
     metadata |= {"format": "bmojo-cache-4", "facts": json.dumps({name: facts[name] for name in OLD_FACTS})}
+    metadata["specs"] = json.dumps(old_specs(BMojoConfig(**facts)))
     tensors.pop("0.pads", None)
     for name in tensors:
         if name.endswith((".keys", ".values")):
@@ -469,7 +475,7 @@ def fields_of_config():
 
 
 def test_every_field_is_a_fact_or_neutral():
-    facts, neutral = set(cache_facts_bmojo.FACTS), set(cache_facts_bmojo.NEUTRAL)
+    facts, neutral = (set(fields_with(BMojoConfig, results=results)) for results in (True, False))
     assert facts | neutral == fields_of_config() and not facts & neutral
     assert facts == {*OTHER_VALUES, "ssm_time_step_rank"}  # the latter exists for one SSM alone: below
 

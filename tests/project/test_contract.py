@@ -19,6 +19,7 @@ from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 
 
 PUBLISHED = Path(__file__).parent / "contract" / "e7c6e2f.zip"
+LATER_CACHES = Path(__file__).parent / "contract" / "8a842cc.zip"  # the same caches as files of format 5
 CASES = ("every-layer", "paper-s6", "rope-state")
 
 
@@ -50,11 +51,13 @@ def test_our_code_reads_a_published_folder(case, published):
     assert distance(logits, expected["logits"]) < tolerance(case)
 
 
+@pytest.mark.parametrize("archive", [PUBLISHED, LATER_CACHES], ids=["format 4", "format 5"])
 @pytest.mark.parametrize("case", CASES)
-def test_our_code_continues_a_published_cache(case, published):
+def test_our_code_continues_a_published_cache(case, archive, published, tmp_path):
     folder, expected = published / case, load_file(published / case / "expected.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    cache = BMojoCache.load(folder / "cache.safetensors", model.config)
+    file = zipfile.ZipFile(archive).extract(f"{case}/cache.safetensors", tmp_path)
+    cache = BMojoCache.load(file, model.config)
     read = cache.get_seq_length()
     with torch.no_grad():
         rest = model(expected["ids"][:, read:], attention_mask=expected["mask"], past_key_values=cache).logits
