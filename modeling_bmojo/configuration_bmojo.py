@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .compat_bmojo import CACHE_NAMES
 from .config_files_bmojo import FileConfig
+from .kernels_forms import KERNEL_BACKENDS
 from .register_bmojo import register_names
 
 
@@ -22,7 +23,6 @@ INNOVATIONS = ("output", "state", "key")
 QK_NORMS = (None, "head", "full")
 NORM_POSITIONS = ("pre", "post")
 SSM_TYPES = ("mamba2", "mamba")
-KERNEL_BACKENDS = ("auto", "hub", "cuda", "triton", "torch")
 
 # Before anything of transformers asks for our names.
 register_names()

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_bmojo import BMojoConfig
-from .dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, environment, make_plan
+from ..configuration_bmojo import BMojoConfig
+from ..dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, environment, make_plan
 
 
 class Explanation(NamedTuple):
