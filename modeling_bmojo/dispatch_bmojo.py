@@ -124,7 +124,7 @@ class Kernels:
         device, hub = device_type(x), None
         if self.hub is not None:
             hub = tuple(self.hub) if self.hub_device == device else ()
-        order = _order(op, Situation(device, x.dtype, torch.is_grad_enabled(), self.backend, hub))
+        order = _order(op, device, x.dtype, torch.is_grad_enabled(), self.backend, hub)
         return [self.hub[op] if backend == "hub" else FORMS[backend][op] for backend in order]
 
     def run(self, op: str, *args, **kwargs):
@@ -158,14 +158,18 @@ def _widened(args: tuple) -> tuple:
 
 # The choice ----------------------------------------------------------------------------------------------------------
 @torch.compiler.assume_constant_result
-def _order(op: str, now: Situation) -> tuple[str, ...]:
-    """The backends of `make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced."""
-    exact = now.dtype == torch.float32 and (now.device == "cuda" or bool(now.hub)) and not tf32_allowed()
-    order = _ORDERS.get((op, now, exact))
+def _order(op: str, *situation) -> tuple[str, ...]:
+    """The backends of `make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced.
+
+    Takes the fields of `Situation` one by one, because a compiler takes only plain values for constants.
+    """
+    device, dtype, _, backend, hub = situation
+    exact = dtype == torch.float32 and (device == "cuda" or bool(hub)) and not tf32_allowed()
+    order = _ORDERS.get((op, situation, exact))
     if order is None:
-        plan = make_plan(op, now)
-        order = _ORDERS[op, now, exact] = tuple(form.backend for form in plan.forms)
-        if now.device == "cuda" and _wish(now.backend)[1] == "auto":
+        plan = make_plan(op, Situation(*situation))
+        order = _ORDERS[op, situation, exact] = tuple(form.backend for form in plan.forms)
+        if device == "cuda" and _wish(backend)[1] == "auto":
             _tell_what_is_missing(plan)
     return order
 

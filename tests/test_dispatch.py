@@ -3,8 +3,10 @@
 `device_type` is replaced where a GPU is needed, so that tensors on the CPU count as CUDA tensors.
 """
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +140,41 @@ def test_triton_forms_join_by_their_table(monkeypatch):
     for options in (dict(columns=4, implementation="eager"), dict(dropout=0.5), dict(implementation="eager")):
         out, _ = kernels.run("memory_attention", query, sets, 4, SCALING, **options)
         assert isinstance(out, torch.Tensor)
+
+
+def without_a_line(source: str) -> list[str]:
+    """Public functions of a kernel file that its table does not name, and nothing that the table names uses."""
+    tree = ast.parse(source)
+    uses = {
+        node.name: {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    (table,) = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "KERNELS"]
+    reached, queue = set(), [name.id for name in ast.walk(table.value) if isinstance(name, ast.Name)]
+    while queue:
+        name = queue.pop()
+        if name in uses and name not in reached:
+            reached.add(name)
+            queue += uses[name]
+    return [name for name in uses if not name.startswith("_") and name not in reached]
+
+
+def test_a_kernel_that_no_table_names_is_found():
+    file = "def conv(x): pass\n\ndef _helper(x): pass\n\ndef scan(x): inner(x)\n\ndef inner(x): pass\n"
+    assert without_a_line(file + 'KERNELS = {"conv": triton_form(conv)}') == ["scan", "inner"]
+    assert without_a_line(file + 'KERNELS = {"conv": triton_form(conv), "scan": triton_form(scan)}') == []
+
+
+def test_every_triton_kernel_is_in_the_table():
+    """One line in its file's table; what is left there to be told is a whole file that the dispatch does not know."""
+    folder, found = Path(dispatch_bmojo.__file__).parent, {}
+    for path in sorted(folder.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "\n@jit\n" in source and path.stem != "kernels_common":
+            assert without_a_line(source) == [], f"{path.name}: its table KERNELS does not name them"
+            found |= importlib.import_module(f"modeling_bmojo.{path.stem}").KERNELS
+    assert found == TRITON and set(found) <= set(OPERATIONS)
 
 
 # Forcing a backend ---------------------------------------------------------------------------------------------------
