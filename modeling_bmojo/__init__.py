@@ -2,11 +2,21 @@
 
 from transformers import AutoConfig
 
+from .adapters import LayerCoverage, bmojo_lora_config, check_adapter, lora_coverage, print_lora_coverage
 from .cache_bmojo import BMojoCache, RememberedToken
 from .compat_bmojo import CACHE_NAME, cache_of
 from .configuration_bmojo import BMojoConfig
-from .explain_bmojo import explain_kernels
-from .lora_report_bmojo import LayerCoverage, check_adapter, lora_coverage, print_lora_coverage
+from .inspect import (
+    InnovationTrace,
+    MemoryView,
+    explain_kernels,
+    memory_bytes,
+    plot_expiry,
+    plot_innovation,
+    plot_memory_growth,
+    show_memory,
+    trace_innovation,
+)
 from .modeling_bmojo import (
     AUTO_CLASSES,
     BMojoForCausalLM,
@@ -16,10 +26,6 @@ from .modeling_bmojo import (
     BMojoModel,
     BMojoPreTrainedModel,
 )
-from .peft_bmojo import bmojo_lora_config
-from .plots_bmojo import plot_expiry, plot_innovation, plot_memory_growth
-from .show_bmojo import MemoryView, show_memory
-from .trace_bmojo import InnovationTrace, memory_bytes, trace_innovation
 
 
 __version__ = "0.1.0"

@@ -8,7 +8,6 @@ import math
 
 from .compat_bmojo import CACHE_NAMES
 from .config_rules_bmojo import BackboneConfig
-from .dispatch_bmojo import KERNEL_BACKENDS
 from .eidetic_bmojo import EideticMemory
 from .fading_bmojo import FadingMemory
 from .fading_s6_bmojo import S6FadingMemory
@@ -17,6 +16,7 @@ from .fading_tokens_bmojo import FadingTokens
 from .fields_bmojo import backbone, memory, reject, require_choice, require_int, require_number, speed, use
 from .full_context_bmojo import FullContext
 from .innovation_bmojo import ConstantInnovation, Innovation, KeyInnovation, OutputInnovation, StateInnovation
+from .kernels_forms import KERNEL_BACKENDS
 from .parts_bmojo import LayerSpec, MemoryPart
 from .register_bmojo import register_names
 

@@ -11,7 +11,6 @@ that are not live; what a graft maps from its source is the backbone; what it ma
 """
 
 import dataclasses
-import functools
 import inspect
 import math
 from typing import Any, NoReturn
@@ -48,7 +47,6 @@ def use(default: Any, *, live: bool = True) -> Any:
     return _declared("use", default, False, live)
 
 
-@functools.cache
 def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, dict[str, Any]]:
     """The fields that B'MOJO (or a subclass of its configuration) declares, by name, with what is said of them.
 
@@ -67,8 +65,14 @@ def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, dict[str, Any]
 
 def fields_with(config_class: type[PreTrainedConfig], **said: Any) -> tuple[str, ...]:
     """Names of the fields of which all this is said, e.g. `fields_with(BMojoConfig, role="backbone")`."""
-    found = own_fields(config_class).items()
-    return tuple(name for name, facts in found if all(facts[key] == value for key, value in said.items()))
+    key = (config_class, *said.items())
+    if key not in _FOUND:
+        found = own_fields(config_class).items()
+        _FOUND[key] = tuple(name for name, facts in found if all(facts[key] == value for key, value in said.items()))
+    return _FOUND[key]
+
+
+_FOUND: dict[tuple, tuple[str, ...]] = {}  # a model asks at every call, also in compiled code: no decorator
 
 
 # Rules ---------------------------------------------------------------------------------------------------------------

@@ -19,15 +19,27 @@ K keys offered to a block. In a tile, row m of block j is query j L + m // R, he
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .attention_ops import KeySet
-from .kernels_common import TRITON_MISSING, dot, jit, launch, narrow, power_of_two, tl, wide
+from .kernels_common import TRITON_MISSING, dot, jit, launch, narrow, power_of_two, tf32_allowed, tl, wide
+from .kernels_forms import Form, triton_form
 
 
-__all__ = ["TRITON_MISSING", "gathered_attention", "offers_to_index", "triton_block_attention"]
+__all__ = [
+    "KERNELS",
+    "MAX_HEAD_DIM",
+    "TRITON_MISSING",
+    "gathered_attention",
+    "offers_to_index",
+    "triton_attention_form",
+    "triton_block_attention",
+]
+
+MAX_HEAD_DIM = 256
 
 INT32_MAX = torch.iinfo(torch.int32).max
 
@@ -200,15 +212,9 @@ def _arguments(query, keys, values, begin, end, index, block: int, scaling: floa
         "DIM": query.shape[3],
         "BLOCK_D": power_of_two(query.shape[3], 16),
         "ACC": wide(query.dtype),
-        "PRECISION": "tf32" if query.dtype == torch.float32 and _tf32_allowed() else "ieee",
+        "PRECISION": "tf32" if query.dtype == torch.float32 and tf32_allowed() else "ieee",
     }
     return (query, keys, values, begin, end, index, *strides, *sizes), constants
-
-
-def _tf32_allowed() -> bool:
-    """Whether torch's own fp32 products may use TF32. Reading the older flag fails once the newer one was set."""
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch >= 2.9
-    return torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by the padded head dim of 16-bit inputs, and by dtype for wider ones. Judged
@@ -430,3 +436,28 @@ def _key_gradient_kernel(
         mask = there[:, None] & (channel < DIM)[None, :]
         tl.atomic_add(dk_ptr + target, dk * SCALING, mask=mask, sem="relaxed")
         tl.atomic_add(dv_ptr + target, dv, mask=mask, sem="relaxed")
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def triton_attention_form(call: Callable) -> Form:
+    """The entry for a kernel `(query, sets, block, scaling) -> out`, which forms no weights and knows no dropout."""
+
+    def attention(query, sets, block, scaling, dropout=0.0, implementation="sdpa", columns=None):
+        return call(query, sets, block, scaling), None
+
+    def refuse(query, sets, block, scaling, dropout=0.0, implementation="sdpa", columns=None) -> str | None:
+        if columns is not None or implementation != "sdpa":
+            return "attention weights, or attn_implementation='eager', were asked for"
+        if query.shape[-1] > MAX_HEAD_DIM:
+            return f"it holds heads of at most {MAX_HEAD_DIM} channels, the model's have {query.shape[-1]}"
+        if any(type(each) is not tuple for each in sets):
+            return "it knows no keys that differ per head, and no bias per query"
+        return "it has no dropout" if dropout else None
+
+    return triton_form(attention, refuse)._replace(label=f"triton: {call.__name__}")
+
+
+# Operation to kernel: one line each.
+KERNELS = {"memory_attention": triton_attention_form(triton_block_attention)}

@@ -72,6 +72,13 @@ def launch(kernel, programs: int, *arguments, **options) -> None:
         kernel[(programs,)](*arguments, **options)
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's own fp32 products may use TF32; off by default. Reading the older flag fails once the newer one
+    was set."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch >= 2.9
+    return torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
+
+
 def power_of_two(value: int, least: int = 1) -> int:
     """The smallest power of two that is at least `value` and at least `least`."""
     return max(least, 1 << max(value - 1, 0).bit_length())

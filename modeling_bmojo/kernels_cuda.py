@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from .kernels_forms import Form
+
 
 # What the compiled kernels know; the state and the time steps are fp32 whatever the model's dtype is.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +47,11 @@ class Kernel(NamedTuple):
     narrow: bool = False
     rounds: bool = False
     refuse: Callable | None = None
+
+    def bound(self, backend: str, call: Callable | None) -> Form:
+        """The entry of a table for `call`, which wraps the package's function or, in "hub", the one of its name."""
+        source = "hub" if backend == "hub" else self.package
+        return Form(backend, f"{source}: {self.name}", call, self.narrow, self.refuse, self.backward)
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from torch import nn
 from transformers.integrations import use_kernel_forward_from_hub
 
-from .dispatch_bmojo import Form, Kernels
+from .dispatch_bmojo import Kernels
 from .kernels_cuda import KERNELS, conv_form
+from .kernels_forms import Form
 
 
 # The parameters of transformers' own functions of these names: `kernels` accepts a replacement only if their number and
@@ -63,7 +64,7 @@ def hub_form(op: str, function: Callable) -> Form:
     """The form of `op` around a function from the hub."""
     kernel = KERNELS[op]
     call = conv_form(function, takes_history=False) if op == "conv" else kernel.form(function)
-    return Form("hub", f"hub: {kernel.name}", call, kernel.narrow, kernel.refuse, kernel.backward)
+    return kernel.bound("hub", call)
 
 
 def _empty_slot(name: str) -> Callable:

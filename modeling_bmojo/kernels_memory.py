@@ -15,10 +15,11 @@ output, k taps.
 import torch
 
 from .kernels_common import TRITON_MISSING, jit, launch, power_of_two, tl, wide
+from .kernels_forms import triton_form
 from .memory_ops import INNOVATION_EPS, NEVER, Selection
 
 
-__all__ = ["TRITON_MISSING", "output_innovation", "select"]
+__all__ = ["KERNELS", "TRITON_MISSING", "output_innovation", "select"]
 
 
 def select(
@@ -205,3 +206,10 @@ def _innovation_kernel(
         apart += tl.sum((value - expected) * (value - expected), 1)
         energy += tl.sum(value * value + expected * expected, 1)
     tl.store(error_ptr + batch * tokens + time, apart / (energy + EPS), mask=time < tokens)
+
+
+# Operation to kernel: one line each.
+KERNELS = {
+    "innovation": triton_form(output_innovation),
+    "expiry": triton_form(select),
+}

@@ -14,10 +14,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .kernels_common import TRITON_MISSING, jit, launch, narrow, power_of_two, tl, wide
+from .kernels_forms import triton_form
 from .ssm_ops import step_ssd as torch_step_ssd
 
 
-__all__ = ["TRITON_MISSING", "causal_conv", "step_ssd"]
+__all__ = ["KERNELS", "TRITON_MISSING", "causal_conv", "step_ssd"]
 
 
 def causal_conv(
@@ -288,3 +289,11 @@ def _step_kernel(
         y += tl.load(D_ptr + head).to(ACC) * x
     tl.store(y_ptr + row * channels + channel, narrow(y, y_ptr.dtype.element_ty), mask=inside)
     tl.store(after_ptr + cell, narrow(state, after_ptr.dtype.element_ty), mask=both)
+
+
+# Operation to kernel: one line each.
+KERNELS = {
+    "conv": triton_form(causal_conv),
+    "conv_step": triton_form(causal_conv),
+    "scan_step": triton_form(step_ssd),
+}

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from modeling_bmojo import BMojoCache, BMojoConfig, cache_file_bmojo
+from modeling_bmojo.fields_bmojo import fields_with
 from tests.modeling.test_cache import STATES, build, go_on, padded, read, tokens
 from tests.tiny import SIZES
 

@@ -6,6 +6,7 @@ The graft's own export is in test_graft.py; here a user saves and loads a model 
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -375,6 +376,9 @@ def test_a_model_travels_with_its_code(name, tmp_path):
     model.save_pretrained(folder)
     named, files = exported_code(folder)
     assert named == {"configuration_bmojo.py", "modeling_bmojo.py"} <= files
+    # The package's flat files and nothing else: its rooms stay at home.
+    assert files == {file.name for file in Path(modeling_bmojo.__file__).parent.glob("*.py")} - {"__init__.py"}
+    assert [entry.name for entry in folder.iterdir() if entry.is_dir()] == []
     result = run_folder(folder, tmp_path)
     with torch.no_grad():
         expected = model.generate(tokens(), max_new_tokens=12, do_sample=False)

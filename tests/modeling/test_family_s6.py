@@ -201,7 +201,7 @@ def test_one_token_trains_on_a_cache_as_many_do(name, monkeypatch):
         cache = model(input_ids=ids[:, :12], use_cache=True).past_key_values
     found = []
     for form in (step_s6, chunk_s6):
-        monkeypatch.setitem(dispatch_bmojo._FORMS, ("torch", "s6_step"), dispatch_bmojo.Form("torch", "", form))
+        monkeypatch.setitem(dispatch_bmojo.FORMS["torch"], "s6_step", dispatch_bmojo.Form("torch", "", form))
         model.zero_grad()
         logits = model(input_ids=ids[:, 12:], past_key_values=copy.deepcopy(cache)).logits
         logits.square().sum().backward()

@@ -1,11 +1,12 @@
 """The project's frame as a contract: metadata, pinned versions, what files may say, what the package may import.
 
-A checkpoint carries the package's files to machines that do not have the package, and transformers finds them by
+A checkpoint carries the package's flat files to machines that do not have the package, and transformers finds them by
 reading their text. The import rules below are the conditions under which that works; each is checked from the syntax
-tree, and once more through transformers' own reader.
+tree, and once more through transformers' own reader. What does not travel lives in rooms, which are sub-packages.
 """
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -15,14 +16,16 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 import modeling_bmojo
 
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modeling_bmojo"
-MODULES = sorted(PACKAGE.glob("*.py"))
+FLAT = sorted(PACKAGE.glob("*.py"))
+ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+MODULES = FLAT + [path for room in ROOMS for path in sorted(room.glob("*.py"))]
 # What a checkpoint may demand of the machine that loads it. Everything else belongs inside `try`.
 REQUIRED_ROOTS = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 UNTRACKED = {
@@ -197,6 +200,11 @@ def test_readme_links_resolve():
 
 
 # What the package imports --------------------------------------------------------------------------------------------
+def in_package(path: Path) -> str:
+    """A module's place in the package: "memory_ops", "inspect/plots"."""
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
 def unguarded_imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
     """Import statements that are not in the body of a `try`: functions and `if` do not count as a guard."""
     found, queue = [], [tree]
@@ -209,20 +217,34 @@ def unguarded_imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
     return found
 
 
-def import_faults(source: str, siblings: set[str]) -> list[str]:
-    """Imports and docstring lines that would keep an exported checkpoint from loading by itself."""
+def stems(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def may_import(path: Path) -> dict[int, set[str]]:
+    """What a file may import relatively, by the number of dots: a flat file flat ones, a room its own and flat ones.
+
+    The package's `__init__` may import rooms as well. Nobody may import an `__init__` from inside.
+    """
+    if path.parent != PACKAGE:
+        return {1: stems(path.parent), 2: stems(PACKAGE)}
+    return {1: stems(PACKAGE) | ({room.name for room in ROOMS} if path.stem == "__init__" else set())}
+
+
+def import_faults(source: str, allowed: dict[int, set[str]], travels: bool = True) -> list[str]:
+    """Imports, and docstring lines of what travels, that would keep an exported checkpoint from loading by itself."""
     tree, faults = ast.parse(source), []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             if node.module is None:
-                faults.append(f"{node.lineno}: `from . import` fails when the checkpoint is loaded")
-            elif node.level > 1 or node.module not in siblings:
-                faults.append(f"{node.lineno}: `{node.module}` is no flat sibling module")
+                faults.append(f"{node.lineno}: `from . import` imports an `__init__`, which no checkpoint has")
+            elif node.module not in allowed.get(node.level, ()):
+                faults.append(f"{node.lineno}: `{'.' * node.level}{node.module}` is not for this file to import")
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             if any(name.partition(".")[0] == "modeling_bmojo" for name in names):
                 faults.append(f"{node.lineno}: an absolute import of the package itself")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif travels and isinstance(node, ast.Constant) and isinstance(node.value, str):
             faults += [
                 f"{node.lineno}: text reads like an import: {m[0]!r}" for m in LIKE_AN_IMPORT.finditer(node.value)
             ]
@@ -254,24 +276,49 @@ def import_faults(source: str, siblings: set[str]) -> list[str]:
     ],
 )
 def test_import_rules_reject(source: str):
-    assert len(import_faults(source, {"other"})) == 1
+    assert len(import_faults(source, {1: {"other"}})) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["from .. import x", "from ..ghost import x", "from ..room.own import x", "import peft"]
+)
+def test_import_rules_reject_in_a_room(source: str):
+    assert len(import_faults(source, {1: {"own"}, 2: {"other"}}, travels=False)) == 1
 
 
 def test_import_rules_accept():
     guarded = "try:\n    import triton\nexcept ImportError:\n    triton = None\n"
-    assert import_faults("from .other import x\nimport math, torch\n" + guarded, {"other"}) == []
+    assert import_faults("from .other import x\nimport math, torch\n" + guarded, {1: {"other"}}) == []
+    assert import_faults("from ..other import x\nfrom .own import y", {1: {"own"}, 2: {"other"}}) == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_module_travels_with_a_checkpoint(path: Path):
-    siblings = {module.stem for module in MODULES} - {"__init__"}
+@pytest.mark.parametrize("path", MODULES, ids=in_package)
+def test_module_imports_what_it_may(path: Path):
     source = path.read_text(encoding="utf-8")
-    assert import_faults(source, siblings) == []
-    assert set(get_relative_imports(path)) <= siblings
+    assert import_faults(source, may_import(path), travels=path in FLAT) == []
     assert set(get_imports(path)) <= REQUIRED_ROOTS | set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_flat_is_what_travels():
+    """What transformers copies beside a model, found by its own reader, is every flat file and nothing else."""
+    copied = {Path(file) for file in get_relative_import_files(PACKAGE / "modeling_bmojo.py")}
+    assert copied | {PACKAGE / "modeling_bmojo.py", PACKAGE / "__init__.py"} == set(FLAT)
+    for path in copied:
+        assert set(get_relative_imports(path)) <= stems(PACKAGE)
+
+
+def test_imports_run_one_way():
+    """No module imports itself through others, not even inside a function."""
+    graph = {}
+    for path in MODULES:
+        imports = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+        folders = [([path, *path.parents][node.level], node.module) for node in imports if node.level]
+        graph[in_package(path)] = {in_package(folder / f"{module}.py") for folder, module in folders}
+    assert graph["inspect/plots"] >= {"memory_ops", "inspect/pieces"}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=in_package)
 def test_module_is_documented_and_named_safely(path: Path):
     """generate() passes the cache as `cache_params` to a class with "mamba" in its name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -280,8 +327,8 @@ def test_module_is_documented_and_named_safely(path: Path):
     assert [name for name in classes if "mamba" in name.lower()] == []
 
 
-def test_package_is_flat():
-    """setuptools installs `modeling_bmojo` alone, and the exporter copies sibling files only."""
-    assert pyproject()["tool"]["setuptools"]["packages"] == ["modeling_bmojo"]
-    assert len(MODULES) > 1
-    assert [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE] == []
+def test_every_room_is_installed():
+    """setuptools installs the packages that it is told of; a room has no rooms."""
+    packages = ["modeling_bmojo", *(f"modeling_bmojo.{room.name}" for room in ROOMS)]
+    assert pyproject()["tool"]["setuptools"]["packages"] == packages and len(packages) > 1
+    assert sorted(PACKAGE.rglob("*.py")) == sorted(MODULES)

@@ -25,6 +25,7 @@ from modeling_bmojo import (
     peft_bmojo,
     print_lora_coverage,
 )
+from modeling_bmojo.adapters import lora
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
@@ -143,7 +144,7 @@ def test_options_reach_peft_and_win():
 
 def test_the_task_follows_the_head():
     classes = {cls.__name__ for cls in AUTO_CLASSES.values()}
-    assert set(peft_bmojo.TASKS) == classes
+    assert set(lora.TASKS) == classes
     for cls in AUTO_CLASSES.values():
         model = build(cls=cls)
         config = bmojo_lora_config(model, r=2)
@@ -173,7 +174,7 @@ def test_dora_is_refused_on_rows_of_zeros_and_nowhere_else():
     bmojo_lora_config(model, use_dora=True)
     with torch.no_grad():
         model.model.layers[3].fading.in_proj.weight[2] = 0
-    rest = [name for name in peft_bmojo.projections(model.config) if name != "in_proj"]
+    rest = [name for name in lora.projections(model.config) if name != "in_proj"]
     with pytest.raises(
         ValueError, match=r"use_dora=True: .* in_proj has rows of zeros, .*target_modules=\["
     ) as refused:
@@ -261,7 +262,7 @@ PROMPTS = {
 def test_prompt_methods_are_refused_with_the_reason(method, cls):
     model = build(cls=cls)
     with pytest.raises(ValueError, match=r"leave the window of window_size=5.* no SSM state .* bmojo_lora_config"):
-        get_peft_model(model, PROMPTS[method](peft_bmojo.TASKS[cls.__name__]))
+        get_peft_model(model, PROMPTS[method](lora.TASKS[cls.__name__]))
     assert model.get_submodule("model").embed_tokens is not None
 
 

@@ -15,11 +15,11 @@ from modeling_bmojo import (
     plot_expiry,
     plot_innovation,
     plot_memory_growth,
-    plots_bmojo,
     trace_innovation,
 )
+from modeling_bmojo.inspect import plots
+from modeling_bmojo.inspect.trace import held_tokens, measure_bytes, memory_bytes
 from modeling_bmojo.memory_ops import NEVER
-from modeling_bmojo.trace_bmojo import held_tokens, measure_bytes, memory_bytes
 from tests.modeling.inspect.test_show import TOKENIZER, encode
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED, WINDOW
@@ -192,7 +192,7 @@ def test_expiry_diagram_draws_every_kept_token():
     [(0.0341, "0.0341"), (30.62, "30.6"), (99.96, "100"), (999.6, "1,000"), (1509.9, "1,510")],
 )
 def test_sizes_are_written_without_exponents(value, text):
-    assert plots_bmojo._short(value) == text
+    assert plots._short(value) == text
 
 
 def test_growth_diagram_has_the_numbers():
@@ -215,7 +215,7 @@ def test_colours_follow_the_ground_and_axes_may_be_given():
     for style, dark in (("default", False), ("dark_background", True)):
         with plt.style.context(style):
             (ax,) = plot_memory_growth(config, 64).axes
-            assert ax.lines[1].get_color() == plots_bmojo.INKS[dark]["kept"]
+            assert ax.lines[1].get_color() == plots.INKS[dark]["kept"]
     figure, ax = plt.subplots()
     assert plot_memory_growth(config, 64, ax=ax) is figure
     plt.close(figure)

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, show_bmojo, show_memory
-from modeling_bmojo.pieces_bmojo import token_pieces, visible
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, show_memory
+from modeling_bmojo.inspect import show
+from modeling_bmojo.inspect.pieces import token_pieces, visible
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, WINDOW
 
@@ -246,10 +247,10 @@ def test_a_terminal_gets_colours_unless_it_wants_none(monkeypatch):
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 30])
 def test_levels_follow_the_legend(layers):
-    view = show_bmojo.MemoryView([], list(range(layers)), 4, layers, None)
+    view = show.MemoryView([], list(range(layers)), 4, layers, None)
     legend = dict(view.legend())
     for count in range(1, layers + 1):
-        token = show_bmojo.ShownToken("x", 0, 1, "kept", tuple(range(count)), 1.0)
+        token = show.ShownToken("x", 0, 1, "kept", tuple(range(count)), 1.0)
         meaning = legend[view.level(token)]
         numbers = [int(n) for n in re.findall(r"\d+", meaning)][:-1] or [1]
         assert layers == 1 or numbers[0] <= count <= numbers[-1], meaning
@@ -271,8 +272,8 @@ def of_xterm(number: int) -> tuple[float, float, float]:
 
 
 def palettes() -> list:
-    pages = [{n: tuple(map(of_hex, pair)) for n, pair in page.items()} for page in (show_bmojo.LIGHT, show_bmojo.DARK)]
-    return [*pages, {name: tuple(map(of_xterm, pair)) for name, pair in show_bmojo.TERMINAL.items()}]
+    pages = [{n: tuple(map(of_hex, pair)) for n, pair in page.items()} for page in (show.LIGHT, show.DARK)]
+    return [*pages, {name: tuple(map(of_xterm, pair)) for name, pair in show.TERMINAL.items()}]
 
 
 @pytest.mark.parametrize("palette", palettes(), ids=["light", "dark", "terminal"])

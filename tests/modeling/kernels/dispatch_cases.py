@@ -12,9 +12,9 @@ from modeling_bmojo import BMojoConfig, BMojoForCausalLM, dispatch_bmojo, kernel
 from modeling_bmojo.dispatch_bmojo import (
     ENVIRONMENT,
     TORCH,
+    TRITON,
     Situation,
     make_plan,
-    triton_forms,
 )
 from modeling_bmojo.kernels_cuda import KERNELS
 from modeling_bmojo.memory_ops import NEVER
@@ -34,7 +34,7 @@ def registered() -> list:
     for op, kernel in KERNELS.items():
         forms.append((op, "cuda", kernel.form(FUNCTIONS[kernel.name])))
         forms.append((op, "hub", kernels_hub.hub_form(op, LAYERS[kernel.name]()).call))
-    forms += [(op, "triton", form.call) for op, form in triton_forms().items()]
+    forms += [(op, "triton", form.call) for op, form in TRITON.items()]
     return [pytest.param(*entry, id="-".join(entry[:2])) for entry in forms]
 
 

@@ -26,7 +26,7 @@ def nothing_remembered(monkeypatch):
 def on_gpu(monkeypatch):
     """Tensors count as CUDA tensors, and TF32 is allowed."""
     monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
-    monkeypatch.setattr(dispatch_bmojo, "_tf32_allowed", lambda: True)
+    monkeypatch.setattr(dispatch_bmojo, "tf32_allowed", lambda: True)
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 `device_type` is replaced where a GPU is needed, so that tensors on the CPU count as CUDA tensors.
 """
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +16,14 @@ from modeling_bmojo.dispatch_bmojo import (
     COVERED,
     ENVIRONMENT,
     OPERATIONS,
+    TRITON,
     Kernels,
     Situation,
     make_plan,
-    triton_attention_form,
-    triton_form,
-    triton_forms,
 )
+from modeling_bmojo.kernels_attention import triton_attention_form
 from modeling_bmojo.kernels_cuda import KERNELS
+from modeling_bmojo.kernels_forms import triton_form
 from tests.modeling.kernels.dispatch_cases import (
     attention_sets,
     cast,
@@ -89,7 +91,7 @@ def test_the_switch_for_tf32_is_read_at_every_call(installed, on_gpu, monkeypatc
     inputs = cast(scan_case(3, 1, False, 0)[0], torch.float32)
     for allowed in (True, False):
         CALLS.clear()
-        monkeypatch.setattr(dispatch_bmojo, "_tf32_allowed", lambda: allowed)  # noqa: B023
+        monkeypatch.setattr(dispatch_bmojo, "tf32_allowed", lambda: allowed)  # noqa: B023
         Kernels().run("chunk_scan", *inputs)
         assert ["mamba_chunk_scan_combined"] * allowed == CALLS
 
@@ -130,12 +132,15 @@ def test_triton_forms_join_by_their_table(monkeypatch):
         "memory_attention": triton_attention_form(attention),
         "conv": triton_form(conv, backward=False),
     }
-    monkeypatch.setattr(dispatch_bmojo, "triton_forms", lambda: table)
+    for op in list(TRITON):
+        monkeypatch.delitem(TRITON, op)
+    for op, form in table.items():
+        monkeypatch.setitem(TRITON, op, form)
     monkeypatch.setattr(dispatch_bmojo, "load", fake_load(monkeypatch, triton=True))
     monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
     assert chosen("expiry") == ["triton", "torch"] and chosen("conv") == ["triton", "torch"]
     assert chosen("conv", grad=True) == ["torch"] and chosen("conv", device="cpu") == ["torch"]
-    assert "no Triton kernel" in make_plan("innovation", Situation("cuda", torch.float32)).passed["triton"].reason
+    assert "no such operation" in make_plan("innovation", Situation("cuda", torch.float32)).passed["triton"].reason
     kernels, query = Kernels(), torch.zeros(1, 1, 2, 2)
     assert kernels.run("expiry", query, None, 1, 1, 1, 1) == "expiry by triton"
     assert kernels.run("memory_attention", query, [], 1, 1.0) == ("attention by triton", None)
@@ -144,6 +149,41 @@ def test_triton_forms_join_by_their_table(monkeypatch):
     for options in (dict(columns=4, implementation="eager"), dict(dropout=0.5), dict(implementation="eager")):
         out, _ = kernels.run("memory_attention", query, sets, 4, SCALING, **options)
         assert isinstance(out, torch.Tensor)
+
+
+def without_a_line(source: str) -> list[str]:
+    """Public functions of a kernel file that its table does not name, and nothing that the table names uses."""
+    tree = ast.parse(source)
+    uses = {
+        node.name: {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    (table,) = [node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "KERNELS"]
+    reached, queue = set(), [name.id for name in ast.walk(table.value) if isinstance(name, ast.Name)]
+    while queue:
+        name = queue.pop()
+        if name in uses and name not in reached:
+            reached.add(name)
+            queue += uses[name]
+    return [name for name in uses if not name.startswith("_") and name not in reached]
+
+
+def test_a_kernel_that_no_table_names_is_found():
+    file = "def conv(x): pass\n\ndef _helper(x): pass\n\ndef scan(x): inner(x)\n\ndef inner(x): pass\n"
+    assert without_a_line(file + 'KERNELS = {"conv": triton_form(conv)}') == ["scan", "inner"]
+    assert without_a_line(file + 'KERNELS = {"conv": triton_form(conv), "scan": triton_form(scan)}') == []
+
+
+def test_every_triton_kernel_is_in_the_table():
+    """One line in its file's table; what is left there to be told is a whole file that the dispatch does not know."""
+    folder, found = Path(dispatch_bmojo.__file__).parent, {}
+    for path in sorted(folder.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "\n@jit\n" in source and path.stem != "kernels_common":
+            assert without_a_line(source) == [], f"{path.name}: its table KERNELS does not name them"
+            found |= importlib.import_module(f"modeling_bmojo.{path.stem}").KERNELS
+    assert found == TRITON and set(found) <= set(OPERATIONS)
 
 
 # Forcing a backend ---------------------------------------------------------------------------------------------------
@@ -181,7 +221,7 @@ def test_a_forced_backend_that_cannot_is_an_error(op, situation, reason, install
 def test_a_call_of_other_sizes_goes_on_to_the_next_form(taps, channels, reason, installed, on_gpu):
     """Sizes are seen at the call: the next form takes it, and a forced one is an error."""
     x, weight, bias = torch.randn(2, 5, channels), torch.randn(channels, taps), torch.randn(channels)
-    following = triton_forms()["conv"].call
+    following = TRITON["conv"].call
     torch.testing.assert_close(Kernels().run("conv", x, weight, bias), following(x, weight, bias), rtol=0, atol=0)
     assert CALLS == []
     forced = Kernels(BMojoConfig(kernel_backend="cuda"))
@@ -336,7 +376,7 @@ def test_nobody_else_is_told_anything(said, setting, monkeypatch):
     """On the CPU, with a forced backend, or with everything installed."""
     run_all()
     monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
-    monkeypatch.setattr(dispatch_bmojo, "_tf32_allowed", lambda: True)
+    monkeypatch.setattr(dispatch_bmojo, "tf32_allowed", lambda: True)
     if setting == "auto":
         install(monkeypatch, *PACKAGES)
     run_all(Kernels(BMojoConfig(kernel_backend=setting)))

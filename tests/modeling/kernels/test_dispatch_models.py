@@ -72,7 +72,7 @@ def test_training_with_a_cache_works_on_every_backend(backend, ssm_type, install
     """The cache moves its states on in place, though the backward pass of the second chunk needs them as they were."""
     if backend == "auto":  # on a GPU with the packages: theirs where they can, torch elsewhere
         monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
-        monkeypatch.setattr(dispatch_bmojo, "_tf32_allowed", lambda: True)
+        monkeypatch.setattr(dispatch_bmojo, "tf32_allowed", lambda: True)
     model = tiny_model(
         layer_types=["bmojo"] * 4, ssm_type=ssm_type, **({} if ssm_type == "mamba2" else dict(ssm_state_size=3))
     )
@@ -239,7 +239,7 @@ assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(read(model), wanted))
 assert set(CALLS) == {"causal_conv1d_fn", "causal_conv1d_update", "selective_state_update"}, CALLS  # fp32: no TF32
 CALLS.clear()
 dispatch_bmojo.forget()
-dispatch_bmojo._tf32_allowed = lambda: True
+dispatch_bmojo.tf32_allowed = lambda: True
 assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(read(model), wanted))
 assert "mamba_chunk_scan_combined" in CALLS
 rows = {row.operation: row for row in explain_kernels(model)}

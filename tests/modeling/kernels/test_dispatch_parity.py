@@ -14,7 +14,7 @@ from modeling_bmojo import kernels_cuda, kernels_hub
 from modeling_bmojo.dispatch_bmojo import (
     OPERATIONS,
     TORCH,
-    triton_forms,
+    TRITON,
 )
 from modeling_bmojo.kernels_cuda import KERNELS
 from tests.modeling.kernels import kernel_stubs
@@ -59,13 +59,12 @@ def test_form_equals_its_oracle(op, backend, form, tokens, batch, started):
 
 def differentiable() -> list:
     """Forms through which gradients flow."""
-    triton = triton_forms()
     return [
         param
         for param in registered()
         for op, backend, _ in [param.values]
         if op not in ("expiry", "innovation")
-        and (backend == "torch" or (triton[op] if backend == "triton" else KERNELS[op]).backward)
+        and (backend == "torch" or (TRITON[op] if backend == "triton" else KERNELS[op]).backward)
     ]
 
 

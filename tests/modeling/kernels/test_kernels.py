@@ -288,16 +288,16 @@ def test_tf32_follows_torch():
         package = types.ModuleType("bmojo")
         package.__path__ = [sys.argv[1]]
         sys.modules["bmojo"] = package
-        from bmojo.kernels_attention import _tf32_allowed
+        from bmojo.kernels_attention import tf32_allowed
         flags = torch.backends.cuda.matmul
-        print(_tf32_allowed())
+        print(tf32_allowed())
         flags.allow_tf32 = True
-        print(_tf32_allowed())
+        print(tf32_allowed())
         flags.allow_tf32 = False
-        print(_tf32_allowed())
+        print(tf32_allowed())
         if hasattr(flags, "fp32_precision"):
             flags.fp32_precision = "tf32"
-            print(_tf32_allowed())
+            print(tf32_allowed())
     """
     command = [sys.executable, "-c", code, str(ROOT / "modeling_bmojo")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

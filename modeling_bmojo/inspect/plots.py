@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cache_bmojo import BMojoCache
-from .configuration_bmojo import BMojoConfig
-from .memory_ops import NEVER
-from .pieces_bmojo import token_pieces, visible
-from .trace_bmojo import InnovationTrace, held_tokens, measure_bytes, memory_bytes, place_of, remembering_layers
+from ..cache_bmojo import BMojoCache
+from ..configuration_bmojo import BMojoConfig
+from ..memory_ops import NEVER
+from .pieces import token_pieces, visible
+from .trace import InnovationTrace, held_tokens, measure_bytes, memory_bytes, place_of, remembering_layers
 
 
 # Blue for the window, orange for what is kept, grey for the rest; on light and on dark grounds.

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from .cache_bmojo import BMojoCache
-from .pieces_bmojo import token_pieces, visible
+from ..cache_bmojo import BMojoCache
+from .pieces import token_pieces, visible
 
 
 LEVELS = 4

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
-from .dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, environment, make_plan
-from .layer_memory_bmojo import LayerMemory
+from ..configuration_bmojo import FADING_MEMORIES, BMojoConfig
+from ..dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, environment, make_plan
+from ..layer_memory_bmojo import LayerMemory
 
 
 class Explanation(NamedTuple):

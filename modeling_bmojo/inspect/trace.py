@@ -1,7 +1,7 @@
 """What a text does to a B'MOJO memory, measured: the innovation of every token, and bytes against context.
 
 A layer stores a token's innovation with the token, so reading at most W tokens at a time and looking at the cache in
-between misses none: no hook, no change of the model. `plots_bmojo.py` draws what is measured here.
+between misses none: no hook, no change of the model. `plots.py` draws what is measured here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .cache_bmojo import BMojoCache
-from .configuration_bmojo import BMojoConfig
-from .eidetic_bmojo import EideticMemory
-from .memory_ops import blocked_expiry, retention_key
+from ..cache_bmojo import BMojoCache
+from ..configuration_bmojo import BMojoConfig
+from ..eidetic_bmojo import EideticMemory
+from ..memory_ops import blocked_expiry, retention_key
 
 
 READ_AT_ONCE = 512  # tokens, when only bytes are measured
