@@ -109,12 +109,13 @@ def read_cache(path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoC
         before, failure = _identity(path), None
         try:
             contents = _read(path, config, layers)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, RuntimeError) as error:
             failure = error
-        # Where another save replaced the file meanwhile, it was read partly from one and partly from the other.
+        # Where another save replaced the file meanwhile, it was read partly from one and partly from the other (then
+        # torch may find it too short to map, a RuntimeError).
         if _identity(path) == before:
             break
-    if isinstance(failure, SafetensorError):
+    if isinstance(failure, SafetensorError | RuntimeError):
         raise ValueError(f"{where}: damaged or truncated ({failure}); save it again.") from failure
     if failure is not None:
         text = str(failure).rstrip(".")

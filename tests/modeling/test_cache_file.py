@@ -35,7 +35,7 @@ def test_one_flipped_bit_is_refused_wherever_it_is(name, tmp_path):
     good = bytearray(path.read_bytes())
     generator = random.Random(0)
     places = [(generator.randrange(len(good)), generator.randrange(8)) for _ in range(200)]
-    version = good.index(b"bmojo-cache-5")
+    version = good.index(b"bmojo-cache-6")
     header = [*range(16), *range(version, version + 13), good.index(b"sha256") + 20]
     for place, bit in places + [(place, bit) for place in header for bit in range(8)]:
         data = bytearray(good)
