@@ -7,9 +7,11 @@ from .cache_bmojo import BMojoCache, RememberedToken
 from .compat_bmojo import CACHE_NAME, cache_of
 from .configuration_bmojo import BMojoConfig
 from .inspect import (
+    Difference,
     InnovationTrace,
     MemoryView,
     explain_kernels,
+    first_difference,
     memory_bytes,
     plot_expiry,
     plot_innovation,
@@ -44,6 +46,7 @@ __all__ = [
     "BMojoForTokenClassification",
     "BMojoModel",
     "BMojoPreTrainedModel",
+    "Difference",
     "InnovationTrace",
     "LayerCoverage",
     "MemoryView",
@@ -52,6 +55,7 @@ __all__ = [
     "cache_of",
     "check_adapter",
     "explain_kernels",
+    "first_difference",
     "lora_coverage",
     "memory_bytes",
     "plot_expiry",

@@ -180,6 +180,17 @@ class EideticMemory(MemoryPart):
         keys, values = (read(buffer, rows, slot)[:, None] for buffer in layer.by_token())
         return Left(keys, values, positions, innovations, torch.zeros_like(positions))
 
+    def arrange(self, states):
+        own = self.own
+        order = states["positions"][:, own].argsort(dim=1)
+        empty = states["positions"][:, own].gather(1, order) < 0
+        for name in ("positions", "innovations"):
+            states[name][:, own] = states[name][:, own].gather(1, order)
+        states["innovations"][:, own] = states["innovations"][:, own].masked_fill(empty, 0.0)
+        for name in ("keys", "values"):
+            entries = take(states[name].transpose(1, 2)[:, own], order).masked_fill(empty[..., None, None], 0.0)
+            states[name][:, :, own] = entries.transpose(1, 2)
+
     # What a file may hold --------------------------------------------------------------------------------------------
     def check(self, states, seen):
         """The last W tokens are there, each once; before them older ones, as many as have room."""

@@ -156,6 +156,15 @@ class FadingTokens(MemoryPart):
             write(layer.positions, rows, visible, position, active)
         return Observed(full=known and (leaving + 1) // self.stride >= self.places)
 
+    def arrange(self, states):
+        own, made = self.own, (states["seen"] // self.stride)[:, None]
+        empty = states["positions"][:, own] < 0
+        for name in ("keys", "values"):
+            states[name][:, :, own] = states[name][:, :, own].masked_fill(empty[:, None, :, None], 0.0)
+        empty = made < self.delayed - (torch.arange(self.delayed, device=made.device) - made) % self.delayed
+        for name in ("delay_keys", "delay_values"):
+            states[name] = states[name].masked_fill(empty[..., None, None], 0.0)
+
     # What a file may hold --------------------------------------------------------------------------------------------
     def check(self, states, seen):
         """Slot r holds the newest fading token beyond the window whose number is r mod F, at (number + 1) s - 1."""

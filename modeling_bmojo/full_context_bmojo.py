@@ -43,6 +43,12 @@ class FullContext(MemoryPart):
         now = layer.seen[:, None] + torch.arange(tokens.query.shape[1], device=keys.device)
         return Observed([Whole(keys, values, slot <= now[..., None])])
 
+    def arrange(self, states):
+        for name in ("keys", "values"):
+            read = torch.arange(states[name].shape[2], device=states["seen"].device) < states["seen"][:, None]
+            kept = states[name].masked_fill(~read[:, None, :, None], 0.0)
+            states[name] = kept[:, :, : int(states["seen"].max())]
+
     def _append(self, tokens: Tokens, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the tokens behind the `seen` ones of each row.
 

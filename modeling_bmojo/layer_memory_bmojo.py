@@ -90,6 +90,13 @@ class LayerMemory:
             visible = visible | (tokens.lengths <= 0)[:, None]
         return Whole(*layer.by_token(), visible[:, None], layer.positions)
 
+    def arranged(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of the states that do not tell how the text was cut when it was read (`MemoryPart.arrange`)."""
+        states = {name: value.clone() for name, value in states.items()}
+        for part in self.parts:
+            part.arrange(states)
+        return states
+
     def check(self, states: dict[str, torch.Tensor], seen: torch.Tensor) -> None:
         """Raise ValueError unless the states are what `seen` `[B]` tokens can leave."""
         for part in self.parts:

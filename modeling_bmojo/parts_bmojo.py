@@ -156,6 +156,10 @@ class MemoryPart:
     def check(self, states: dict[str, torch.Tensor], seen: torch.Tensor) -> None:
         """Raise ValueError unless `states` are what `seen` `[B]` tokens can leave: a file may say anything."""
 
+    def arrange(self, states: dict[str, torch.Tensor]) -> None:
+        """Put its entries of `states` (copies) into an order that does not tell how the text was cut when it was read,
+        and zeros where nothing lies: to compare two caches of one text."""
+
     @property
     def own(self) -> slice:
         """Its places in the key buffer."""

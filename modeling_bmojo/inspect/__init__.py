@@ -3,6 +3,7 @@
 Nothing here travels with a checkpoint.
 """
 
+from .difference import Difference, first_difference
 from .explain import explain_kernels
 from .plots import plot_expiry, plot_innovation, plot_memory_growth
 from .show import MemoryView, show_memory
@@ -10,9 +11,11 @@ from .trace import InnovationTrace, memory_bytes, trace_innovation
 
 
 __all__ = [
+    "Difference",
     "InnovationTrace",
     "MemoryView",
     "explain_kernels",
+    "first_difference",
     "memory_bytes",
     "plot_expiry",
     "plot_innovation",

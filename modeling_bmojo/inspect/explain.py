@@ -73,7 +73,7 @@ def _operations_of(config: BMojoConfig) -> set[str]:
             used.update(memory.fading.operations)
         if memory.innovation is not None:
             used.update(memory.innovation.operations)
-        if memory.bounded:
+        if memory.spec.has_attention and memory.spec.window is not None:
             used.update(("expiry", "memory_attention"))
     return used
 

@@ -59,7 +59,7 @@ def trace_innovation(
     step = min(cache.specs[index].window for index in layers)
     dtype = torch.promote_types(model.dtype, torch.float32)  # of the innovations that the cache stores
     found = torch.full((len(layers), *input_ids.shape), torch.nan, dtype=dtype)
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, input_ids.shape[1], step):
             end = min(start + step, input_ids.shape[1])
             mask = None if attention_mask is None else attention_mask[:, :end]
@@ -74,7 +74,7 @@ def trace_innovation(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation without gradients; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -135,7 +135,7 @@ def memory_bytes(config: BMojoConfig, tokens: int, dtype: torch.dtype = torch.fl
 def measure_bytes(model: nn.Module, lengths: Sequence[int]) -> list[int]:
     """Bytes of the model's cache after reading as many random tokens as `lengths` say, in rising order."""
     cache, generator, read, found = BMojoCache(model.config), torch.Generator().manual_seed(0), 0, []
-    with _evaluating(model):
+    with evaluating(model):
         for length in lengths:
             while read < length:
                 count = min(READ_AT_ONCE, length - read)
