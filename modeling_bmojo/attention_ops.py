@@ -73,9 +73,14 @@ def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> Bloc
     """Offers block j the keys at coordinates j L + low ... j L + L - 1 + high (views of one padded copy)."""
     width = block + high - low
     front = keyset.first - low
-    back = (blocks - 1) * block + width - front - keyset.keys.shape[1]
+    length = (blocks - 1) * block + width
+    back = length - front - keyset.keys.shape[1]
 
     def bands(value: torch.Tensor, fill: float) -> torch.Tensor:
+        if back < 0:  # the last keys are in no band; F.pad would take a negative size only up to what is there
+            kept = max(value.shape[1] + back, 0)
+            value = F.pad(value[:, :kept], (0, 0) * (value.dim() - 2) + (length - kept, 0), value=fill)
+            return value.unfold(1, width, block)
         pad = (0, 0) * (value.dim() - 2) + (front, back)
         return F.pad(value, pad, value=fill).unfold(1, width, block)
 
@@ -217,15 +222,17 @@ def _biases(part: list[BlockKeys], now: torch.Tensor, query: torch.Tensor, group
         now: `[1, n, L, 1]` coordinates of the queries.
     """
     heads = query.shape[2]
+
+    def by_head(value: torch.Tensor) -> torch.Tensor:
+        return value if value.shape[2] in (1, heads) else value.repeat_interleave(heads // groups, dim=2)
+
     found = []
     for offer in part:
         begin, end = (span[:, :, None] if span.dim() == 3 else span for span in (offer.begin, offer.end))
-        begin, end, here = begin[..., None, :], end[..., None, :], now[:, :, None]
-        bias = query.new_zeros(()) if offer.bias is None else offer.bias.to(query.dtype)
-        bias = bias.masked_fill(~((begin <= here) & (here < end)), -torch.inf)  # [B, n, h, L, K]
-        if bias.shape[2] not in (1, heads):
-            bias = bias.repeat_interleave(heads // groups, dim=2)
-        found.append(bias.expand(-1, -1, heads, -1, -1))
+        here = now[:, :, None]
+        unseen = (here < begin[..., None, :]) | (here >= end[..., None, :])  # [B, n, 1 or G, L, K]
+        bias = query.new_zeros(()) if offer.bias is None else by_head(offer.bias.to(query.dtype))
+        found.append(bias.masked_fill(by_head(unseen), -torch.inf).expand(-1, -1, heads, -1, -1))
     return torch.cat(found, dim=-1)
 
 

@@ -96,7 +96,7 @@ class BMojoCacheLayer(CacheLayerMixin):
     def restore(self, states: dict[str, torch.Tensor], columns: int) -> None:
         """Take in the states that a layer of the same kind had after `columns` columns."""
         batch, device = len(states["seen"]), states["seen"].device
-        model = next((states[name].dtype for name in ("keys", "conv") if name in states), torch.float32)
+        model = self.memory.dtype({name: value.dtype for name, value in states.items()})
         unsaved = {
             name: state.new(batch, model, device) for name, state in self.memory.declared.items() if name not in states
         }

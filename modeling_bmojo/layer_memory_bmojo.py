@@ -54,6 +54,12 @@ class LayerMemory:
             states |= self.fading.states(config)
         return states
 
+    def dtype(self, found: dict[str, torch.dtype]) -> torch.dtype | None:
+        """The dtype of the activations that states of these dtypes were allocated for; None if no state tells."""
+        kinds = ("model", "wide")
+        told = (name for kind in kinds for name, state in self.declared.items() if state.kind == kind)
+        return next((found[name] for name in told if name in found), None)
+
     def part(self, kind: type[MemoryPart]) -> Any:
         """The layer's part of this class, or None."""
         return next((part for part in self.parts if isinstance(part, kind)), None)
