@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-from .files import write_text
-from .programs import run_program
-from .staging import sole_writer
+from .common.files import write_text
+from .common.programs import run_program
+from .common.staging import sole_writer
 
 
 BLOCKS = frozenset(

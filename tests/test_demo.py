@@ -4,7 +4,7 @@ import pytest
 from graft_sources import save_source, tiny_tokenizer
 
 from conversion.demo import excerpt, main, read_document
-from conversion.report import REPORT_FILE
+from conversion.grafting.report import REPORT_FILE
 
 
 SETTINGS = ["--set", "window_size=16", "--set", "eidetic_size=4", "--max-new-tokens", "5"]

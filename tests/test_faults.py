@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from training_setup import log_of, recipe, run_align, run_finetune, tiny_graft
 from transformers import TrainerCallback
 
-from conversion import evaluate, restore, trainer
-from conversion.checkpoints import checkpoints, work_folder
-from conversion.report import read_report
+from conversion import evaluate, restore
+from conversion.grafting.report import read_report
+from conversion.training import trainer
+from conversion.training.checkpoints import checkpoints, work_folder
 
 
 STEADY = {"max_steps": 3, "save_steps": 1, "save_total_limit": 3, "lr_scheduler_type": "constant", "warmup_steps": 0}
@@ -103,7 +104,7 @@ def test_a_run_with_nothing_left_to_train_trains_nothing(tmp_path, monkeypatch):
     """Interrupted while its result was written: the Trainer would run one more step."""
     assert run_align(tmp_path, output=str(tmp_path / "whole"), **TRAINED) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("conversion.training_run.write_log", lambda *given: fail())
+        patch.setattr("conversion.training.run.write_log", lambda *given: fail())
         assert run_align(tmp_path, **TRAINED) == 2
     assert run_align(tmp_path, "--resume", **TRAINED) == 0
     assert log_of(tmp_path / "out") == log_of(tmp_path / "whole") and len(log_of(tmp_path / "out")) == 3

@@ -31,8 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion.families import bmojo_config_for
-from conversion.report import REPORT_FILE, read_report
+from conversion.grafting.families import bmojo_config_for
+from conversion.grafting.report import REPORT_FILE, read_report
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
@@ -325,7 +325,7 @@ def test_failure_leaves_no_partial_folder_and_the_old_output(step, error, tmp_pa
         partial.extend(path.name for path in tmp_path.glob("graft.partial-*"))
         raise error
 
-    monkeypatch.setattr(f"conversion.pipeline.{step}", fail)
+    monkeypatch.setattr(f"conversion.grafting.pipeline.{step}", fail)
     assert graft(tmp_path, "--overwrite", "--set", "eidetic_size=2") == (130 if error is KeyboardInterrupt else 2)
     assert bool(partial) == (step != "open_source"), "the work is done in a folder of its own"
     assert snapshot(tmp_path / "graft") == before

@@ -8,9 +8,9 @@ import yaml
 from graft_sources import SIZES, SOURCES, VOCAB, W, graft, logits, randomised, save_source
 from transformers import LlamaConfig, Qwen3Config
 
-from conversion.families import FAMILIES, MEMORY_FIELDS, backbone_fields, bmojo_config_for, targets_of
-from conversion.settings import KNOWN_KEYS, load_settings
-from conversion.ssm_init import (
+from conversion.grafting.families import FAMILIES, MEMORY_FIELDS, backbone_fields, bmojo_config_for, targets_of
+from conversion.grafting.settings import KNOWN_KEYS, load_settings
+from conversion.grafting.ssm_init import (
     SMOOTHER_DEFAULTS,
     SMOOTHER_FIELDS,
     inner_projection,

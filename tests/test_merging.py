@@ -7,7 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from training_setup import run_finetune, tiny_graft
 
-from conversion.report import read_report
+from conversion.grafting.report import read_report
 from modeling_bmojo import BMojoForCausalLM
 
 

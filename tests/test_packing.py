@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import SIZES
 
-from conversion.alignment import document_groups, run_teacher
-from conversion.packing import IGNORED, Collator, concatenate, count_from, cut, pack_documents, single
+from conversion.data.packing import IGNORED, Collator, concatenate, count_from, cut, pack_documents, single
+from conversion.training.alignment import document_groups, run_teacher
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from evaluation_sources import character_tokenizer
 
-from conversion.texts import HELD_OUT, fingerprint, openings, pydoc_text, read_texts, sequences, token_stream
+from conversion.data.texts import HELD_OUT, fingerprint, openings, pydoc_text, read_texts, sequences, token_stream
 
 
 TOKENIZER = character_tokenizer()

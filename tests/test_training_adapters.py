@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from training_setup import letters, log_of, run_finetune, tiny_graft, write_rows
 
 from conversion import finetune
-from conversion.report import read_report
+from conversion.grafting.report import read_report
 
 
 def is_fresh(tmp_path):

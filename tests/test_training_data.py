@@ -7,11 +7,11 @@ import pytest
 from graft_sources import tiny_tokenizer
 from training_setup import letters, write_rows, write_text
 
-from conversion import training_data
-from conversion.files import sha256
-from conversion.packing import IGNORED
-from conversion.training_data import SAMPLE, _Rows, build_data
-from conversion.training_settings import DataSettings
+from conversion.common.files import sha256
+from conversion.data import rows as training_data
+from conversion.data.packing import IGNORED
+from conversion.data.rows import SAMPLE, _Rows, build_data
+from conversion.data.settings import DataSettings
 
 
 TOKENIZER = tiny_tokenizer()

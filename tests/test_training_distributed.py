@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file
 from training_setup import T, log_of, recipe, run_align, run_finetune, tiny_graft, write_text
 
-from conversion.checkpoints import checkpoints, work_folder
-from conversion.trainer import load_trained
+from conversion.training.checkpoints import checkpoints, work_folder
+from conversion.training.trainer import load_trained
 
 
 ROOT = Path(__file__).resolve().parents[1]

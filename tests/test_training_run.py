@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from training_setup import letters, log_of, recipe, run_align, run_finetune, tiny_graft, write_rows, write_text
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from conversion import trainer as trainer_module
-from conversion.checkpoints import checkpoints, start_work, work_folder
-from conversion.report import read_report
+from conversion.grafting.report import read_report
+from conversion.training import trainer as trainer_module
+from conversion.training.checkpoints import checkpoints, start_work, work_folder
 from modeling_bmojo import BMojoForCausalLM
 
 
