@@ -76,9 +76,14 @@ def import_closure(entries: Iterable[Path], packages: Iterable[Path], left_out: 
         if file in found or file in skipped:
             continue
         found.add(file)
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(_parsed(file.read_text(encoding="utf-8"))):
             queue += _imported(node, file, roots)
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def _imported(node: ast.AST, file: Path, roots: dict[str, Path]) -> list[Path]:
@@ -107,7 +112,7 @@ def _files_of(place: Path, names: Iterable[ast.alias]) -> list[Path]:
     if not init.is_file():
         return []
     found, passed_on = [], {}
-    for node in ast.parse(init.read_text(encoding="utf-8")).body:
+    for node in _parsed(init.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
             passed_on |= {alias.asname or alias.name: (node.module, alias) for alias in node.names}
     for alias in names:
