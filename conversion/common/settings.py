@@ -2,21 +2,22 @@
 
 The fields of the dataclass are the keys, and their annotations are the rules: a number, a text, a switch, a list of
 texts, any of several (`str | None`). A field whose type is a dataclass is a section, one whose type is `dict` a section
-of free keys. What a type cannot say, the programs check themselves; fields in a class's `RULED` are theirs alone.
-Every refusal is a `ValueError` that names the field, its value, the rule and the remedy.
+of free keys. `Annotated[type, RULED]` leaves a field to the program's own checks, which say more than its type. Every
+refusal is a `ValueError` that names the field, its value, the rule and the remedy.
 """
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+RULED = "has a rule of its own"
 Settings = TypeVar("Settings")
 
 
@@ -137,25 +138,19 @@ def _require(kind: type, given: Mapping[str, Any]) -> None:
 
 def _filled(kind: type[Settings], given: Mapping[str, Any], prefix: str) -> Settings:
     """The dataclass of checked values; a section that is null or empty keeps its default where null is no value."""
-    stated, ruled, found = {item.name: item for item in fields(kind)}, getattr(kind, "RULED", ()), {}
+    types, found = {item.name: item.type for item in fields(kind)}, {}
     for key, value in given.items():
-        options = _options(stated[key])
+        options = get_args(types[key]) if isinstance(types[key], UnionType) else (types[key],)
         section = next((option for option in options if is_dataclass(option) or get_origin(option) is dict), None)
         if section is not None and NoneType not in options and (value is None or (get_origin(section) and not value)):
             continue
         if section is not None and value is not None:
-            value = _mapping(value, prefix + key)
+            value = dict(_mapping(value, prefix + key))
             if is_dataclass(section):
                 refuse_unknown(value, known_keys(section), f"{prefix}{key}.")
                 value = _filled(section, value, f"{prefix}{key}.")
-            else:
-                value = dict(value)
-        found[key] = value if key in ruled else _typed(value, options, prefix + key)
+        found[key] = value if get_origin(types[key]) is Annotated else _typed(value, options, prefix + key)
     return kind(**found)
-
-
-def _options(item: Field) -> tuple[Any, ...]:
-    return get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -181,4 +176,4 @@ def _is_a(value: Any, option: Any) -> bool:
     base = get_origin(option) or option
     if base in (int, float):
         return isinstance(value, (int, float) if base is float else int) and not isinstance(value, bool)
-    return isinstance(value, base) and (base is not list or all(isinstance(item, str) for item in value))
+    return isinstance(value, base) and (base is not list or all(_is_a(item, *get_args(option)) for item in value))

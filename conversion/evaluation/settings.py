@@ -7,9 +7,9 @@ What can only be checked against the source, the grafts and the texts is checked
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
-from ..common.settings import DTYPES, known_keys, make_settings, read_settings
+from ..common.settings import DTYPES, RULED, check_choice, known_keys, make_settings, read_settings
 from ..data.texts import BUILTINS
 from ..grafting.families import MEMORY_FIELDS
 from ..grafting.settings import GraftSettings, build_settings
@@ -39,21 +39,14 @@ class EvaluationSettings:
     seed: of passkeys and initialisation. plot: draw the PNG.
     """
 
-    RULED: ClassVar = ("rows", "grafts", "builtin", "topics", "files", "passkey_lengths", "passkey_depths") + (
-        "layers",
-        "ssm_init",
-        "smoother_tau",
-        "dtype",
-        "device",
-    )
     source: str
     output: str
-    rows: list[str] = field(default_factory=lambda: list(ROWS))
+    rows: Annotated[list[str], RULED] = field(default_factory=lambda: list(ROWS))
     sinks: int = 4
-    grafts: list[Any] = field(default_factory=list)
-    builtin: str | None = None
-    topics: list[str] | None = None
-    files: list[str] | None = None
+    grafts: Annotated[list[Any], RULED] = field(default_factory=list)
+    builtin: Annotated[str | None, RULED] = None
+    topics: Annotated[list[str] | None, RULED] = None
+    files: Annotated[list[str] | None, RULED] = None
     tokens: int = 2048
     texts: int = 3
     chunk: int = 512
@@ -62,18 +55,18 @@ class EvaluationSettings:
     passkey: bool = True
     cost: bool = True
     greedy_tokens: int = 32
-    passkey_lengths: list[int] = field(default_factory=lambda: [1024, 2048])
-    passkey_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    passkey_lengths: Annotated[list[int], RULED] = field(default_factory=lambda: [1024, 2048])
+    passkey_depths: Annotated[list[float], RULED] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     passkey_trials: int = 1
     passkey_digits: int = 5
     decode_tokens: int = 32
     cost_rounds: int = 1
-    layers: str | list[int] = "all"
-    ssm_init: str = "smoother"
-    smoother_tau: list[float] = field(default_factory=lambda: [2.0, 16.0])
+    layers: Annotated[str | list[int], RULED] = "all"
+    ssm_init: Annotated[str, RULED] = "smoother"
+    smoother_tau: Annotated[list[float], RULED] = field(default_factory=lambda: [2.0, 16.0])
     allow_pickle: bool = False
-    dtype: str = "float32"
-    device: str = "auto"
+    dtype: Annotated[str, RULED] = "float32"
+    device: Annotated[str, RULED] = "auto"
     seed: int = 0
     plot: bool = True
     memory: dict[str, Any] = field(default_factory=dict)
@@ -110,10 +103,8 @@ def _check(settings: EvaluationSettings) -> None:
         value = getattr(settings, item.name)
         if item.type is int and item.name != "seed" and value < 1:
             raise ValueError(f"{item.name}={value!r}: must be at least 1.")
-    if settings.dtype not in DTYPES:
-        raise ValueError(f"dtype={settings.dtype!r}: must be one of {list(DTYPES)}.")
-    if settings.device not in DEVICES:
-        raise ValueError(f"device={settings.device!r}: must be one of {list(DEVICES)}.")
+    check_choice("dtype", settings.dtype, DTYPES)
+    check_choice("device", settings.device, DEVICES)
     if not any(getattr(settings, name) for name in SECTIONS):
         raise ValueError(f"nothing to measure: switch one of {', '.join(SECTIONS)} on.")
     if settings.layers == "measured":

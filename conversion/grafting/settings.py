@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 from modeling_bmojo import BMojoConfig
 
-from ..common.settings import DTYPES, known_keys, make_settings, read_settings
+from ..common.settings import DTYPES, RULED, known_keys, make_settings, read_settings
 from .families import MEMORY_FIELDS
 from .ssm_init import SSM_INITS, check_fields
 
@@ -34,21 +34,16 @@ class GraftSettings:
     memory: fields of `BMojoConfig` that are set; what is not set keeps its default.
     """
 
-    RULED: ClassVar = ("layers", "dtype", "ssm_init", "smoother_tau", "measured_layers") + (
-        "measured_files",
-        "measured_tokens",
-        "measured_texts",
-    )
     source: str
     output: str
-    layers: str | list[int] = "all"
-    dtype: str | None = None
-    ssm_init: str = "smoother"
-    smoother_tau: list[float] = field(default_factory=lambda: [2.0, 16.0])
-    measured_layers: int | None = None
-    measured_files: list[str] | None = None
-    measured_tokens: int = 2048
-    measured_texts: int = 2
+    layers: Annotated[str | list[int], RULED] = "all"
+    dtype: Annotated[str | None, RULED] = None
+    ssm_init: Annotated[str, RULED] = "smoother"
+    smoother_tau: Annotated[list[float], RULED] = field(default_factory=lambda: [2.0, 16.0])
+    measured_layers: Annotated[int | None, RULED] = None
+    measured_files: Annotated[list[str] | None, RULED] = None
+    measured_tokens: Annotated[int, RULED] = 2048
+    measured_texts: Annotated[int, RULED] = 2
     seed: int = 0
     max_shard_size: str = "2GB"
     check: bool = True
