@@ -313,7 +313,7 @@ def test_files_have_the_mode_that_the_user_wants(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device"), ValueError("broken")])
 @pytest.mark.parametrize(
-    "step", ["open_source", "save_description", "copied_tensor", "layer_init", "check_against_source", "write_report"]
+    "step", ["open_source", "write_model", "copied_tensor", "layer_init", "check_against_source", "write_report"]
 )
 def test_failure_leaves_no_partial_folder_and_the_old_output(step, error, tmp_path, monkeypatch, capsys):
     save_source(tmp_path / "source")

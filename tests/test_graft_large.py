@@ -19,6 +19,7 @@ from graft_sources import SOURCES, edit_json, graft, logits, randomised, save_so
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from conversion.common import export
 from conversion.common.staging import clear_leftovers, sole_writer, staged_folder
 from conversion.common.weights import BLOCK_BYTES, digest, open_weights, row_blocks
 from conversion.grafting import pipeline
@@ -133,7 +134,7 @@ def test_the_check_needs_memories_for_its_tokens_only():
 
 def test_memories_that_are_not_finite_and_missing_tensors_are_noticed(tmp_path, monkeypatch, capsys):
     save_source(tmp_path / "source")
-    layer_init, write_shards = pipeline.layer_init, pipeline.write_shards
+    layer_init, write_shards = pipeline.layer_init, export.write_shards
 
     def broken(plan, index):
         found = layer_init(plan, index)
@@ -149,7 +150,7 @@ def test_memories_that_are_not_finite_and_missing_tensors_are_noticed(tmp_path, 
     def incomplete(folder, shapes, *others):
         write_shards(folder, {name: shape for name, shape in shapes.items() if name != "model.norm.weight"}, *others)
 
-    monkeypatch.setattr(pipeline, "write_shards", incomplete)
+    monkeypatch.setattr(export, "write_shards", incomplete)
     monkeypatch.setattr(pipeline, "build_report", lambda *arguments: {})  # which misses the digest
     assert graft(tmp_path) == 2
     assert "model.norm.weight" in capsys.readouterr().err

@@ -4,7 +4,7 @@ The code is copied by transformers' own exporter (`custom_object_save`), so the 
 `trust_remote_code=True` where the package is not installed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,41 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import BMojoConfig
 
-from .files import write_json
+from .running import meta_model, tensor_shapes
+from .weights import write_shards
 
 
 PROBE = "In 1995, version 3.12.4\n\n1.  Hello  World's\ttab; été — 日本 x=100\n\n\n42"
 
 
-def meta_model(config: BMojoConfig) -> BMojoForCausalLM:
-    """The model without memory: names and shapes of what a checkpoint of this config holds."""
-    with torch.device("meta"):
-        return BMojoForCausalLM(config)
+def write_model(
+    folder: Path,
+    config: BMojoConfig,
+    dtypes: Mapping[str, torch.dtype],
+    make: Callable[[str], torch.Tensor],
+    max_shard_size: str,
+    dtype: torch.dtype,
+) -> None:
+    """Write into `folder` the exported code, config.json and the weights of a checkpoint.
 
+    Args:
+        dtypes: of every tensor but the tied ones. make: the tensor of a name, contiguous and on the CPU; called once
+            for each. max_shard_size: see `write_shards`. dtype: as the config states it.
 
-def save_description(folder: Path, config: BMojoConfig, dtype: torch.dtype, generation: Mapping[str, Any]) -> None:
-    """Writes into `folder` what a checkpoint holds beside its weights and tokenizer: config.json, the exported code and
-    generation_config.json."""
+    Raises:
+        ValueError: `dtypes` names other tensors than the config has.
+    """
     model = meta_model(config)
+    shapes = tensor_shapes(model)
+    if wrong := sorted(shapes.keys() ^ dtypes.keys()):
+        raise ValueError(f"tensors {wrong[:5]} are missing or unknown: {len(wrong)} of the model's.")
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
-    write_json(folder / "generation_config.json", dict(generation))
+    write_shards(folder, shapes, dtypes, make, max_shard_size)
 
 
 def generation_settings(stated: Mapping[str, Any], config: BMojoConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Files: written whole or not at all, read with errors that name them, told apart by SHA-256.
 
-`partial_file` hands out a name beside the final one and renames it at the end; what a killed process left under such a
-name, the next writer of the same file removes. That is safe because an output has one writer (`staging.sole_writer`).
+Writing beside the final name and renaming is the package's own (`files_bmojo.write_whole`), which any number may use at
+once. An output here has one writer (`staging.sole_writer`), who may therefore remove whatever others left beside it.
 `writing` turns what full, read-only or failing disks raise through Python, safetensors and torch into one error that
 names the file. Folders that appear whole are staging.py's business.
 """
@@ -13,14 +13,17 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modeling_bmojo.files_bmojo import write_whole
+
 
 READ = 2**20  # bytes that are read at a time
-PARTIAL = re.compile(r"\.partial-[0-9a-f]{12}")  # what `partial_name` adds to a name
+# What `partial_name` adds to a name, and what `write_whole` does.
+PARTIAL = re.compile(r"\.partial-([0-9a-f]{12}|[0-9a-f]{8}-[1-9]\d*-[0-9a-f]{8})")
 # What a disk says that takes no more, or nothing at all; of a library's error only the number may be left, or a phrase.
 DISK_ERRORS = (
     {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -89,35 +92,27 @@ def partial_name(path: Path) -> Path:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What earlier writers of `path` left beside it under names of `partial_name`."""
+    """What earlier writers of `path` left beside it under such names."""
     found = path.parent.glob(f"{glob.escape(path.name)}.partial-*")
     return sorted(item for item in found if PARTIAL.fullmatch(item.name[len(path.name) :]))
 
 
-@contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when the block ends well and vanishes when it does not.
+def write_file(path: Path, write: Callable[[str], None]) -> None:
+    """Let `write(partial)` fill a file beside `path`, which then becomes `path`; whole or not at all.
 
     Raises:
         WriteError: see `writing`.
     """
-    partial = partial_name(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in leftovers(path):
             left.unlink()
-        try:
-            yield partial
-            sync(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, write)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    with partial_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Write a text file whole or not at all."""
+    write_file(path, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

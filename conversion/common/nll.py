@@ -9,7 +9,7 @@ Shapes: ids [1, T]; nll, predicted [T-1]; V the vocabulary.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -44,21 +44,33 @@ def read(model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = None)
     """
     device = next(model.parameters()).device
     ids = ids.to(device)
-    cache, nll, predicted, following = None, [], [], -1
-    for first in range(0, ids.shape[1], chunk):
-        piece = ids[:, first : first + chunk]
-        out = model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True)
-        cache, logits = cache_of(out), out.logits[0].float()
-        best = logits.argmax(-1)
-        targets = ids[0, first + 1 : first + 1 + piece.shape[1]]
+    nll, predicted, following, first = [], [], -1, 0
+    for out in in_pieces(model, ids, chunk, bar):
+        logits = out.logits[0].float()
+        best, after = logits.argmax(-1), first + len(logits)
+        targets = ids[0, first + 1 : after + 1]
         nll.append(cross_entropy(logits[: len(targets)], targets, reduction="none").cpu())
         predicted.append(best[: len(targets)].cpu())
         following = int(best[-1])
         if not bool(torch.isfinite(nll[-1]).all()):
-            raise ValueError(f"the model's NLL is not finite between tokens {first} and {first + piece.shape[1]}.")
+            raise ValueError(f"the model's NLL is not finite between tokens {first} and {after}.")
+        first = after
+    return Reading(torch.cat(nll), torch.cat(predicted), following, cache_of(out))
+
+
+def in_pieces(model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = None, **options: Any) -> Iterator[Any]:
+    """Let the model read `ids` `[1, T]`, on its device, `chunk` tokens at a time, into one cache; yield each output.
+
+    Args:
+        bar: a tqdm that counts tokens, or None. options: of the model's forward, such as `logits_to_keep`.
+    """
+    cache = None
+    for piece in ids.split(chunk, dim=1):
+        out = model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True, **options)
+        cache = cache_of(out)
+        yield out
         if bar is not None:
             bar.update(piece.shape[1])
-    return Reading(torch.cat(nll), torch.cat(predicted), following, cache)
 
 
 def buckets(window: int, tokens: int) -> dict[str, range]:

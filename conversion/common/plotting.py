@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .files import partial_file
+from .files import write_file
 
 
 def require_matplotlib(wanted_by: str) -> None:
@@ -23,5 +23,4 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG whole or not at all."""
-    with partial_file(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+    write_file(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))

@@ -1,4 +1,4 @@
-"""A model that runs, from tensors that are in memory already: nothing is copied and nothing is initialised."""
+"""A model of a config: its names and shapes alone, or running on tensors that are in memory already, without a copy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +7,18 @@ import torch
 from torch import nn
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+
+
+def meta_model(config: BMojoConfig) -> BMojoForCausalLM:
+    """The model without memory: names and shapes of what a checkpoint of this config holds."""
+    with torch.device("meta"):
+        return BMojoForCausalLM(config)
+
+
+def tensor_shapes(model: BMojoForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Name what a checkpoint of the model holds, with the shapes: all but the tied tensors."""
+    tied = set(model.all_tied_weights_keys)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def assembled(
@@ -23,8 +35,7 @@ def assembled(
     Raises:
         ValueError: a tensor is missing.
     """
-    with torch.device("meta"):
-        model = BMojoForCausalLM(config)
+    model = meta_model(config)
     for layer in model.model.layers:
         for name, make in (replaced or {}).items():
             if hasattr(layer, name):

@@ -23,7 +23,7 @@ def continue_greedily(model: torch.nn.Module, reading: Reading, steps: int) -> l
 
 
 def equal_share(ours: torch.Tensor, theirs: torch.Tensor, window: int) -> dict[str, float]:
-    """Share of equal next tokens `[T-1]` by bucket (`scores_nll.buckets`)."""
+    """Share of equal next tokens `[T-1]` by bucket (`nll.buckets`)."""
     return bucket_means((ours == theirs).float(), window)
 
 

@@ -7,11 +7,14 @@ process on whatever machine this is: good for orders of magnitude. Ratios to bui
 
 import statistics
 import time
+from collections import deque
 from typing import Any
 
 import torch
 
 from modeling_bmojo import CACHE_NAME, cache_of
+
+from ..common.nll import in_pieces
 
 
 @torch.inference_mode()
@@ -40,13 +43,9 @@ def measure_cost(
 
 def _pass(model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, bar: Any) -> tuple[float, float, Any]:
     """Seconds of reading `ids` and of writing `steps` tokens, and the cache after both."""
-    cache, start = None, _now(ids.device)
-    for piece in ids.split(chunk, dim=1):
-        out = model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-        cache = cache_of(out)
-        if bar is not None:
-            bar.update(piece.shape[1])
-    token = out.logits[:, -1:].argmax(-1)
+    start = _now(ids.device)
+    out = deque(in_pieces(model, ids, chunk, bar, logits_to_keep=1), maxlen=1).pop()
+    cache, token = cache_of(out), out.logits[:, -1:].argmax(-1)
     middle = _now(ids.device)
     for _ in range(steps):
         out = model(input_ids=token, **{CACHE_NAME: cache}, use_cache=True)

@@ -10,6 +10,7 @@ Numbers and stretches of text follow from the seed. An answer inside the window 
 
 import math
 import random
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from modeling_bmojo import CACHE_NAME, cache_of
+
+from ..common.nll import in_pieces
 
 
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
@@ -120,9 +123,8 @@ def score_prompts(
 def _last_logits(model: torch.nn.Module, prompt: Prompt, chunk: int) -> torch.Tensor:
     """Logits `[n, V]` on the CPU, float32, of the tokens from the one before the first digit on."""
     ids = prompt.ids.to(next(model.parameters()).device)
-    cache, end = None, prompt.digits[0] - 1
-    for piece in ids[:, :end].split(chunk, dim=1):
-        cache = cache_of(model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1))
+    end = prompt.digits[0] - 1
+    cache = cache_of(deque(in_pieces(model, ids[:, :end], chunk, logits_to_keep=1), maxlen=1).pop())
     return model(input_ids=ids[:, end:], **{CACHE_NAME: cache}, use_cache=True).logits[0].float().cpu()
 
 

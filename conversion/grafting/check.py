@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM, cache_of
 
-from ..common.export import meta_model
+from ..common.running import meta_model, tensor_shapes
 from ..common.weights import LazyTensors, Weights, open_weights, row_blocks
 from .families import source_window
 from .sources import Source
@@ -62,9 +62,7 @@ def check_against_source(
 
 def check_complete(config: BMojoConfig, written: Weights) -> None:
     """Refuses a folder whose tensors are not those of its config (ValueError)."""
-    model = meta_model(config)
-    tied = set(model.all_tied_weights_keys)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    wanted = tensor_shapes(meta_model(config))
     wrong = sorted(name for name in wanted | written.shapes if wanted.get(name) != written.shapes.get(name))
     if wrong:
         raise ValueError(f"the written checkpoint does not load completely: {wrong} are missing, unknown or misshapen.")

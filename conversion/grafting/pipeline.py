@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from modeling_bmojo import BMojoConfig
 
-from ..common.export import generation_settings, meta_model, save_description, save_tokenizer
-from ..common.files import read_json, write_text
+from ..common.export import generation_settings, save_tokenizer, write_model
+from ..common.files import read_json, write_json, write_text
 from ..common.provenance import code_fingerprint, versions
+from ..common.running import meta_model, tensor_shapes
 from ..common.settings import DTYPES
 from ..common.staging import REPORT_FILE, check_output, check_space, is_settled, sole_writer, staged_folder
-from ..common.weights import LazyTensors, digest, open_weights, row_blocks, write_shards
+from ..common.weights import LazyTensors, digest, open_weights, row_blocks
 from .card import model_card
 from .check import check_against_source
 from .families import backbone_fields, bmojo_config_for, family_of, source_layer_types, source_window
@@ -169,9 +170,7 @@ def plan_graft(settings: GraftSettings, source: Source, layers: str | list[int] 
     if dtype_name(dtype) not in DTYPES:
         raise ValueError(f"dtype of the source is {source.dtype}; set dtype to float32, bfloat16 or float16.")
 
-    model = meta_model(config)
-    tied = set(model.all_tied_weights_keys)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    shapes = tensor_shapes(meta_model(config))
     initialised = initialised_tensors(config, shapes, init.describe)
     copies = plan_copy(source.config, source.shapes, shapes, set(initialised))
     dtypes = target_dtypes(settings, source, dtype, copies, shapes)
@@ -301,11 +300,11 @@ def layer_init(plan: Plan, index: int) -> dict[str, torch.Tensor]:
 def write_checkpoint(folder: Path, plan: Plan) -> None:
     """Fills `folder`: weights, code, tokenizer, settings, card and, last, the report."""
     generation = generation_settings(plan.source.generation_settings(), plan.config)
-    save_description(folder, plan.config, plan.dtype, generation)
+    write_json(folder / "generation_config.json", generation)
     if plan.ranking is not None:
         write_ranking(folder, plan.ranking)
     build = TensorBuilder(plan)
-    write_shards(folder, plan.shapes, plan.dtypes, build, plan.settings.max_shard_size)
+    write_model(folder, plan.config, plan.dtypes, build, plan.settings.max_shard_size, plan.dtype)
     report = build_report(plan, build.digests)
     tokenizer = plan.source.tokenizer()
     report["tokenizer"] = None if tokenizer is None else save_tokenizer(folder, tokenizer, plan.config.vocab_size)

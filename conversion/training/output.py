@@ -16,9 +16,10 @@ import torch
 from transformers import GenerationConfig
 from transformers.trainer_callback import TrainerState
 
-from ..common.export import meta_model, save_tokenizer
+from ..common.export import save_tokenizer, write_model
 from ..common.files import write_text
 from ..common.provenance import versions
+from ..common.running import meta_model
 from ..common.weights import digest
 from ..grafting.report import CURRENT, dtype_name, write_report
 from .settings import TrainingSettings
@@ -65,32 +66,24 @@ def write_checkpoint(
         tensors: the model's state dict, on any device; those that trained may be float32.
         trained: names of the tensors that trained. entry: of the report.
     """
-    dtype = student.dtype
-    tied = set(meta_model(student.config).all_tied_weights_keys)
-    keep = {name: value for name, value in tensors.items() if name not in tied}
+    config, dtype = student.config, student.dtype
+    tied = meta_model(config).all_tied_weights_keys
     whole = {
         name: value.detach().to("cpu", torch.float32 if ".scalars." in name else dtype).contiguous()
-        for name, value in keep.items()
+        for name, value in tensors.items()
+        if name not in tied
     }
-    report = updated_report(student.report, whole, trained, entry, student.config.window_size)
+    report = updated_report(student.report, whole, trained, entry, config.window_size)
     report["dtype"] = dtype_name(dtype)
-    _save_model(folder, student, whole, max_shard_size)
-    report["tokenizer"] = save_tokenizer(folder, student.tokenizer, student.config.vocab_size)
+    dtypes = {name: value.dtype for name, value in whole.items()}
+    write_model(folder, config, dtypes, whole.__getitem__, max_shard_size, dtype)
+    GenerationConfig().save_pretrained(folder)
+    if (student.folder / "generation_config.json").is_file():
+        shutil.copyfile(student.folder / "generation_config.json", folder / "generation_config.json")
+    report["tokenizer"] = save_tokenizer(folder, student.tokenizer, config.vocab_size)
     card = trained_card(_read_text(student.folder / "README.md"), report, report["training"])
     write_text(folder / "README.md", card)
     write_report(folder, report)
-
-
-def _save_model(folder: Path, student: Student, tensors: dict[str, torch.Tensor], max_shard_size: str) -> None:
-    """Weights, exported code and config by transformers' exporter; generation settings as they were."""
-    model = meta_model(copy.deepcopy(student.config))
-    tied = {name: tensors[original] for name, original in model.all_tied_weights_keys.items()}
-    model.load_state_dict({**tensors, **tied}, assign=True)
-    model.tie_weights()
-    model.generation_config = GenerationConfig()
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if (student.folder / "generation_config.json").is_file():
-        shutil.copyfile(student.folder / "generation_config.json", folder / "generation_config.json")
 
 
 def write_adapter(

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
-from ..common.export import meta_model
 from ..common.files import read_json
+from ..common.running import meta_model, tensor_shapes
 from ..common.staging import REPORT_FILE
 from ..common.weights import open_weights
 from ..grafting.report import changed_tensors, require_report
@@ -134,7 +134,7 @@ def _check_memory(folder: Path, memory: Mapping[str, Any]) -> None:
     if not memory:
         return
     before, after = (
-        {name: tuple(value.shape) for name, value in meta_model(config).state_dict().items()}
+        tensor_shapes(meta_model(config))
         for config in (BMojoConfig.from_pretrained(folder), BMojoConfig.from_pretrained(folder, **memory))
     )
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_bmojo import BMojoForCausalLM
 
-from ..common.export import meta_model
+from ..common.running import meta_model
 from ..common.weights import open_weights
 from ..grafting.sources import open_source
 from .losses import Head
