@@ -5,5 +5,5 @@ A file here is a program, a folder is a library. Programs import libraries, neve
     common  <-  data  <-  grafting  <-  training, evaluation
 
 where `training` and `evaluation` do not know each other. Everything reaches the model through `import modeling_bmojo`
-alone.
+alone; only `common/files.py` names a module of it, the one that writes files whole.
 """

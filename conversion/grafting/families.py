@@ -48,6 +48,19 @@ MEMORY_FIELDS = (
 )
 
 
+# Fields that are neither facts of the source nor memory: which layers are converted, and how the model is run.
+OTHER_FIELDS = ("layer_types", "kernel_backend")
+
+
+def backbone_names() -> tuple[str, ...]:
+    """Name the fields of `BMojoConfig` that describe the Transformer; each needs a home in the table of families."""
+    return tuple(
+        name
+        for name in BMojoConfig.__annotations__
+        if name in BMojoConfig.__dataclass_fields__ and name not in (*MEMORY_FIELDS, *OTHER_FIELDS)
+    )
+
+
 def supported_architectures() -> str:
     """The supported architectures as one line for messages."""
     return ", ".join(family.architecture for family in FAMILIES)
