@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds beside its weights: config with auto_map, exported code, tokenizer, generation config.
+"""What a checkpoint folder holds: weights, config with auto_map, exported code, tokenizer, generation config.
 
 The code is copied by transformers' own exporter (`custom_object_save`), so the folder loads with
 `trust_remote_code=True` where the package is not installed.
@@ -33,7 +33,8 @@ def write_model(
 
     Args:
         dtypes: of every tensor but the tied ones. make: the tensor of a name, contiguous and on the CPU; called once
-            for each. max_shard_size: see `write_shards`. dtype: as the config states it.
+            for each. max_shard_size: see `write_shards`. dtype: what the config, which is
+            changed by this, states.
 
     Raises:
         ValueError: `dtypes` names other tensors than the config has.

@@ -24,7 +24,7 @@ def summarise(
     """The figures of every row, in the order of the rows, as plain data.
 
     Args:
-        sections: which of `evaluation_settings.SECTIONS` are on, by name.
+        sections: which of `settings.SECTIONS` are on, by name.
     """
     nll = {row.kind: measurements[row.name]["reading"]["nll"] for row in rows if "reading" in measurements[row.name]}
     found = []

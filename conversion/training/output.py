@@ -76,7 +76,7 @@ def write_checkpoint(
     report = updated_report(student.report, whole, trained, entry, config.window_size)
     report["dtype"] = dtype_name(dtype)
     dtypes = {name: value.dtype for name, value in whole.items()}
-    write_model(folder, config, dtypes, whole.__getitem__, max_shard_size, dtype)
+    write_model(folder, copy.deepcopy(config), dtypes, whole.__getitem__, max_shard_size, dtype)
     GenerationConfig().save_pretrained(folder)
     if (student.folder / "generation_config.json").is_file():
         shutil.copyfile(student.folder / "generation_config.json", folder / "generation_config.json")
