@@ -189,7 +189,7 @@ class BMojoConfig(BackboneConfig):
             self.num_key_value_heads = heads
         if self.head_dim is None:
             if hidden % heads:
-                self._reject("head_dim", None, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+                reject("head_dim", None, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
             self.head_dim = hidden // heads
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -274,6 +275,8 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CausalConv | SSMScalars | FadingMemory):
             module.initialise(self.config)
+        elif getattr(module, "initial_bound", None) is not None:  # a class of its own would hide it from tools
+            init.uniform_(module.weight, -module.initial_bound, module.initial_bound)
 
 
 class BMojoModel(BMojoPreTrainedModel):
