@@ -47,6 +47,7 @@ from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .generation_bmojo import BMojoGenerationMixin
 from .inputs_bmojo import build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
+from .layer_memory_bmojo import LayerMemory
 from .layout_bmojo import Rows, sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
@@ -144,6 +145,12 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             self.mlp = BMojoMLP(config)
             if self.norm_after:
                 self.post_feedforward_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def accept_config(self, config: BMojoConfig) -> None:
+        """Remember what the configuration says now, with the weights as they are: for code that has changed it."""
+        self.spec = config.layer_spec(self.layer_idx)
+        if self.spec.has_attention:
+            self.self_attn.memory = LayerMemory(config, self.layer_idx)
 
     def forward(
         self,

@@ -1,10 +1,9 @@
 """A model of a config: its names and shapes alone, or running on tensors that are in memory already, without a copy."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
@@ -21,25 +20,16 @@ def tensor_shapes(model: BMojoForCausalLM) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def assembled(
-    config: BMojoConfig,
-    tensors: Mapping[str, torch.Tensor],
-    replaced: Mapping[str, Callable[[], nn.Module]] | None = None,
-) -> BMojoForCausalLM:
+def assembled(config: BMojoConfig, tensors: Mapping[str, torch.Tensor]) -> BMojoForCausalLM:
     """A model of `config` on the tensors themselves, in evaluation mode, without gradients.
 
     Args:
         tensors: by the names of a checkpoint, on one device; those that the model does not have are passed over.
-        replaced: submodules of every decoder layer, by name, and what stands in their place.
 
     Raises:
         ValueError: a tensor is missing.
     """
     model = meta_model(config)
-    for layer in model.model.layers:
-        for name, make in (replaced or {}).items():
-            if hasattr(layer, name):
-                setattr(layer, name, make())
     tied = model.all_tied_weights_keys
     wanted = {name: tied.get(name, name) for name in model.state_dict()}
     missing = sorted(origin for origin in set(wanted.values()) if origin not in tensors)
@@ -59,9 +49,8 @@ def set_layer_kind(model: BMojoForCausalLM, index: int, kind: str) -> None:
 
     Its projections stay; without a fading memory in its spec the layer does not run it.
     """
-    layer = model.model.layers[index]
     model.config.layer_types[index] = kind
-    layer.spec = layer.self_attn.spec = model.config.layer_spec(index)
+    model.model.layers[index].accept_config(model.config)
     model.model.accept_config()
 
 

@@ -30,24 +30,8 @@ from ..grafting.sources import source_files
 
 
 ROWS = ("source", "window", "sinks", "equal_memory", "fresh")
-# No memory of ours, and the smallest SSM there is: a layer with sinks has none, but its cache allocates one.
-NO_MEMORIES = {
-    "eidetic_size": 0,
-    "eidetic_decay": 0.0,
-    "innovation": "state",  # keeps no outputs of an SSM
-    "fading_size": 0,
-    "fading_stride": 1,
-    "ssm_type": "mamba2",
-    "ssm_time_step_rank": None,
-    "ssm_num_heads": 1,
-    "ssm_head_dim": 1,
-    "ssm_num_groups": 1,
-    "ssm_state_size": 1,
-    "ssm_conv_kernel": 1,
-    "ssm_projected": True,
-    "ssm_gated": False,
-    "ssm_norm": False,
-}
+# Of the graft's memories nothing but a window, and what is asked for beside it.
+NO_MEMORIES = {"eidetic_size": 0, "eidetic_decay": 0.0, "innovation": "constant", "fading_size": 0, "fading_stride": 1}
 
 
 @dataclass(frozen=True)
@@ -66,13 +50,6 @@ class Row:
     build: Callable[[], nn.Module] = field(repr=False)
 
 
-class FirstTokensStay(nn.Module):
-    """Stands where a layer has its fading memory: no output, and the same innovation for every token."""
-
-    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None, cache: Any = None):
-        return None, torch.zeros(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
-
-
 class Models:
     """Builds the rows on `device` in `dtype`; the tensors of the source are read once and shared."""
 
@@ -85,22 +62,19 @@ class Models:
         """The fresh graft's tensors; the other rows take from it what they have."""
         return {name: value.to(self.device) for name, value in build_tensors(self.plan).items()}
 
-    def _row(self, name: str, kind: str, config: BMojoConfig, sinks: bool = False) -> Row:
+    def _row(self, name: str, kind: str, config: BMojoConfig) -> Row:
         facts = {"kind": kind, "config": config.to_dict(), "source": self.files, "name": self.plan.settings.source}
         if kind == "fresh":
             facts["settings"] = self.plan.settings.as_dict()
-        return Row(name, kind, config.window_size, config.eidetic_size, facts, lambda: self._assemble(config, sinks))
+        build = lambda: assembled(config, self.tensors)  # noqa: E731
+        return Row(name, kind, config.window_size, config.eidetic_size, facts, build)
 
     def _plain(self, **changes: Any) -> BMojoConfig:
-        """The graft's config without its memories."""
-        config = copy.deepcopy(self.plan.config)
-        for key, value in {**NO_MEMORIES, **changes}.items():
-            setattr(config, key, value)
-        config.validate()
-        return config
-
-    def _assemble(self, config: BMojoConfig, sinks: bool) -> nn.Module:
-        return assembled(config, self.tensors, {"fading": FirstTokensStay} if sinks else {})
+        """The graft's config without its memories: its backbone, and every other field at its default."""
+        config = self.plan.config
+        kept = {name: copy.deepcopy(getattr(config, name)) for name in BMojoConfig.fields_with(role="backbone")}
+        kinds = {"layer_types": list(config.layer_types), "dtype": config.dtype}
+        return BMojoConfig(**kept, **{**kinds, **NO_MEMORIES, **changes})
 
     def source(self) -> Row:
         facts = {"kind": "source", "source": self.files, "name": self.plan.settings.source}
@@ -121,7 +95,7 @@ class Models:
         return self._row(name, kind, self._plain(window_size=size, layer_types=kinds))
 
     def sinks(self, count: int, size: int, name: str, kind: str = "sinks") -> Row:
-        return self._row(name, kind, self._plain(window_size=size, eidetic_size=count), sinks=True)
+        return self._row(name, kind, self._plain(window_size=size, eidetic_size=count))
 
     def fresh(self) -> Row:
         return self._row("fresh graft", "fresh", self.plan.config)

@@ -15,50 +15,12 @@ from .family_table import COMMON_DROPPED, COMMON_FIELDS, FAMILIES, Family
 
 LAYER_PATTERN = r"every (?P<step>[1-9]\d*)( from (?P<first>\d+))?"
 
-# Fields of BMojoConfig that a graft may set; all others are facts of the source.
-MEMORY_FIELDS = (
-    "window_size",
-    "eidetic_size",
-    "eidetic_decay",
-    "innovation",
-    "innovation_taps",
-    "fading_size",
-    "fading_stride",
-    "tie_fading_projections",
-    "memory_block_size",
-    "ssm_type",
-    "ssm_num_heads",
-    "ssm_head_dim",
-    "ssm_state_size",
-    "ssm_num_groups",
-    "ssm_time_step_rank",
-    "ssm_conv_kernel",
-    "ssm_conv_bias",
-    "ssm_conv_act",
-    "ssm_projected",
-    "ssm_proj_bias",
-    "ssm_gated",
-    "ssm_norm",
-    "ssm_chunk_size",
-    "ssm_time_step_min",
-    "ssm_time_step_max",
-    "ssm_time_step_floor",
-    "ssm_scalars_in_fp32",
-    "ssm_time_step_limit",
-)
-
-
-# Fields that are neither facts of the source nor memory: which layers are converted, and how the model is run.
+# Fields that are neither facts of the source nor settings of a graft: which layers are converted, and how it is run.
 OTHER_FIELDS = ("layer_types", "kernel_backend")
-
-
-def backbone_names() -> tuple[str, ...]:
-    """Name the fields of `BMojoConfig` that describe the Transformer; each needs a home in the table of families."""
-    return tuple(
-        name
-        for name in BMojoConfig.__annotations__
-        if name in BMojoConfig.__dataclass_fields__ and name not in (*MEMORY_FIELDS, *OTHER_FIELDS)
-    )
+# Fields of BMojoConfig that a graft may set; all others are facts of the source.
+MEMORY_FIELDS = tuple(
+    name for name in BMojoConfig.fields_with() if name not in (*BMojoConfig.fields_with(role="backbone"), *OTHER_FIELDS)
+)
 
 
 def supported_architectures() -> str:

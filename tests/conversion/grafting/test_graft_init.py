@@ -13,7 +13,6 @@ from conversion.grafting.families import (
     MEMORY_FIELDS,
     OTHER_FIELDS,
     backbone_fields,
-    backbone_names,
     bmojo_config_for,
     targets_of,
 )
@@ -230,19 +229,20 @@ def homeless(names: Iterable[str], families: Iterable[Family] = FAMILIES) -> set
 
 
 def test_every_backbone_field_has_a_home_in_the_table_of_families():
-    names = backbone_names()
+    names = BMojoConfig.fields_with(role="backbone")
     assert homeless(names) == set()
     assert homeless([*names, "new_field"]) == {"new_field"}
     assert "qk_norm" in homeless(names, [row for row in FAMILIES if "qk_norm" not in row.constants])
 
 
 def test_the_table_of_families_names_backbone_fields_only():
+    names = set(BMojoConfig.fields_with(role="backbone"))
     for row in FAMILIES:
-        assert {*COMMON_FIELDS, *row.fields, *row.optional_fields, *row.constants} <= set(backbone_names()), row.name
+        assert {*COMMON_FIELDS, *row.fields, *row.optional_fields, *row.constants} <= names, row.name
 
 
-def test_every_field_is_backbone_or_memory_or_neither():
-    """A new field counts as backbone, and is homeless by the test above, until it is given its place."""
+def test_every_field_has_one_role():
     own = [name for name in BMojoConfig.__annotations__ if name in BMojoConfig.__dataclass_fields__]
-    groups = [*backbone_names(), *MEMORY_FIELDS, *OTHER_FIELDS]
-    assert sorted(groups) == sorted(set(groups)) and set(own) <= set(groups) <= set(BMojoConfig.__dataclass_fields__)
+    roles = [name for role in ("backbone", "memory", "speed") for name in BMojoConfig.fields_with(role=role)]
+    assert sorted(own) == sorted(roles) and sorted(BMojoConfig.fields_with()) == sorted(own)
+    assert set(MEMORY_FIELDS) == set(own) - set(BMojoConfig.fields_with(role="backbone")) - set(OTHER_FIELDS)
