@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from conversion.files import write_json
-from conversion.weights import write_shards
+from conversion.common.files import write_json
+from conversion.common.weights import write_shards
 
 
 ROOT = Path(__file__).resolve().parents[1]

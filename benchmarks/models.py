@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from conversion.pipeline import graft
-from conversion.settings import build_settings, load_settings
-from conversion.sources import open_source, source_files
+from conversion.grafting.pipeline import graft
+from conversion.grafting.settings import build_settings, load_settings
+from conversion.grafting.sources import open_source, source_files
 from modeling_bmojo import BMojoForCausalLM
 
 

@@ -13,14 +13,14 @@ from collections.abc import Callable
 
 import torch
 
-from conversion.alignment import Alignment, run_teacher
-from conversion.packing import IGNORED
-from conversion.settings import parse_assignments
-from conversion.teacher import shared_teacher
-from conversion.texts import pydoc_text
-from conversion.training_cli import peak_memory
-from conversion.training_model import choose_trained, open_student
-from conversion.training_settings import AlignSettings, build_training_settings
+from conversion.common.settings import parse_assignments
+from conversion.data.packing import IGNORED
+from conversion.data.texts import pydoc_text
+from conversion.training.alignment import Alignment, run_teacher
+from conversion.training.cli import peak_memory
+from conversion.training.settings import AlignSettings, build_training_settings
+from conversion.training.student import choose_trained, open_student
+from conversion.training.teacher import shared_teacher
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int) -> list[float]:

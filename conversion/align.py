@@ -4,15 +4,15 @@
                                [--resume | --overwrite | --finish last|best]
     accelerate launch -m conversion.align SETTINGS.yaml ...                                       several GPUs
 
-The settings are described in conversion/training_settings.py and docs/training.md. Exit status: 0 done, 2 refused or
+The settings are described in conversion/training/settings.py and docs/training.md. Exit status: 0 done, 2 refused or
 failed with a message, 130 interrupted. An unfinished run stays in `<output>.training/` and can be resumed.
 """
 
 import sys
 from collections.abc import Sequence
 
-from .training_cli import run
-from .training_settings import AlignSettings
+from .training.cli import run
+from .training.settings import AlignSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

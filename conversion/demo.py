@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .programs import run_program
+from .common.programs import run_program
 
 
 ROOT = Path(__file__).resolve().parent.parent

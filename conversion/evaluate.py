@@ -5,7 +5,7 @@
 
 The source, a sliding window, the same with attention sinks, a window of the same bytes, a fresh graft and any other
 grafts: NLL by position, passkey retrieval, agreement with the source, speed and bytes, in one table. The settings are
-described in conversion/evaluation_settings.py and docs/evaluation.md. Exit status: 0 done, 2 refused or failed with a
+described in conversion/evaluation/settings.py and docs/evaluation.md. Exit status: 0 done, 2 refused or failed with a
 message, 130 interrupted; what was measured until then is stored, and --reuse goes on from there.
 """
 
@@ -15,15 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .evaluation import prepare, run
-from .evaluation_plot import draw
-from .evaluation_report import markdown, summarise
-from .evaluation_settings import SECTIONS, EvaluationSettings, load_evaluation
-from .evaluation_store import PLOT_FILE, TABLE_FILE, Store, check_folder
-from .files import write_text
-from .programs import run_program
-from .settings import parse_assignments, read_yaml
-from .staging import sole_writer
+from .common.files import write_text
+from .common.programs import run_program
+from .common.settings import parse_assignments, read_yaml
+from .common.staging import sole_writer
+from .evaluation.job import prepare, run
+from .evaluation.plot import draw
+from .evaluation.report import markdown, summarise
+from .evaluation.settings import SECTIONS, EvaluationSettings, load_evaluation
+from .evaluation.store import PLOT_FILE, TABLE_FILE, Store, check_folder
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

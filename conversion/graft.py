@@ -2,8 +2,9 @@
 
     python -m conversion.graft SETTINGS.yaml [--source X] [--output Y] [--set key=value ...] [--overwrite | --reuse]
 
-The settings are described in conversion/settings.py and docs/graft.md. Exit status: 0 done, 2 refused or failed with a
-message, 130 interrupted. Nothing is left behind where the status is not 0, and an earlier output stays as it was.
+The settings are described in conversion/grafting/settings.py and docs/graft.md. Exit status: 0 done, 2 refused or
+failed with a message, 130 interrupted. Nothing is left behind where the status is not 0, and an earlier output stays
+as it was.
 """
 
 import argparse
@@ -11,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .pipeline import graft
-from .programs import run_program
-from .report import read_report
-from .settings import load_settings, parse_assignments
+from .common.programs import run_program
+from .common.settings import parse_assignments
+from .grafting.pipeline import graft
+from .grafting.report import read_report
+from .grafting.settings import load_settings
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,12 +12,13 @@ import argparse
 import glob
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 
-from .files import write_text
-from .programs import run_program
-from .staging import sole_writer
+from bs4 import BeautifulSoup, NavigableString, Tag
+
+from .common.files import write_text
+from .common.programs import run_program
+from .common.staging import sole_writer
 
 
 BLOCKS = frozenset(
@@ -30,80 +31,57 @@ DROPPED_TAGS = frozenset(("head", "script", "style", "nav", "footer", "button", 
 DROPPED_CLASSES = frozenset(
     ("docnav", "footer", "headerlink", "inline-search", "mobile-nav", "related", "sphinxsidebar", "toc")
 )
-# Elements without an end tag (HTML standard), and those whose end tag may be left out: dropping them would not end.
-VOID = frozenset(("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"))
-UNCLOSED = frozenset(("p", "li", "dt", "dd", "tr", "td", "th"))
+# A class of menus on these takes nothing out: they hold nothing, or (a paragraph, an item) text that a browser shows.
+NO_MENUS = frozenset(("br", "hr", "img", "p", "li", "dt", "dd", "tr", "td", "th"))
 SHORTEST = 1500  # characters; shorter pages are mostly headings
 
 
-class _Text(HTMLParser):
-    """Collects the text of a page."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.verbatim = 0
-        self.dropped, self.depth = "", 0  # the tag that is being left out, and how many of it are open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if self.depth and (self.dropped, tag) == ("head", "body"):  # the end of a head may be left out
-            self.depth = 0
-        if self.depth:
-            self.depth += tag == self.dropped
-            return
-        values = dict(attributes)
-        menu = values.get("role") == "navigation" or DROPPED_CLASSES.intersection((values.get("class") or "").split())
-        if tag in DROPPED_TAGS or (menu and tag not in VOID | UNCLOSED):
-            self.dropped, self.depth = tag, 1
-            return
-        self.verbatim += tag == "pre"
-        self._break(tag)
-        if tag == "li":
-            self.parts.append("- ")
-        elif tag in CELLS:
-            if self.parts[-1:] == [" "]:
-                self.parts.pop()
-            self.parts.append("\t")
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if not self.depth:
-            self._break(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if self.depth:
-            self.depth -= tag == self.dropped
-            return
-        self.verbatim -= tag == "pre" and self.verbatim > 0
-        if tag in BLOCKS:
-            self._break(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self.depth:
-            return
-        if not self.verbatim:
-            data = re.sub(r"\s+", " ", data)
-            if not self.parts or self.parts[-1].endswith(("\n", "\t", " ")):
-                data = data.lstrip(" ")
-        if data:
-            self.parts.append(data)
-
-    def _break(self, tag: str) -> None:
-        if self.parts and self.parts[-1] == "- ":
-            return  # an item may begin with a paragraph
-        if tag in BLOCKS:
-            self.parts.append("\n\n")
-        elif tag in LINES:
-            self.parts.append("\n")
-
-
 def html_text(page: str) -> str:
-    """The text of an HTML page."""
-    parser = _Text()
-    parser.feed(page)
-    parser.close()
-    text = re.sub(r"[ \t]+\n", "\n", "".join(parser.parts))
+    """Return the text of an HTML page."""
+    soup = BeautifulSoup(page, "lxml")
+    for tag in soup.find_all(_leads_elsewhere):
+        tag.extract()
+    parts: list[str] = []
+    _collect(soup, parts, verbatim=False)
+    text = re.sub(r"[ \t]+\n", "\n", "".join(parts))
     text = re.sub(r"\n\t(?=\S)", "\n", text)  # the first cell of a row
     return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _leads_elsewhere(tag: Tag) -> bool:
+    menu = tag.get("role") == "navigation" or DROPPED_CLASSES.intersection(tag.get("class") or ())
+    return tag.name in DROPPED_TAGS or bool(menu and tag.name not in NO_MENUS)
+
+
+def _collect(parent: Tag, parts: list[str], verbatim: bool) -> None:
+    """Appends the text below `parent`; as deep as the parser lets elements lie in each other (lxml: 256)."""
+    for node in parent.children:
+        if isinstance(node, Tag):
+            _break(node.name, parts)
+            if node.name == "li":
+                parts.append("- ")
+            elif node.name in CELLS:
+                if parts[-1:] == [" "]:
+                    parts.pop()
+                parts.append("\t")
+            _collect(node, parts, verbatim or node.name == "pre")
+            if node.name in BLOCKS:
+                _break(node.name, parts)
+        elif type(node) is NavigableString:  # and no comment
+            text = node if verbatim else re.sub(r"\s+", " ", node)
+            if not verbatim and (not parts or parts[-1].endswith(("\n", "\t", " "))):
+                text = text.lstrip(" ")
+            if text:
+                parts.append(text)
+
+
+def _break(name: str, parts: list[str]) -> None:
+    if parts[-1:] == ["- "]:
+        return  # an item may begin with a paragraph
+    if name in BLOCKS:
+        parts.append("\n\n")
+    elif name in LINES:
+        parts.append("\n")
 
 
 def convert(patterns: Sequence[str], output: Path) -> tuple[list[Path], int]:

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from .files import write_json
-from .programs import run_program
-from .report import goals_of, read_report
-from .settings import check_shard_size
-from .sources import HUB_SIDE_FILES
-from .staging import check_output, check_space, sole_writer, staged_folder
-from .weights import Weights, digest, open_weights, write_shards
+from .common.files import write_json
+from .common.programs import run_program
+from .common.staging import check_output, check_space, sole_writer, staged_folder
+from .common.weights import Weights, digest, open_weights, write_shards
+from .grafting.report import goals_of, read_report
+from .grafting.settings import check_shard_size
+from .grafting.sources import HUB_SIDE_FILES
 
 
 LOSSLESS = {("float16", "float32"), ("bfloat16", "float32")}  # casts that can be taken back

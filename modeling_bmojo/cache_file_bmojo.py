@@ -163,7 +163,8 @@ def _check_old_sizes(text: str | None, config: BMojoConfig) -> None:
     names |= {"conv_kernel": "ssm_conv_kernel"}
     for index, sizes in enumerate(found):
         spec = config.layer_spec(index)
-        wanted = spec._asdict() | {name: getattr(config, field) for name, field in names.items()}
+        wanted = {name: value for name, value in spec._asdict().items() if name != "has_ssm"}
+        wanted |= {name: getattr(config, field) for name, field in names.items()}
         if spec.slots and config.innovation == "output":
             wanted["taps"] = config.innovation_taps
         for name, theirs in wanted.items():

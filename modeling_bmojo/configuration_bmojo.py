@@ -5,6 +5,7 @@ Mamba (arXiv 2312.00752).
 """
 
 import math
+from typing import Any
 
 from .compat_bmojo import CACHE_NAMES
 from .config_rules_bmojo import BackboneConfig
@@ -13,7 +14,7 @@ from .fading_bmojo import FadingMemory
 from .fading_s6_bmojo import S6FadingMemory
 from .fading_ssd_bmojo import SSDFadingMemory
 from .fading_tokens_bmojo import FadingTokens
-from .fields_bmojo import backbone, memory, reject, require_choice, require_int, require_number, speed, use
+from .fields_bmojo import backbone, fields_with, memory, reject, require_choice, require_int, require_number, speed
 from .full_context_bmojo import FullContext
 from .innovation_bmojo import ConstantInnovation, Innovation, KeyInnovation, OutputInnovation, StateInnovation
 from .kernels_forms import KERNEL_BACKENDS
@@ -120,7 +121,7 @@ class BMojoConfig(BackboneConfig):
     max_position_embeddings: int = backbone(2048, live=True)
     initializer_range: float = backbone(0.02, results=False, live=True)
     rms_norm_eps: float = backbone(1e-6)
-    use_cache: bool = use(True)
+    use_cache: bool = backbone(True, results=False, live=True)
     pad_token_id: int | None = backbone(results=False, live=True)
     bos_token_id: int | None = backbone(results=False, live=True)
     eos_token_id: int | list[int] | None = backbone(results=False, live=True)
@@ -164,10 +165,10 @@ class BMojoConfig(BackboneConfig):
     ssm_gated: bool = memory(True)
     ssm_norm: bool | None = memory(None)
     ssm_chunk_size: int = speed(64)
-    ssm_time_step_min: float = use(0.001)
-    ssm_time_step_max: float = use(0.1)
-    ssm_time_step_floor: float = use(1e-4)
-    ssm_scalars_in_fp32: bool = use(True)
+    ssm_time_step_min: float = memory(0.001, results=False, live=True)
+    ssm_time_step_max: float = memory(0.1, results=False, live=True)
+    ssm_time_step_floor: float = memory(1e-4, results=False, live=True)
+    ssm_scalars_in_fp32: bool = memory(True, results=False, live=True)
     ssm_time_step_limit: list[float] | tuple[float, float] = memory((0.0, math.inf))
 
     def __post_init__(self, **kwargs):
@@ -189,7 +190,7 @@ class BMojoConfig(BackboneConfig):
             self.num_key_value_heads = heads
         if self.head_dim is None:
             if hidden % heads:
-                self._reject("head_dim", None, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+                reject("head_dim", None, f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
             self.head_dim = hidden // heads
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
@@ -275,16 +276,25 @@ class BMojoConfig(BackboneConfig):
                 "give the smaller one first",
             )
 
+    @classmethod
+    def fields_with(cls, **said: Any) -> tuple[str, ...]:
+        """Names of the fields of which all this is said: `role` ("backbone", "memory", "speed"), `results` (whether the
+        field changes them) and `live` (whether it may change on a model that is built)."""
+        return fields_with(cls, **said)
+
     def layer_spec(self, layer_idx: int) -> LayerSpec:
         """What kind of layer `layer_idx` is, and how much it remembers (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
         remembers = kind == "bmojo"
+        # Only then: layers whose test reads no SSM have had one all the same, and their checkpoints hold it.
+        blind = remembers and self.eidetic_size > 0 and not INNOVATIONS[self.innovation].has_ssm
         return LayerSpec(
             kind=kind,
             window=self.window_size if kind in ("bmojo", "sliding_attention") else None,
             slots=self.eidetic_size if remembers else 0,
             fading=self.fading_size if remembers else 0,
             stride=self.fading_stride if remembers and self.fading_size else 1,
+            has_ssm=kind == "linear_attention" or (remembers and not (blind and self.fading_size == 0)),
         )
 
 

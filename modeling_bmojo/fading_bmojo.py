@@ -96,7 +96,8 @@ class FadingMemory(nn.Module):
         raise NotImplementedError
 
     def initialise(self, config: PreTrainedConfig) -> None:
-        """Fill parameters that its parts do not fill themselves; called after them."""
+        """Fill parameters of its own. Those of its parts are theirs to fill: a part with an `initialise` does it so, an
+        `nn.Linear` with an `initial_bound` uniformly within it, any other as transformers does."""
 
 
 class CausalConv(nn.Module):

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .dispatch_bmojo import Kernels
@@ -85,12 +84,9 @@ class S6FadingMemory(FadingMemory):
         self.act = ACT2FN[config.ssm_conv_act]
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.inner, bias=False)
+        self.dt_proj.initial_bound = self.rank**-0.5  # Mamba's own way for what makes the time steps
         self.scalars = SSMScalars((self.inner, self.state), self.inner)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
-
-    def initialise(self, config):
-        bound = self.rank**-0.5  # Mamba's own way for what makes the time steps
-        init.uniform_(self.dt_proj.weight, -bound, bound)
 
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows

@@ -1,10 +1,9 @@
 """Configuration fields: the role of each, said once where it is declared, and the rules that values are checked by.
 
-    role        what the field says                       changes results    set by
-    backbone    the Transformer around the memories       yes                the source of a graft
-    memory      the memories                              yes                whoever grafts or builds
-    speed       how it is computed                        no                 whoever runs it
-    use         initialisation, tokens, training          no                 the source, or whoever trains
+    role        what the field says                       set by
+    backbone    the Transformer around the memories       the source of a graft
+    memory      the memories                              whoever grafts or builds
+    speed       how it is computed, never a result        whoever runs it
 
 What a cache must agree on are the fields that change results; what must not change on a model that is built are those
 that are not live; what a graft maps from its source is the backbone; what it may set are memory and speed.
@@ -18,9 +17,6 @@ from typing import Any, NoReturn
 from transformers import PreTrainedConfig
 
 
-ROLES = ("backbone", "memory", "speed", "use")
-
-
 def _declared(role: str, default: Any, results: bool, live: bool, factory: bool = False) -> Any:
     metadata = {"role": role, "results": results, "live": live}
     value = {"default_factory": default} if factory else {"default": default}
@@ -28,7 +24,11 @@ def _declared(role: str, default: Any, results: bool, live: bool, factory: bool 
 
 
 def backbone(default: Any = None, *, results: bool = True, live: bool = False, factory: bool = False) -> Any:
-    """A field of the Transformer. live: it may change on a model that is built. factory: `default` makes the value."""
+    """A field of the Transformer.
+
+    results: it changes what a built model computes outside of training. live: it may change on a model that is built.
+    factory: `default` makes the value.
+    """
     return _declared("backbone", default, results, live, factory)
 
 
@@ -40,11 +40,6 @@ def memory(default: Any, *, results: bool = True, live: bool = False) -> Any:
 def speed(default: Any, *, live: bool = False) -> Any:
     """A field that changes speed and memory, never a result."""
     return _declared("speed", default, False, live)
-
-
-def use(default: Any, *, live: bool = True) -> Any:
-    """A field of initialisation, tokens or training: no forward of a built model depends on it outside of training."""
-    return _declared("use", default, False, live)
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, dict[str, Any]]:
@@ -117,4 +112,4 @@ def plain(value: Any) -> Any:
     return {key: plain(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-__all__ = ["backbone", "fields_with", "memory", "own_fields", "speed", "use"]
+__all__ = ["backbone", "fields_with", "memory", "own_fields", "speed"]

@@ -24,12 +24,14 @@ class Innovation:
     """One test. Without parameters and without tensors of its own: what it remembers are states of the cache.
 
     name: its value of `config.innovation`. signal: what it judges by, see `score`; None: by nothing.
-    operations: those of `dispatch_bmojo` that it runs. about: its row in the documentation.
+    operations: those of `dispatch_bmojo` that it runs. has_ssm: a layer without fading tokens has an SSM all the same.
+    about: its row in the documentation.
     """
 
     name: str
     signal: str | None = None
     operations: tuple[str, ...] = ()
+    has_ssm = True
     about: str
 
     @classmethod
@@ -127,7 +129,7 @@ class KeyInnovation(Innovation):
 class ConstantInnovation(Innovation):
     """Every token surprises alike. Of equals the older stays, so the first M tokens do: attention sinks, a baseline."""
 
-    name = "constant"
+    name, has_ssm = "constant", False
     about = "nothing: all tokens are equal, and of equals the older stays, so the first M do (attention sinks)"
 
     def __init__(self, config):

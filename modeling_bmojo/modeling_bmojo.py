@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -46,6 +47,7 @@ from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .generation_bmojo import BMojoGenerationMixin
 from .inputs_bmojo import build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
+from .layer_memory_bmojo import LayerMemory
 from .layout_bmojo import Rows, sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
@@ -143,6 +145,12 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             self.mlp = BMojoMLP(config)
             if self.norm_after:
                 self.post_feedforward_layernorm = BMojoRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def accept_config(self, config: BMojoConfig) -> None:
+        """Remember what the configuration says now, with the weights as they are: for code that has changed it."""
+        self.spec = config.layer_spec(self.layer_idx)
+        if self.spec.has_attention:
+            self.self_attn.memory = LayerMemory(config, self.layer_idx)
 
     def forward(
         self,
@@ -274,6 +282,8 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, CausalConv | SSMScalars | FadingMemory):
             module.initialise(self.config)
+        elif getattr(module, "initial_bound", None) is not None:  # a class of its own would hide it from tools
+            init.uniform_(module.weight, -module.initial_bound, module.initial_bound)
 
 
 class BMojoModel(BMojoPreTrainedModel):

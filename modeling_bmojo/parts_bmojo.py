@@ -26,6 +26,7 @@ class LayerSpec(NamedTuple):
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
     slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
+    has_ssm: whether it has a fading memory.
     """
 
     kind: str
@@ -33,14 +34,11 @@ class LayerSpec(NamedTuple):
     slots: int
     fading: int
     stride: int
+    has_ssm: bool
 
     @property
     def has_attention(self) -> bool:
         return self.kind != "linear_attention"
-
-    @property
-    def has_ssm(self) -> bool:
-        return self.kind in ("bmojo", "linear_attention")
 
     @property
     def delayed(self) -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from conversion.demo import excerpt, main, read_document
-from conversion.report import REPORT_FILE
+from conversion.grafting.report import REPORT_FILE
 from tests.conversion.graft_sources import save_source, tiny_tokenizer
 
 

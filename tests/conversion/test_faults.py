@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from conversion import evaluate, restore, trainer
-from conversion.checkpoints import checkpoints, work_folder
-from conversion.report import read_report
+from conversion import evaluate, restore
+from conversion.grafting.report import read_report
+from conversion.training import trainer
+from conversion.training.checkpoints import checkpoints, work_folder
 from tests.conversion.graft_sources import edit_json, graft, save_source, snapshot, tiny_tokenizer
 from tests.conversion.training_setup import log_of, recipe, run_align, run_finetune, tiny_graft
 
@@ -103,7 +104,7 @@ def test_a_run_with_nothing_left_to_train_trains_nothing(tmp_path, monkeypatch):
     """Interrupted while its result was written: the Trainer would run one more step."""
     assert run_align(tmp_path, output=str(tmp_path / "whole"), **TRAINED) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("conversion.training_run.write_log", lambda *given: fail())
+        patch.setattr("conversion.training.run.write_log", lambda *given: fail())
         assert run_align(tmp_path, **TRAINED) == 2
     assert run_align(tmp_path, "--resume", **TRAINED) == 0
     assert log_of(tmp_path / "out") == log_of(tmp_path / "whole") and len(log_of(tmp_path / "out")) == 3

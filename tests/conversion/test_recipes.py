@@ -15,16 +15,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, SmolLM3Config
 
-from conversion import align, evaluate, finetune, graft, pipeline
-from conversion.adapters import check_names, lora_config
-from conversion.alignment import Alignment
-from conversion.report import read_report
-from conversion.settings import load_settings
-from conversion.teacher import shared_teacher
-from conversion.training_arguments import check_precision, training_arguments
-from conversion.training_cli import parse_arguments, settings_of
-from conversion.training_model import choose_trained
-from conversion.training_settings import AlignSettings, FinetuneSettings
+from conversion import align, evaluate, finetune, graft
+from conversion.grafting import pipeline
+from conversion.grafting.report import read_report
+from conversion.grafting.settings import load_settings
+from conversion.training.adapters import check_names, lora_config
+from conversion.training.alignment import Alignment
+from conversion.training.arguments import check_precision, training_arguments
+from conversion.training.cli import parse_arguments, settings_of
+from conversion.training.settings import AlignSettings, FinetuneSettings
+from conversion.training.student import choose_trained
+from conversion.training.teacher import shared_teacher
 from modeling_bmojo import BMojoForCausalLM, lora_coverage
 from tests.conversion.graft_sources import W, save_source, settings_file, tiny_tokenizer
 from tests.conversion.training_setup import QUIET, T, write_text

@@ -137,7 +137,7 @@ def all_scenarios(folder: Path) -> list[Scenario]:
 
 def _stopped(work: Path, recipe: str, step: int, program: Any = align, extra: list[str] | None = None) -> None:
     """Leaves an unfinished run: Ctrl-C at the end of a step."""
-    from conversion.trainer import StopAfterStep
+    from conversion.training.trainer import StopAfterStep
 
     ended = StopAfterStep.on_step_end
 

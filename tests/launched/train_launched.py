@@ -14,7 +14,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from conversion import align, finetune
-from conversion.trainer import BMojoTrainer, StopAfterStep
+from conversion.training.trainer import BMojoTrainer, StopAfterStep
 
 
 def offer_fsdp_on_the_cpu() -> None:

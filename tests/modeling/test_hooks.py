@@ -181,11 +181,14 @@ def test_hooks_on_tied_projections_are_refused_where_columns_differ(projection, 
     ids, mask, _ = pad(rows, "left")
     handle = module.register_forward_pre_hook(lambda module, arguments: pytest.fail("ran"))
     with pytest.raises(
-        ValueError, match=r"layer 1: test_hooks\.<lambda> is hooked onto the tied k_proj or v_proj, which"
+        ValueError,
+        match=r"layer 1: tests\.modeling\.test_hooks\.<lambda> is hooked onto the tied k_proj or v_proj, which",
     ):
         model(ids, attention_mask=mask)
     handle.remove()
-    with pytest.raises(ValueError, match=r"layer 1: test_hooks\.hook is hooked onto .*tie_fading_projections=False"):
+    with pytest.raises(
+        ValueError, match=r"layer 1: tests\.modeling\.test_hooks\.hook is hooked onto .*tie_fading_projections=False"
+    ):
         logits(model, module, adding(-1), input_ids=ids, attention_mask=mask)
     model(ids, attention_mask=mask)  # without hooks nothing is refused
 

@@ -332,3 +332,84 @@ def test_every_room_is_installed():
     packages = ["modeling_bmojo", *(f"modeling_bmojo.{room.name}" for room in ROOMS)]
     assert pyproject()["tool"]["setuptools"]["packages"] == packages and len(packages) > 1
     assert sorted(PACKAGE.rglob("*.py")) == sorted(MODULES)
+
+
+# What the programs import --------------------------------------------------------------------------------------------
+# A library imports from itself and from those before it; the last two do not know each other.
+LIBRARIES = {
+    "common": set(),
+    "data": {"common"},
+    "grafting": {"common", "data"},
+    "training": {"common", "data", "grafting"},
+    "evaluation": {"common", "data", "grafting"},
+}
+
+
+def conversion_imports(source: str, library: str | None) -> list[tuple[int, str]]:
+    """Line and place of what a file of conversion/ imports from there: `"data"` for a library, `"./graft"` for a
+    program. library: the folder that the file lies in, None for a program."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            paths = [alias.name.split(".") for alias in node.names]
+            paths = [path[1:] for path in paths if path[0] == "conversion"]
+        elif isinstance(node, ast.ImportFrom):
+            base = (node.module or "").split(".") if node.module else []
+            if node.level == 0:
+                if base[:1] != ["conversion"]:
+                    continue
+                base = base[1:]
+            elif library is not None and node.level == 1:
+                base = [library, *base]
+            paths = [base] if base else [[alias.name] for alias in node.names]
+        else:
+            continue
+        places = [path[0] if path and (path[0] in LIBRARIES) else f"./{'.'.join(path)}" for path in paths]
+        found += [(node.lineno, place) for place in places]
+    return found
+
+
+def test_imports_of_conversion_run_one_way():
+    """A file is a program and imports libraries only; a folder is a library and imports those before it."""
+    folder = ROOT / "conversion"
+    assert {path.parent.name for path in folder.rglob("*.py") if path.parent != folder} == set(LIBRARIES)
+    faults = []
+    for path in sorted(folder.rglob("*.py")):
+        library = None if path.parent == folder else path.parent.name
+        allowed = set(LIBRARIES) if library is None else LIBRARIES[library] | {library}
+        for line, place in conversion_imports(path.read_text(encoding="utf-8"), library):
+            if place not in allowed:
+                faults.append(f"{path.relative_to(ROOT)}:{line} imports {place}")
+    assert faults == []
+
+
+def test_a_file_of_conversion_is_a_program():
+    for path in (ROOT / "conversion").glob("*.py"):
+        if path.name != "__init__.py":
+            functions = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+            assert "main" in functions and '__name__ == "__main__"' in path.read_text(), f"{path.name} is no program"
+    for path in (ROOT / "conversion").glob("*/*.py"):
+        assert '__name__ == "__main__"' not in path.read_text(), f"{path.relative_to(ROOT)} is a program in a library"
+
+
+def test_the_order_of_the_libraries_is_written_down():
+    stated = ast.get_docstring(ast.parse((ROOT / "conversion" / "__init__.py").read_text(encoding="utf-8")))
+    assert "common  <-  data  <-  grafting  <-  training, evaluation" in stated
+
+
+@pytest.mark.parametrize(
+    ("source", "library", "place"),
+    [
+        ("from ..evaluation.store import Store", "training", "evaluation"),
+        ("from .graft import main", None, "./graft"),
+        ("from . import graft", None, "./graft"),
+        ("import conversion.graft", "data", "./graft"),
+        ("from conversion import graft", "data", "./graft"),
+        ("from conversion.training import run", "data", "training"),
+        ("from .. import graft", "common", "./graft"),
+        ("from .files import x", "common", "common"),
+        ("def f():\n    from . import four_bit", "training", "training"),
+    ],
+)
+def test_imports_of_conversion_are_found(source: str, library: str | None, place: str):
+    assert [found for _, found in conversion_imports(source, library)] == [place]

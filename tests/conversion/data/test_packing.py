@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion.alignment import document_groups, run_teacher
-from conversion.packing import IGNORED, Collator, concatenate, count_from, cut, pack_documents, single
+from conversion.data.packing import IGNORED, Collator, concatenate, count_from, cut, pack_documents, single
+from conversion.training.alignment import document_groups, run_teacher
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from tests.tiny import SIZES
 

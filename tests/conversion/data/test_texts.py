@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from conversion.texts import HELD_OUT, fingerprint, openings, pydoc_text, read_texts, sequences, token_stream
+from conversion.data.texts import HELD_OUT, fingerprint, openings, pydoc_text, read_texts, sequences, token_stream
 from tests.conversion.evaluation_sources import character_tokenizer
 
 

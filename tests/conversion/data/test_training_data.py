@@ -5,11 +5,11 @@ import json
 import datasets
 import pytest
 
-from conversion import training_data
-from conversion.files import sha256
-from conversion.packing import IGNORED
-from conversion.training_data import SAMPLE, _Rows, build_data
-from conversion.training_settings import DataSettings
+from conversion.common.files import sha256
+from conversion.data import rows as training_data
+from conversion.data.packing import IGNORED
+from conversion.data.rows import SAMPLE, _Rows, build_data
+from conversion.data.settings import DataSettings
 from tests.conversion.graft_sources import tiny_tokenizer
 from tests.conversion.training_setup import letters, write_rows, write_text
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from conversion.baselines import Models, equal_memory_window
-from conversion.families import bmojo_config_for
-from conversion.pipeline import plan_graft
-from conversion.scores_cost import cache_bytes
-from conversion.scores_nll import read
-from conversion.settings import GraftSettings
-from conversion.sources import open_source
+from conversion.common.nll import read
+from conversion.evaluation.baselines import Models, equal_memory_window
+from conversion.evaluation.cost import cache_bytes
+from conversion.grafting.families import bmojo_config_for
+from conversion.grafting.pipeline import plan_graft
+from conversion.grafting.settings import GraftSettings
+from conversion.grafting.sources import open_source
 from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.evaluation_sources import READER, dense_mask, save_reader
 from tests.conversion.graft_sources import SOURCES, randomised, save_source

@@ -8,12 +8,14 @@ import pytest
 import torch
 import yaml
 
-from conversion import baselines, evaluation, evaluation_store
-from conversion.baselines import ROWS, Row
+from conversion.common.nll import mean_and_error
 from conversion.evaluate import main
-from conversion.evaluation_report import summarise
-from conversion.evaluation_settings import KNOWN_KEYS, load_evaluation
-from conversion.scores_nll import mean_and_error
+from conversion.evaluation import baselines
+from conversion.evaluation import job as evaluation
+from conversion.evaluation import store as evaluation_store
+from conversion.evaluation.baselines import ROWS, Row
+from conversion.evaluation.report import summarise
+from conversion.evaluation.settings import KNOWN_KEYS, load_evaluation
 from tests.conversion.evaluation_sources import READER, character_tokenizer, save_reader
 from tests.conversion.graft_sources import graft, randomised
 

@@ -6,12 +6,12 @@ import statistics
 import pytest
 import torch
 
-from conversion import scores_cost
-from conversion.families import bmojo_config_for
-from conversion.scores_agreement import continue_greedily, equal_prefix, equal_share
-from conversion.scores_cost import measure_cost
-from conversion.scores_nll import bucket_means, buckets, curve, mean_and_error, read
-from conversion.scores_passkey import NEEDLE, QUESTION, by_distance, make_prompts, score_prompts
+from conversion.common.nll import bucket_means, buckets, curve, mean_and_error, read
+from conversion.evaluation import cost as scores_cost
+from conversion.evaluation.agreement import continue_greedily, equal_prefix, equal_share
+from conversion.evaluation.cost import measure_cost
+from conversion.evaluation.passkey import NEEDLE, QUESTION, by_distance, make_prompts, score_prompts
+from conversion.grafting.families import bmojo_config_for
 from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.evaluation_sources import CHARACTERS, READER, character_tokenizer
 from tests.conversion.graft_sources import randomised, tiny_tokenizer

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion.families import bmojo_config_for
-from conversion.report import REPORT_FILE, read_report
+from conversion.grafting.families import bmojo_config_for
+from conversion.grafting.report import REPORT_FILE, read_report
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from tests.conversion.graft_sources import (
     CHAT_TEMPLATE,
@@ -313,7 +313,7 @@ def test_files_have_the_mode_that_the_user_wants(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device"), ValueError("broken")])
 @pytest.mark.parametrize(
-    "step", ["open_source", "save_description", "copied_tensor", "layer_init", "check_against_source", "write_report"]
+    "step", ["open_source", "write_model", "copied_tensor", "layer_init", "check_against_source", "write_report"]
 )
 def test_failure_leaves_no_partial_folder_and_the_old_output(step, error, tmp_path, monkeypatch, capsys):
     save_source(tmp_path / "source")
@@ -325,7 +325,7 @@ def test_failure_leaves_no_partial_folder_and_the_old_output(step, error, tmp_pa
         partial.extend(path.name for path in tmp_path.glob("graft.partial-*"))
         raise error
 
-    monkeypatch.setattr(f"conversion.pipeline.{step}", fail)
+    monkeypatch.setattr(f"conversion.grafting.pipeline.{step}", fail)
     assert graft(tmp_path, "--overwrite", "--set", "eidetic_size=2") == (130 if error is KeyboardInterrupt else 2)
     assert bool(partial) == (step != "open_source"), "the work is done in a folder of its own"
     assert snapshot(tmp_path / "graft") == before

@@ -1,5 +1,6 @@
 """Families as data, shipped settings, and the smoother: what the initialised memories compute before any training."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,17 @@ import torch
 import yaml
 from transformers import LlamaConfig, Qwen3Config
 
-from conversion.families import FAMILIES, MEMORY_FIELDS, backbone_fields, bmojo_config_for, targets_of
-from conversion.settings import KNOWN_KEYS, load_settings
-from conversion.ssm_init import (
+from conversion.grafting.families import (
+    FAMILIES,
+    MEMORY_FIELDS,
+    OTHER_FIELDS,
+    backbone_fields,
+    bmojo_config_for,
+    targets_of,
+)
+from conversion.grafting.family_table import COMMON_FIELDS, Family
+from conversion.grafting.settings import KNOWN_KEYS, load_settings
+from conversion.grafting.ssm_init import (
     SMOOTHER_DEFAULTS,
     SMOOTHER_FIELDS,
     inner_projection,
@@ -210,3 +219,30 @@ def test_smoother_lets_a_gradient_reach_every_tensor(projected):
 def test_smoother_refuses_a_config_that_it_cannot_honour():
     with pytest.raises(ValueError, match=r"ssm_gated=True.*needs ssm_gated=False"):
         smoother(BMojoConfig(hidden_size=32, num_attention_heads=4, **{**SMOOTHER_FIELDS, "ssm_gated": True}), {})
+
+
+# Every field has a home ----------------------------------------------------------------------------------------------
+def homeless(names: Iterable[str], families: Iterable[Family] = FAMILIES) -> set[str]:
+    """Backbone fields that no family reads from a source or fixes: a graft would leave them at their default."""
+    homes = set(COMMON_FIELDS).union(*({*row.fields, *row.optional_fields, *row.constants} for row in families))
+    return set(names) - homes
+
+
+def test_every_backbone_field_has_a_home_in_the_table_of_families():
+    names = BMojoConfig.fields_with(role="backbone")
+    assert homeless(names) == set()
+    assert homeless([*names, "new_field"]) == {"new_field"}
+    assert "qk_norm" in homeless(names, [row for row in FAMILIES if "qk_norm" not in row.constants])
+
+
+def test_the_table_of_families_names_backbone_fields_only():
+    names = set(BMojoConfig.fields_with(role="backbone"))
+    for row in FAMILIES:
+        assert {*COMMON_FIELDS, *row.fields, *row.optional_fields, *row.constants} <= names, row.name
+
+
+def test_every_field_has_one_role():
+    own = [name for name in BMojoConfig.__annotations__ if name in BMojoConfig.__dataclass_fields__]
+    roles = [name for role in ("backbone", "memory", "speed") for name in BMojoConfig.fields_with(role=role)]
+    assert sorted(own) == sorted(roles) and sorted(BMojoConfig.fields_with()) == sorted(own)
+    assert set(MEMORY_FIELDS) == set(own) - set(BMojoConfig.fields_with(role="backbone")) - set(OTHER_FIELDS)

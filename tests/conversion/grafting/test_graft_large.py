@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conversion import pipeline
-from conversion.check import small_memory
-from conversion.pipeline import TensorBuilder, build_tensors, is_finite, prepare
-from conversion.report import read_report
-from conversion.settings import load_settings
-from conversion.staging import clear_leftovers, sole_writer, staged_folder
-from conversion.weights import BLOCK_BYTES, digest, open_weights, row_blocks
+from conversion.common import export
+from conversion.common.staging import clear_leftovers, sole_writer, staged_folder
+from conversion.common.weights import BLOCK_BYTES, digest, open_weights, row_blocks
+from conversion.grafting import pipeline
+from conversion.grafting.check import small_memory
+from conversion.grafting.pipeline import TensorBuilder, build_tensors, is_finite, prepare
+from conversion.grafting.report import read_report
+from conversion.grafting.settings import load_settings
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from tests.conversion.graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, snapshot
 
@@ -89,7 +90,7 @@ def test_all_tensors_together_are_those_that_are_written(tmp_path):
 
 
 def test_a_tensor_larger_than_a_block_is_copied_and_checked_whole(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("conversion.weights.BLOCK_BYTES", 256)  # two rows of 32 numbers
+    monkeypatch.setattr("conversion.common.weights.BLOCK_BYTES", 256)  # two rows of 32 numbers
     source = save_source(tmp_path / "source", "phi3")
     assert graft(tmp_path) == 0
     ours = BMojoForCausalLM.from_pretrained(tmp_path / "graft")
@@ -133,7 +134,7 @@ def test_the_check_needs_memories_for_its_tokens_only():
 
 def test_memories_that_are_not_finite_and_missing_tensors_are_noticed(tmp_path, monkeypatch, capsys):
     save_source(tmp_path / "source")
-    layer_init, write_shards = pipeline.layer_init, pipeline.write_shards
+    layer_init, write_shards = pipeline.layer_init, export.write_shards
 
     def broken(plan, index):
         found = layer_init(plan, index)
@@ -149,7 +150,7 @@ def test_memories_that_are_not_finite_and_missing_tensors_are_noticed(tmp_path, 
     def incomplete(folder, shapes, *others):
         write_shards(folder, {name: shape for name, shape in shapes.items() if name != "model.norm.weight"}, *others)
 
-    monkeypatch.setattr(pipeline, "write_shards", incomplete)
+    monkeypatch.setattr(export, "write_shards", incomplete)
     monkeypatch.setattr(pipeline, "build_report", lambda *arguments: {})  # which misses the digest
     assert graft(tmp_path) == 2
     assert "model.norm.weight" in capsys.readouterr().err
@@ -361,7 +362,7 @@ def killed_graft(tmp_path: Path, target: str, *arguments: str) -> None:
 @pytest.mark.parametrize("step", ["copied_tensor", "check_against_source", "write_report"])
 def test_a_killed_run_leaves_no_output_and_the_next_one_clears_up(step, tmp_path):
     save_source(tmp_path / "source")
-    killed_graft(tmp_path, f"conversion.pipeline.{step}")
+    killed_graft(tmp_path, f"conversion.grafting.pipeline.{step}")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert "graft" not in left and any(".partial-" in name for name in left)
     assert graft(tmp_path) == 0

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.evaluate import main as evaluate
 from conversion.graft import main
-from conversion.report import read_report
+from conversion.grafting.report import read_report
 from conversion.restore import main as main_restore
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from conversion.families import FAMILIES, bmojo_config_for
 from conversion.graft import main
-from conversion.report import REPORT_FILE
+from conversion.grafting.families import FAMILIES, bmojo_config_for
+from conversion.grafting.report import REPORT_FILE
 from modeling_bmojo import BMojoConfig
 from tests.conversion.graft_sources import (
     SIZES,
@@ -273,7 +273,7 @@ def test_graft_that_does_not_reproduce_its_source_is_not_kept(tmp_path, capsys, 
     """The last line of defence: a family row that forgets a fact (here scaled RoPE)."""
     save_source(tmp_path / "source", "llama3_rope")
     plain = {"rope_type": "default", "rope_theta": 10000.0}
-    monkeypatch.setattr("conversion.pipeline.bmojo_config_for", forgetful_config(plain))
+    monkeypatch.setattr("conversion.grafting.pipeline.bmojo_config_for", forgetful_config(plain))
     assert "does not reproduce its source" in refused(capsys, tmp_path)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion.report import REPORT_FILE, read_report
+from conversion.grafting.report import REPORT_FILE, read_report
 from conversion.restore import main
 from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.graft_sources import SOURCES, edit_json, graft, logits, randomised, save_source, tiny_tokenizer

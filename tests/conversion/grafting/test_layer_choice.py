@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from conversion.families import bmojo_config_for, chosen_layers
-from conversion.layer_choice import RANKING_FILE, RANKING_PLOT, rank_layers
-from conversion.report import read_report
-from conversion.running import assembled
-from conversion.sources import open_source
-from conversion.texts import read_texts, sequences
+from conversion.common.running import assembled
+from conversion.data.texts import read_texts, sequences
+from conversion.grafting.families import bmojo_config_for, chosen_layers
+from conversion.grafting.layer_choice import RANKING_FILE, RANKING_PLOT, rank_layers
+from conversion.grafting.report import read_report
+from conversion.grafting.sources import open_source
 from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.evaluation_sources import CHARACTERS, READER, save_reader
 from tests.conversion.graft_sources import SOURCES, W, graft, logits, randomised, save_source

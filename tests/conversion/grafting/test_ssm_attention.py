@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from conversion.families import backbone_fields, bmojo_config_for
-from conversion.report import read_report
-from conversion.ssm_init import SSM_INITS
-from conversion.ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
-from conversion.ssm_scalars import smoother_time_constants
+from conversion.grafting.families import backbone_fields, bmojo_config_for
+from conversion.grafting.report import read_report
+from conversion.grafting.ssm_init import SSM_INITS
+from conversion.grafting.ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
+from conversion.grafting.ssm_scalars import smoother_time_constants
 from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.graft_sources import SIZES, SOURCES, VOCAB, W, graft, logits, save_source
 

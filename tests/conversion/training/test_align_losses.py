@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conversion.align_losses import Head, logit_losses, relative_error
+from conversion.training.losses import Head, logit_losses, relative_error
 
 
 E, V = 5, 11

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
-from conversion.alignment import Alignment, document_groups, run_teacher
-from conversion.packing import IGNORED
-from conversion.report import read_report
-from conversion.teacher import check_head, check_teacher, load_teacher, shared_teacher
-from conversion.training_model import choose_trained, hold_in_float32
-from conversion.training_settings import LossSettings
+from conversion.data.packing import IGNORED
+from conversion.grafting.report import read_report
+from conversion.training.alignment import Alignment, document_groups, run_teacher
+from conversion.training.settings import LossSettings
+from conversion.training.student import choose_trained, hold_in_float32
+from conversion.training.teacher import check_head, check_teacher, load_teacher, shared_teacher
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from modeling_bmojo.inputs_bmojo import Rows
 from tests.conversion.graft_sources import SOURCES, VOCAB, W

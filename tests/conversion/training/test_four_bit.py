@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import bitsandbytes as integration
 
-from conversion import four_bit
+from conversion.training import four_bit
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from tests.conversion.training_setup import log_of, run_finetune, tiny_graft
 from tests.oracles import randomize_
@@ -193,8 +193,8 @@ def test_a_run_prepares_the_model_and_writes_an_ordinary_adapter(tmp_path, monke
 def test_sharded_launches_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(four_bit, "check_machine", lambda settings: None)
     monkeypatch.setattr(four_bit, "loading_options", lambda settings: {})
-    monkeypatch.setattr("conversion.training_model.loading_options", lambda settings: {})
-    monkeypatch.setattr("conversion.tasks.sharding", lambda arguments: "FSDP")
+    monkeypatch.setattr("conversion.training.student.loading_options", lambda settings: {})
+    monkeypatch.setattr("conversion.training.tasks.sharding", lambda arguments: "FSDP")
     assert run_finetune(tmp_path, lora=QLORA) == 2
     assert "lora.quantize='nf4': a base in 4 bits cannot be sharded here; remove it, or launch without FSDP" in (
         capsys.readouterr().err

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from conversion.report import read_report
+from conversion.grafting.report import read_report
 from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.graft_sources import W
 from tests.conversion.training_setup import run_finetune, tiny_graft

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conversion import finetune
-from conversion.report import read_report
+from conversion.grafting.report import read_report
 from tests.conversion.training_setup import letters, log_of, run_finetune, tiny_graft, write_rows
 
 

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dist_cp
 import yaml
 from safetensors.torch import load_file
 
-from conversion.checkpoints import checkpoints, work_folder
-from conversion.trainer import load_trained
+from conversion.training.checkpoints import checkpoints, work_folder
+from conversion.training.trainer import load_trained
 from tests.conversion.training_setup import T, log_of, recipe, run_align, run_finetune, tiny_graft, write_text
 
 

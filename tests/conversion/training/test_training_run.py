@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from conversion import trainer as trainer_module
-from conversion.checkpoints import checkpoints, start_work, work_folder
-from conversion.report import read_report
+from conversion.grafting.report import read_report
+from conversion.training import trainer as trainer_module
+from conversion.training.checkpoints import checkpoints, start_work, work_folder
 from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.graft_sources import W, snapshot
 from tests.conversion.training_setup import (

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from conversion.settings import parse_assignments
-from conversion.training_arguments import training_arguments
-from conversion.training_settings import (
+from conversion.common.settings import parse_assignments
+from conversion.training.arguments import training_arguments
+from conversion.training.settings import (
     AlignSettings,
     FinetuneSettings,
     LoraSettings,

@@ -1,0 +1,1 @@
+"""Text: real sequences for measurements, and rows of tokens to train on."""
