@@ -168,15 +168,15 @@ class BMojoAttention(nn.Module):
         if self.memory.innovation is not None and (cache is not None or tokens > self.spec.window):
             innovation = self.memory.innovation.score(keys if signal is None else signal, lengths, cache, self.kernels)
         query, keys = rotate(query, rotary), rotate(keys, rotary)
-        made = self._fade(fading, rotary, lengths, cache, steps)
+        fading_tokens = self._fading_tokens(fading, rotary, lengths, cache, steps)
         front = self.memory.front(tokens, cache)
         sizes = (front, self.block if self.spec.window else tokens, steps, needs_grad, self.memory.takes_left)
         offers = self.memory.observe(
-            Tokens(query, keys, values, innovation, lengths, made, *sizes), cache, self.kernels
+            Tokens(query, keys, values, innovation, lengths, fading_tokens, *sizes), cache, self.kernels
         )
         out, weights = self._attend(query, keys, values, offers, front, columns)
         if self.training and fading is not None:
-            out = out + _zero_anchor((*fading, *(made or ()))).to(out.dtype)
+            out = out + _zero_anchor((*fading, *(fading_tokens or ()))).to(out.dtype)
         return out, weights
 
     def _attend(self, query, keys, values, offers, front: int, columns: int | None):
@@ -243,8 +243,8 @@ class BMojoAttention(nn.Module):
         return [hook for module in modules for hook in listeners(module, packed)]
 
     def _fading_rows(self, fading: torch.Tensor, rows: Rows) -> list[tuple[torch.Tensor, ...]]:
-        """What fading tokens are made of, by group of mixer rows: SSM outputs `[R, T', E]`, of which `_fade` projects
-        those that become one.
+        """What fading tokens are made of, by group of mixer rows: SSM outputs `[R, T', E]`, of which
+        `_fading_tokens` projects those that become one.
 
         Where somebody listens to the projections it is their keys and values `[R, T', G, D]` instead: a stride, or
         the mixer rows, would show the listener other columns than the input's.
@@ -256,7 +256,7 @@ class BMojoAttention(nn.Module):
             made_of = self._keys_values(fading, *projections)
         return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
 
-    def _fade(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, steps: bool):
+    def _fading_tokens(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, steps: bool):
         """Keys and values `[R, n, G, D]` of the fading tokens, which are made of what `_fading_rows` gives, or None.
 
         They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from .cache_facts_bmojo import check_live, facts_of
+from .cache_facts_bmojo import check_now, facts_of
 from .cache_file_bmojo import Contents, read_cache, write_cache
 from .cache_gather_bmojo import items_of, joined
 from .cache_layer_bmojo import BMojoCacheLayer
@@ -93,7 +93,7 @@ class BMojoCache(Cache):
         """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows, and its
         layers agree."""
         self._require_finished()
-        check_live(self.facts, config)
+        check_now(self.facts, config)
         if batch is not None and self.get_seq_length() > 0 and self.batch_size != batch:
             raise ValueError(
                 f"{CACHE_NAME} has batch size {self.batch_size} but the input has {batch} rows; use one cache per "

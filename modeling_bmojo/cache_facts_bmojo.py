@@ -16,11 +16,11 @@ def facts_of(config: BMojoConfig) -> dict[str, Any]:
     return {name: plain(getattr(config, name)) for name in fields_with(type(config), results=True)}
 
 
-def check_live(facts: dict[str, Any], config: BMojoConfig) -> None:
+def check_now(facts: dict[str, Any], config: BMojoConfig) -> None:
     """Raise ValueError unless `config`, as it is now, has the facts that a cache was built with. Once per forward."""
-    live = vars(config)  # asking a configuration costs a microsecond per field, its dict nearly nothing
+    now = vars(config)  # asking a configuration costs a microsecond per field, its dict nearly nothing
     for name, ours in facts.items():
-        theirs = live.get(name)
+        theirs = now.get(name)
         if theirs != ours and plain(theirs) != ours:
             raise ValueError(
                 f"{_other(name, ours, plain(theirs))}; a cache belongs to one model: build BMojoCache(model.config)."

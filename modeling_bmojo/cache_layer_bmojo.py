@@ -4,7 +4,7 @@ With `seen` = real tokens of each row so far, pads never counted, every layer ha
 innovation test and its fading memory declare (docs/cache.md lists them):
 
     keys, values    [B, G, S, D]   the key buffer, in which the bounded parts have their places (`layer_memory_bmojo`);
-                                   in a layer with full attention: every token, position = slot
+                                   in a layer with full attention: every token, entry = position
     positions       [B, S]         position of each entry in its row, -1 = empty
     innovations     [B, S]         e of the entry's token, 0 where nobody judged it
     seen            [B]            real tokens of each row

@@ -146,13 +146,13 @@ class EideticMemory(MemoryPart):
         rows = torch.arange(layer.seen.shape[0], device=layer.seen.device)
         leaving = seen - self.window
         full = known and seen >= self.places
-        slot = self._forgotten(layer, leaving if known else leaving[:, None], full)
-        left = self._left(layer, rows, slot, active) if tokens.wants_left else None
+        place = self._forgotten(layer, leaving if known else leaving[:, None], full)
+        left = self._left(layer, rows, place, active) if tokens.wants_left else None
         for buffer, new in zip(layer.by_token(), (tokens.keys, tokens.values)):
-            write(buffer, rows, slot, new[:, 0], active)
-        write(layer.positions, rows, slot, seen, active)
+            write(buffer, rows, place, new[:, 0], active)
+        write(layer.positions, rows, place, seen, active)
         if tokens.innovation is not None:
-            write(layer.innovations, rows, slot, tokens.innovation[:, 0], active)
+            write(layer.innovations, rows, place, tokens.innovation[:, 0], active)
         return Observed(full=known and seen + 1 >= self.places, left=left)
 
     def _forgotten(self, layer: Any, leaving: torch.Tensor | int, full: bool) -> torch.Tensor:
@@ -172,12 +172,12 @@ class EideticMemory(MemoryPart):
         weakest = ranked == ranked.amin(dim=1, keepdim=True)
         return torch.where(weakest, positions, -1).argmax(dim=1) + self.first
 
-    def _left(self, layer: Any, rows: torch.Tensor, slot: torch.Tensor, active: torch.Tensor | None) -> Left:
+    def _left(self, layer: Any, rows: torch.Tensor, place: torch.Tensor, active: torch.Tensor | None) -> Left:
         """The token that lies where the next one goes: copies, because it is about to be overwritten."""
-        positions, innovations = (read(buffer, rows, slot)[:, None] for buffer in (layer.positions, layer.innovations))
+        positions, innovations = (read(buffer, rows, place)[:, None] for buffer in (layer.positions, layer.innovations))
         if active is not None:
             positions = positions.masked_fill(~active[:, None], -1)
-        keys, values = (read(buffer, rows, slot)[:, None] for buffer in layer.by_token())
+        keys, values = (read(buffer, rows, place)[:, None] for buffer in layer.by_token())
         return Left(keys, values, positions, innovations, torch.zeros_like(positions))
 
     def arrange(self, states):

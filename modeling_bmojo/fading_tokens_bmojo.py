@@ -3,7 +3,7 @@
     query t sees fading token y_p, p = s - 1, 2 s - 1, ..., iff p + W <= t < p + W + F s
 
 Fading token i is made at position (i + 1) s - 1, so n tokens make n // s. The W / s that are not yet beyond the window
-wait in a delay line; it and the visible ones in the key buffer are rings: number i lies in slot i mod size.
+wait in a delay line; it and the visible ones in the key buffer are rings: number i lies at place i mod size.
 
 Shapes: R rows (B in a cache), n fading tokens, G key/value heads, D head dim, W window, F fading tokens, s stride.
 """
@@ -73,14 +73,14 @@ class FadingTokens(MemoryPart):
     # Many tokens -----------------------------------------------------------------------------------------------------
     def recall(self, layer: Any) -> FadingContext:
         """What the cache holds of them."""
-        made = (layer.seen // self.stride)[:, None]
-        numbers = torch.arange(self.places, device=made.device), torch.arange(self.delayed, device=made.device)
-        visible, delay = (made - self.delayed + numbers[0]) % self.places, (made + numbers[1]) % self.delayed
+        count = (layer.seen // self.stride)[:, None]
+        offsets = torch.arange(self.places, device=count.device), torch.arange(self.delayed, device=count.device)
+        visible, delay = (count - self.delayed + offsets[0]) % self.places, (count + offsets[1]) % self.delayed
         keys, values = (
             torch.cat([take(buffer, visible + self.first), take(ring, delay)], dim=1)
             for buffer, ring in zip(layer.by_token(), (layer.delay_keys, layer.delay_values))
         )
-        number = made + torch.arange(-self.places - self.delayed, 0, device=made.device)
+        number = count + torch.arange(-self.places - self.delayed, 0, device=count.device)
         return FadingContext(keys, values, (number + 1) * self.stride - 1)
 
     def _context(self, tokens: Tokens, layer: Any, past: FadingContext | None) -> FadingContext:
@@ -117,17 +117,17 @@ class FadingTokens(MemoryPart):
         """Let the cache hold the visible and the delayed ones as they are after each row's last real token."""
         before, after = (layer.seen // self.stride)[:, None], ((layer.seen + tokens.real()) // self.stride)[:, None]
         start = (0 if past is None else past.positions.shape[1]) + after - before
-        # Slot r of a ring of size n whose last token is e - 1 holds the (r - e mod n)-th of the n tokens up to e.
-        ring = torch.arange(self.places, device=after.device)
-        visible = start - self.delayed - self.places + (ring - after + self.delayed) % self.places
+        # Place r of a ring of size n whose last token is e - 1 holds the (r - e mod n)-th of the n tokens up to e.
+        place = torch.arange(self.places, device=after.device)
+        visible = start - self.delayed - self.places + (place - after + self.delayed) % self.places
         empty, visible = visible < 0, visible.clamp(min=0)
         delay = start - self.delayed + (torch.arange(self.delayed, device=after.device) - after) % self.delayed
         delay = delay.clamp(min=0)
         own = self.own
-        delays = layer.delay_keys, layer.delay_values
-        for buffer, line, new in zip(layer.by_token(), delays, (context.keys, context.values)):
+        rings = layer.delay_keys, layer.delay_values
+        for buffer, ring, new in zip(layer.by_token(), rings, (context.keys, context.values)):
             buffer[:, own] = take(new, visible).to(buffer.dtype)
-            line.copy_(take(new, delay))
+            ring.copy_(take(new, delay))
         layer.positions[:, own] = context.positions.gather(1, visible).masked_fill(empty, -1).clamp(min=-1)
 
     # One token -------------------------------------------------------------------------------------------------------
@@ -149,28 +149,28 @@ class FadingTokens(MemoryPart):
                 due = (seen + 1) % self.stride == 0
                 active = due if active is None else active & due
             rows = torch.arange(layer.seen.shape[0], device=layer.seen.device)
-            delays = layer.delay_keys, layer.delay_values
-            for buffer, line, new in zip(layer.by_token(), delays, tokens.fading):
-                write(buffer, rows, visible, read(line, rows, delayed), active)
-                write(line, rows, delayed, new[:, 0], active)
+            rings = layer.delay_keys, layer.delay_values
+            for buffer, ring, new in zip(layer.by_token(), rings, tokens.fading):
+                write(buffer, rows, visible, read(ring, rows, delayed), active)
+                write(ring, rows, delayed, new[:, 0], active)
             write(layer.positions, rows, visible, position, active)
         return Observed(full=known and (leaving + 1) // self.stride >= self.places)
 
     def arrange(self, states):
-        own, made = self.own, (states["seen"] // self.stride)[:, None]
+        own, count = self.own, (states["seen"] // self.stride)[:, None]
         empty = states["positions"][:, own] < 0
         for name in ("keys", "values"):
             states[name][:, :, own] = states[name][:, :, own].masked_fill(empty[:, None, :, None], 0.0)
-        empty = made < self.delayed - (torch.arange(self.delayed, device=made.device) - made) % self.delayed
+        empty = count < self.delayed - (torch.arange(self.delayed, device=count.device) - count) % self.delayed
         for name in ("delay_keys", "delay_values"):
             states[name] = states[name].masked_fill(empty[..., None, None], 0.0)
 
     # What a file may hold --------------------------------------------------------------------------------------------
     def check(self, states, seen):
-        """Slot r holds the newest fading token beyond the window whose number is r mod F, at (number + 1) s - 1."""
+        """Place r holds the newest fading token beyond the window whose number is r mod F, at (number + 1) s - 1."""
         newest = (seen // self.stride - self.delayed - 1)[:, None]
-        slot = torch.arange(self.places, device=seen.device)
-        number = newest - (newest - slot) % self.places
+        place = torch.arange(self.places, device=seen.device)
+        number = newest - (newest - place) % self.places
         expected = torch.where(number >= 0, (number + 1) * self.stride - 1, -1)
         own = self.own
         wrong = states["positions"][:, own] != expected

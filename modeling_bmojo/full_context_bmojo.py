@@ -1,8 +1,8 @@
 """FullContext: every past token, in buffers that grow with the text (a layer of type "full_attention").
 
-Slot = position, so query i of a row sees the slots up to `seen + i`; pads are overwritten by the next tokens.
+Entry = position, so query i of a row sees the entries up to `seen + i`; pads are overwritten by the next tokens.
 
-Shapes: R rows (B in a cache), T new tokens, S slots, G key/value heads, D head dim.
+Shapes: R rows (B in a cache), T new tokens, S entries, G key/value heads, D head dim.
 """
 
 from typing import Any
@@ -39,9 +39,9 @@ class FullContext(MemoryPart):
         keys, values = self._append(tokens, layer)
         if not layer.started:
             return Observed([Whole(tokens.keys, tokens.values)])
-        slot = torch.arange(keys.shape[1], device=keys.device)
+        entry = torch.arange(keys.shape[1], device=keys.device)
         now = layer.seen[:, None] + torch.arange(tokens.query.shape[1], device=keys.device)
-        return Observed([Whole(keys, values, slot <= now[..., None])])
+        return Observed([Whole(keys, values, entry <= now[..., None])])
 
     def arrange(self, states):
         for name in ("keys", "values"):

@@ -88,13 +88,13 @@ def key_innovation(keys: torch.Tensor, total: torch.Tensor, count: torch.Tensor)
         return error.masked_fill(error < ROUNDING, 0.0)
 
 
-def _error_of_mean(line: torch.Tensor, taps: int) -> torch.Tensor:
+def _error_of_mean(values: torch.Tensor, taps: int) -> torch.Tensor:
     """Error of predicting each token but the first k by the mean of the k before it: `[B, k + T, E]` to `[B, T]`."""
-    tokens = line.shape[1] - taps
-    prediction = line[:, :tokens] / taps
+    tokens = values.shape[1] - taps
+    prediction = values[:, :tokens] / taps
     for tap in range(1, taps):
-        prediction.add_(line[:, tap : tap + tokens], alpha=1 / taps)
-    return prediction_error(line[:, taps:], prediction)
+        prediction.add_(values[:, tap : tap + tokens], alpha=1 / taps)
+    return prediction_error(values[:, taps:], prediction)
 
 
 def retention_key(innovation: torch.Tensor, position: torch.Tensor, decay: float) -> torch.Tensor:

@@ -45,27 +45,27 @@ def take(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return value[rows, index]
 
 
-def read(buffer: torch.Tensor, rows: torch.Tensor, slot: torch.Tensor | int) -> torch.Tensor:
-    """buffer[b, slot[b]] `[B, ...]`; a number is one slot for all rows."""
-    return buffer[:, slot] if isinstance(slot, int) else buffer[rows, slot]
+def read(buffer: torch.Tensor, rows: torch.Tensor, place: torch.Tensor | int) -> torch.Tensor:
+    """buffer[b, place[b]] `[B, ...]`; a number is one place for all rows."""
+    return buffer[:, place] if isinstance(place, int) else buffer[rows, place]
 
 
 def write(
     buffer: torch.Tensor,
     rows: torch.Tensor,
-    slot: torch.Tensor | int,
+    place: torch.Tensor | int,
     value: torch.Tensor | int,
     active: torch.Tensor | None,
 ) -> None:
-    """buffer[b, slot[b]] = value[b] where `active[b]`, in place and without a data-dependent shape."""
+    """buffer[b, place[b]] = value[b] where `active[b]`, in place and without a data-dependent shape."""
     if isinstance(value, torch.Tensor) and value.dtype != buffer.dtype:
         value = value.to(buffer.dtype)
     if active is not None:
-        value = torch.where(active.view(active.shape + (1,) * (buffer.dim() - 2)), value, read(buffer, rows, slot))
-    if isinstance(slot, int):
-        buffer[:, slot] = value
+        value = torch.where(active.view(active.shape + (1,) * (buffer.dim() - 2)), value, read(buffer, rows, place))
+    if isinstance(place, int):
+        buffer[:, place] = value
     else:
-        buffer[rows, slot] = value
+        buffer[rows, place] = value
 
 
 @torch.no_grad()
