@@ -199,6 +199,37 @@ def test_readme_links_resolve():
                 assert (path.parent / file).exists(), f"{path.relative_to(ROOT)} links to {file}, which is not there"
 
 
+def prose(text: str) -> list[tuple[int, str]]:
+    """Numbers and lines of a Markdown text without its tables and its fenced or indented code."""
+    found, fence, in_list, before = [], None, False, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        mark = re.match(r"\s*(```|~~~)", line)
+        if mark and fence in (None, mark[1]):
+            fence = mark[1] if fence is None else None
+            in_list = in_list and line.startswith(" ")
+        elif fence is None and line.strip():
+            item = re.match(r"\s*(?:[-*+]|\d+[.)])\s", line)
+            in_list = item is not None or (in_list and (line[0] == " " or before != ""))
+            code = line.startswith("    ") and not in_list
+            if not code and not line.lstrip().startswith("|"):
+                found.append((number, line))
+        before = line.strip()
+    return found
+
+
+def test_prose_is_found():
+    text = "a\n\n    code\n\n- b\n\n    c\n\n| d |\n```\ncode\n```\n  ~~~\n```\n~~~\ne\n\n    code\nf\n"
+    assert [line.strip() for _, line in prose(text)] == ["a", "- b", "c", "e", "f"]
+
+
+def test_prose_has_at_most_120_columns():
+    """As the code; tables cannot be wrapped, and code is as long as it is."""
+    files = {name: text for name, text in tracked_texts().items() if name.endswith(".md")}
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/log.md"} <= set(files)
+    wide = [f"{name}:{n}" for name, text in files.items() for n, line in prose(text) if len(line) > 120]
+    assert wide == [], "wrap these lines"
+
+
 # What the package imports --------------------------------------------------------------------------------------------
 def in_package(path: Path) -> str:
     """A module's place in the package: "memory_ops", "inspect/plots"."""

@@ -24,7 +24,7 @@ SHOWN = [
 def written(file: str, name: str) -> str:
     text = (DOCS / file).read_text(encoding="utf-8")
     between = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", text, re.DOTALL)
-    assert between, f"docs/{file} has no place for the table: <!-- {name} --> and <!-- /{name} --> on lines of their own"
+    assert between, f"docs/{file} has no place for it: <!-- {name} --> and <!-- /{name} --> on lines of their own"
     return between[1]
 
 
