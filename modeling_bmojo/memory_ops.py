@@ -1,4 +1,4 @@
-"""Eidetic memory: which tokens a layer keeps, as pure functions. The innovation test lives here and nowhere else.
+"""Eidetic memory: which tokens a layer keeps, as pure functions, and the formulas of the innovation tests.
 
     e_t  = |y_t - y_hat_t|^2 / (|y_t|^2 + |y_hat_t|^2 + eps)          innovation   (B'MOJO, Algorithm 1, line 3);
                                                                        y_t the SSM's output, its input, or the key
