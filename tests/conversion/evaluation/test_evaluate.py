@@ -136,7 +136,7 @@ def test_measuring_goes_on_where_it_stopped(tmp_path, source, capsys, monkeypatc
 
     # Complete: nothing is measured, no model is built. A setting that matters: only what it touches.
     again.clear()
-    monkeypatch.setattr(baselines.Models, "_assemble", None)
+    monkeypatch.setattr(baselines, "assembled", None)
     assert evaluate(tmp_path, source, "--reuse", **options) == 0 and again == []
     monkeypatch.undo()
     monkeypatch.setattr(evaluation, "_measure", lambda *a: again.append((a[1].name, a[3])) or real(*a))

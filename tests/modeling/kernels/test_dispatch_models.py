@@ -177,7 +177,7 @@ def test_compiles_without_graph_breaks(place, monkeypatch):
     if place == "torch":
         step = torch.compile(mixer._scan, fullgraph=True, backend="eager")
         mixed, keys, dt = torch.randn(2, 9, 16), torch.randn(2, 9, 24), torch.randn(2, 9, 4)
-        arguments = (mixed, keys, dt, torch.tensor([9, 5]), 9, None)
+        arguments = (mixed, keys, dt, torch.tensor([9, 5]), None, False)
         torch.testing.assert_close(step(*arguments), mixer._scan(*arguments))
     torch._dynamo.reset()
 
