@@ -168,12 +168,12 @@ class BMojoAttention(nn.Module):
         if self.memory.innovation is not None and (cache is not None or tokens > self.spec.window):
             innovation = self.memory.innovation.score(keys if signal is None else signal, lengths, cache, self.kernels)
         query, keys = rotate(query, rotary), rotate(keys, rotary)
-        fading_tokens = self._fading_tokens(fading, rotary, lengths, cache, steps)
-        front = self.memory.front(tokens, cache)
-        sizes = (front, self.block if self.spec.window else tokens, steps, needs_grad, self.memory.takes_left)
-        offers = self.memory.observe(
-            Tokens(query, keys, values, innovation, lengths, fading_tokens, *sizes), cache, self.kernels
-        )
+        counted = steps and cache.counts(lengths)
+        fading_tokens = self._fading_tokens(fading, rotary, cache, steps, counted)
+        front, block = self.memory.front(tokens, cache), self.block if self.spec.window else tokens
+        how = (front, block, steps, counted, needs_grad, self.memory.takes_left)
+        new = Tokens(query, keys, values, innovation, lengths, fading_tokens, *how)
+        offers = self.memory.observe(new, cache, self.kernels)
         out, weights = self._attend(query, keys, values, offers, front, columns)
         if self.training and fading is not None:
             out = out + _zero_anchor((*fading, *(fading_tokens or ()))).to(out.dtype)
@@ -256,13 +256,13 @@ class BMojoAttention(nn.Module):
             made_of = self._keys_values(fading, *projections)
         return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
 
-    def _fading_tokens(self, fading, rotary, lengths, cache: BMojoCacheLayer | None, steps: bool):
+    def _fading_tokens(self, fading, rotary, cache: BMojoCacheLayer | None, steps: bool, counted: bool):
         """Keys and values `[R, n, G, D]` of the fading tokens, which are made of what `_fading_rows` gives, or None.
 
         They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which
         pads alone see. A single step makes one of its only output, and the part knows whether to take it.
         """
-        if fading is None or (steps and not self.memory.part(FadingTokens).makes_one(lengths, cache)):
+        if fading is None or (steps and not self.memory.part(FadingTokens).makes_one(counted, cache)):
             return None
         made_of, stride, tokens = fading, self.spec.stride, fading[0].shape[1]
         if stride > 1 and not steps:

@@ -137,11 +137,10 @@ class EideticMemory(MemoryPart):
         return order.masked_fill(order == count, -1)
 
     # One token -------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def _step(self, tokens: Tokens, layer: Any) -> Observed:
         """The new token takes the place of the one that is forgotten: in place, with fixed shapes; nothing moves."""
         active = None if tokens.lengths is None else tokens.lengths > 0
-        known = layer.counts(tokens.lengths)
+        known = tokens.counted
         seen = layer.columns if known else layer.seen
         rows = torch.arange(layer.seen.shape[0], device=layer.seen.device)
         leaving = seen - self.window

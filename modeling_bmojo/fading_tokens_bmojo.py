@@ -62,13 +62,13 @@ class FadingTokens(MemoryPart):
             self._commit(context, tokens, layer, past)
         return Observed(offers)
 
-    def makes_one(self, lengths: torch.Tensor | None, layer: Any) -> bool:
+    def makes_one(self, counted: bool, layer: Any) -> bool:
         """Whether the next token may make a fading token, as far as that is known without looking at tensors.
 
         Args:
-            lengths: `[B]` real tokens of the step, None: one in every row.
+            counted: a number says what every row has read (`Tokens.counted`).
         """
-        return not layer.counts(lengths) or (layer.columns + 1) % self.stride == 0
+        return not counted or (layer.columns + 1) % self.stride == 0
 
     # Many tokens -----------------------------------------------------------------------------------------------------
     def recall(self, layer: Any) -> FadingContext:
@@ -131,11 +131,10 @@ class FadingTokens(MemoryPart):
         layer.positions[:, own] = context.positions.gather(1, visible).masked_fill(empty, -1).clamp(min=-1)
 
     # One token -------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def _step(self, tokens: Tokens, layer: Any) -> Observed:
         """A fading token that the new token makes joins the delay line, and the one that it replaces there, W tokens
         older, becomes visible."""
-        known = layer.counts(tokens.lengths)
+        known = tokens.counted
         seen = layer.columns if known else layer.seen
         leaving = seen - self.window
         if tokens.fading is not None:

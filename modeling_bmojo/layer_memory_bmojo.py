@@ -75,6 +75,12 @@ class LayerMemory:
         Args:
             layer: the layer's states, or None.
         """
+        if not tokens.steps:
+            return self._observe(tokens, layer, kernels)
+        with torch.no_grad():
+            return self._observe(tokens, layer, kernels)
+
+    def _observe(self, tokens: Tokens, layer: Any, kernels: Kernels) -> list:
         offers, left, full = [], [], True
         for part in self.parts:
             observed = part.observe(tokens, layer, left, kernels)

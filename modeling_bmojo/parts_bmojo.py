@@ -54,7 +54,8 @@ class Tokens(NamedTuple):
     fading: keys and values `[R, n, G, D]` of the fading tokens that these tokens make, or None.
     front: the first `front` queries see nothing but the new tokens before them, and no part offers them anything.
     block: L, queries that share what is offered to them. steps: one token, whose states are written in place.
-    needs_grad: a gradient is wanted. wants_left: some part asks what the others let go.
+    counted: of a step: a number, `layer.columns`, says what every row has read. needs_grad: a gradient is wanted.
+    wants_left: some part asks what the others let go.
     """
 
     query: torch.Tensor
@@ -66,6 +67,7 @@ class Tokens(NamedTuple):
     front: int
     block: int
     steps: bool
+    counted: bool
     needs_grad: bool
     wants_left: bool
 
@@ -143,7 +145,7 @@ class MemoryPart:
         return {}
 
     def observe(self, tokens: Tokens, layer: Any, left: list[Left], kernels: Kernels) -> Observed:
-        """Take the tokens in, and say what their queries see.
+        """Take the tokens in, and say what their queries see. A step runs without gradients.
 
         Args:
             layer: the layer's states, which are moved on; None: nothing was read before, and nothing is kept.

@@ -68,23 +68,23 @@ def write(
         buffer[rows, place] = value
 
 
-@torch.no_grad()
 def shift(history: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor | None, first: int = 0) -> None:
     """Move `history` `[B, k, C]` on by the first `lengths` `[B]` (None: all) tokens of `new` `[B, T, C']`, in place.
 
     Where C' < C only the channels from `first` on move; the caller moves the others.
     """
-    history = history[..., first : first + new.shape[-1]]
-    kept = history.shape[1]
-    if kept == 0:
-        return
-    if lengths is None:
-        history.copy_(torch.cat([history, new[:, -kept:].to(history.dtype)], dim=1)[:, -kept:])
-        return
-    index = lengths[:, None] + torch.arange(-kept, 0, device=history.device)
-    fresh = take(new, index.clamp(min=0)).to(history.dtype)
-    older = take(history, (index + kept).clamp(max=kept - 1))
-    history.copy_(torch.where((index >= 0)[..., None], fresh, older))
+    with torch.no_grad():
+        history = history[..., first : first + new.shape[-1]]
+        kept = history.shape[1]
+        if kept == 0:
+            return
+        if lengths is None:
+            history.copy_(torch.cat([history, new[:, -kept:].to(history.dtype)], dim=1)[:, -kept:])
+            return
+        index = lengths[:, None] + torch.arange(-kept, 0, device=history.device)
+        fresh = take(new, index.clamp(min=0)).to(history.dtype)
+        older = take(history, (index + kept).clamp(max=kept - 1))
+        history.copy_(torch.where((index >= 0)[..., None], fresh, older))
 
 
 __all__ = ["State", "read", "shift", "take", "write"]

@@ -304,7 +304,7 @@ def test_cache_step_is_the_streaming_rule(random, window, slots, decay, fading):
         error = torch.tensor([[row[min(count, len(row) - 1)]] for row, count in zip(rows, counts, strict=True)])
         faded = (tag + 0.25, tag + 0.75) if fading else None
         lengths = torch.tensor(active, dtype=torch.int64)
-        sizes = dict(front=0, block=1, steps=True, needs_grad=False, wants_left=False)
+        sizes = dict(front=0, block=1, steps=True, counted=False, needs_grad=False, wants_left=False)
         tokens = Tokens(tag, tag, tag + 0.5, error.float(), lengths, faded, **sizes)
         layer.memory.observe(tokens, layer, kernels)
         layer.advance(lengths, 1)
