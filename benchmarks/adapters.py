@@ -16,7 +16,7 @@ CHUNK, BLOCK, TAPS = DEFAULTS.ssm_chunk_size, DEFAULTS.memory_block_size, DEFAUL
 
 
 def scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunked SSM scan: y `[B, T, H, P]` and the last state. Shapes as `ssm_ops.naive_ssd`."""
+    """Return the chunked SSM scan: y `[B, T, H, P]` and the last state. Shapes as `ssm_ops.naive_ssd`."""
     return KERNELS.run("chunk_scan", x, dt, A, B, C, D, None, CHUNK)
 
 
@@ -26,7 +26,7 @@ def naive_scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def convolve(x, weight, bias) -> torch.Tensor:
-    """The causal depthwise convolution of `[B, T, C]` with `[C, K]` taps."""
+    """Return the causal depthwise convolution of `[B, T, C]` with `[C, K]` taps."""
     return KERNELS.run("conv", x, weight, bias)
 
 
@@ -40,7 +40,7 @@ def innovation_and_expiry(y: torch.Tensor, window: int, slots: int) -> tuple[tor
 
 
 def choose(keys: torch.Tensor, window: int, slots: int) -> memory_ops.Selection:
-    """The selection by given retention keys `[B, T]`."""
+    """Return the selection by given retention keys `[B, T]`."""
     tokens = keys.shape[1]
     valid = torch.ones_like(keys, dtype=torch.bool)
     return KERNELS.run("expiry", keys, valid, window, slots, BLOCK, tokens)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def llama(layers: int, hidden: int = 2048, vocabulary: int = 32000) -> LlamaConfig:
-    """A Llama of 61 million parameters per layer at the default width (untied embeddings: 131 million more)."""
+    """Return a Llama of 61 million parameters per layer at the default width (untied embeddings: 131 million more)."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -42,7 +42,7 @@ def llama(layers: int, hidden: int = 2048, vocabulary: int = 32000) -> LlamaConf
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig, shard: str) -> None:
-    """A random checkpoint of the config in bfloat16, made one shard at a time."""
+    """Return a random checkpoint of the config in bfloat16, made one shard at a time."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
@@ -80,7 +80,7 @@ def largest_shard(folder: Path) -> int:
 
 
 def main() -> None:
-    """Runs the program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where to write; must not exist")
     parser.add_argument("--layers", type=int, default=48)

@@ -43,7 +43,7 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says, empty outside a checkout."""
+    """Return what git says, empty outside a checkout."""
     try:
         said = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -79,7 +79,7 @@ def in_child(
 
 
 def _ask(order: str, as_users: bool) -> str:
-    """The server's line in answer to a line; empty if it has ended."""
+    """Return the server's line in answer to a line; empty if it has ended."""
     server, line = _server(as_users), ""
     try:
         server.stdin.write(order + "\n")
@@ -106,7 +106,7 @@ def _server(as_users: bool) -> subprocess.Popen:
 
 
 def close() -> None:
-    """Ends the servers and whatever they measure; the next `in_child` starts another."""
+    """End the servers and whatever they measure; the next `in_child` starts another."""
     while SERVERS:
         _end(SERVERS.pop())
     _server.cache_clear()
@@ -119,7 +119,7 @@ def _end(server: subprocess.Popen) -> None:
 
 
 def measure(case: str, arguments: dict[str, Any], small: dict[str, Any]) -> Measured:
-    """What a child does."""
+    """Return what a child does."""
     module, _, name = case.partition(":")
     build = getattr(importlib.import_module(module), name)
     build(**{**arguments, **small})()
@@ -163,7 +163,7 @@ def _status(name: str) -> int:
 
 
 def answer(order: dict[str, Any]) -> dict[str, Any]:
-    """What a child says: its findings, or why there are none."""
+    """Return what a child says: its findings, or why there are none."""
     try:
         torch.set_num_threads(order["threads"])
         return measure(order["case"], order["arguments"], order["small"])._asdict()

@@ -72,7 +72,7 @@ class Models:
         return Path(settings.output)
 
     def path(self, side: str) -> str:
-        """The folder of `"ours"` or `"theirs"`."""
+        """Return the folder of `"ours"` or `"theirs"`."""
         return str({"ours": self.graft, "theirs": self.source}[side])
 
 
@@ -91,7 +91,7 @@ def _write_source(path: Path, name: str | None) -> None:
 
 @functools.lru_cache(maxsize=2)
 def load(side: str, path: str) -> torch.nn.Module:
-    """The model of a folder in fp32 with SDPA, for evaluation. Both sides are kept: rows share them."""
+    """Return the model of a folder in fp32 with SDPA, for evaluation. Both sides are kept: rows share them."""
     kind = BMojoForCausalLM if side == "ours" else AutoModelForCausalLM
     return kind.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
 

@@ -53,7 +53,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` wrote.
+        """Return the report that `to_json` wrote.
 
         Raises:
             ValueError: another schema.
@@ -75,7 +75,7 @@ class Report:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` at the end: nobody ever sees half a file."""
+    """Return a path to write to, renamed to `path` at the end: nobody ever sees half a file."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         yield partial
@@ -85,13 +85,13 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def save(report: Report, path: Path) -> None:
-    """Writes the JSON."""
+    """Write the JSON."""
     with beside(path) as partial:
         partial.write_text(report.to_json(), encoding="utf-8")
 
 
 def amount(value: float, unit: str) -> str:
-    """A number for people: 3.1 s, 41.2 ms, 860 us; 1.51 GB, 55.4 MB, 12 kB."""
+    """Return a number for people: 3.1 s, 41.2 ms, 860 us; 1.51 GB, 55.4 MB, 12 kB."""
     steps = {"s": [(1, "s"), (1e-3, "ms"), (1e-6, "us")], "B": [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")]}
     scale, name = next((step for step in steps[unit] if value >= step[0]), steps[unit][-1])
     return f"{value / scale:.3g} {name}" if value / scale < 1000 else f"{value / scale:,.0f} {name}"
@@ -102,7 +102,7 @@ def verdict(figure: Figure) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The whole report as Markdown."""
+    """Return the whole report as Markdown."""
     quick = "A quick run: small sizes, no goals. Its figures say that the program works and nothing else. "
     state = "" if report.finished else " **Not finished: only what was measured is listed.**"
     parts = [
@@ -116,7 +116,7 @@ def markdown(report: Report) -> str:
 
 
 def _section(result: Result) -> list[str]:
-    """A row's paragraphs: heading, what went wrong, table, notes."""
+    """Return a row's paragraphs: heading, what went wrong, table, notes."""
     parts = [f"### {result.row}: {result.title}"]
     if result.status != OK:
         parts.append(f"**{result.status}**: {result.reason}")

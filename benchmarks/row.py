@@ -94,7 +94,7 @@ class Context:
         self.plan = Plan(least=3, most=3, budget=1.0) if self.quick else Plan()
 
     def goal(self, name: str) -> float | None:
-        """The goal of that name, none in a quick run and none for a size that has none."""
+        """Return the goal of that name, none in a quick run and none for a size that has none."""
         return None if self.quick else GOALS.get(name)
 
     def alternate(self, actions: dict[str, Action], plan: Plan | None = None) -> dict[str, list[float]]:
@@ -125,7 +125,7 @@ def figure(
     panel: str | None = None,
     note: str = "",
 ) -> Figure:
-    """A figure from samples of the same rounds: seconds, or bytes."""
+    """Return a figure from samples of the same rounds: seconds, or bytes."""
     return Figure(name, against, context, unit, *compare(ours, theirs), goal=goal, panel=panel, note=note)
 
 

@@ -24,7 +24,7 @@ ROOM = 512  # places of the static cache beyond the tokens read
 
 @torch.no_grad()
 def read(side: str, model: torch.nn.Module, tokens: int):
-    """The cache after T tokens, of the kind that suits a compiled step."""
+    """Return the cache after T tokens, of the kind that suits a compiled step."""
     cache = BMojoCache(model.config) if side == "ours" else StaticCache(model.config, max_cache_len=tokens + ROOM)
     model(random_ids(model.config.vocab_size, tokens), **{CACHE_NAME: cache}, logits_to_keep=1)
     return cache
@@ -44,7 +44,7 @@ def stepper(forward, model: torch.nn.Module, cache, count: int) -> Action:
 
 
 def compiled_step(side: str, model: torch.nn.Module, tokens: int) -> tuple[Action, str]:
-    """The compiled step and what compiling did.
+    """Return the compiled step and what compiling did.
 
     Raises:
         ValueError: the compiled step gives other logits, or is not done with compiling. Whatever the compiler raises

@@ -54,7 +54,7 @@ def ours(tokens: int) -> Action:
 
 
 def prefill(tokens: int) -> Action:
-    """Reading T tokens with one layer, from embedding to logits of the last."""
+    """Read T tokens with one layer, from embedding to logits of the last."""
     torch.manual_seed(0)
     model = BMojoForCausalLM(BMojoConfig(**LAYER, window_size=WINDOW, eidetic_size=SLOTS)).eval()
     ids = random_ids(LAYER["vocab_size"], tokens)

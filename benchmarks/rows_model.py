@@ -44,7 +44,7 @@ def prefill(model: torch.nn.Module, tokens: int) -> Action:
 
 
 def case(side: str, path: str, tokens: int) -> Action:
-    """What a child process measures: the prefill of one model."""
+    """Return what a child process measures: the prefill of one model."""
     return prefill(load(side, path), tokens)
 
 
@@ -54,7 +54,7 @@ def both(context: Context) -> dict[str, torch.nn.Module]:
 
 @torch.inference_mode()
 def model_checks(context: Context) -> list[Check]:
-    """The graft is the source within the window; beyond it, its prefill is its step-by-step reading."""
+    """Return the graft is the source within the window; beyond it, its prefill is its step-by-step reading."""
     models = both(context)
     ours, theirs = models["ours"], models["theirs"]
     window = ours.config.window_size
@@ -85,7 +85,7 @@ def prefill_figures(context: Context) -> Iterator[Figure | str]:
 
 
 def long_rounds(context: Context, tokens: int) -> list[dict[str, Measured]]:
-    """Rounds of `in_children`, the order turning round, as many as fit the budget."""
+    """Round of `in_children`, the order turning round, as many as fit the budget."""
     rounds, spent = [in_children(context, tokens)], 0.0
     while len(rounds) < LONG_MOST and not context.quick:
         spent += sum(measured.seconds for measured in rounds[-1].values())
@@ -119,7 +119,7 @@ def memory_figure(tokens: int, found: dict[str, Measured]) -> Figure:
 
 @torch.inference_mode()
 def filled_cache(config, tokens: int, rows: int = 1, **options) -> DynamicCache:
-    """A cache of the source as if T tokens had been read: keys and values `[B, G, T, D]` of random numbers."""
+    """Return a cache of the source as if T tokens had been read: keys and values `[B, G, T, D]` of random numbers."""
     cache = DynamicCache(config=config)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
@@ -146,7 +146,7 @@ def per_token(seconds: dict[str, list[float]], count: int = STEPS) -> dict[str, 
 
 @torch.inference_mode()
 def read_on(model: torch.nn.Module, cache: BMojoCache, tokens: int) -> None:
-    """Reads until `cache` has seen T tokens."""
+    """Read until `cache` has seen T tokens."""
     seen = cache.get_seq_length()
     model(random_ids(model.config.vocab_size, tokens)[:, seen:], **{CACHE_NAME: cache}, logits_to_keep=1)
 
@@ -173,7 +173,7 @@ def source_bytes(config, tokens: int) -> int:
 
 
 def one_layer(model: BMojoForCausalLM) -> BMojoForCausalLM:
-    """A model of the graft's first layer alone: reads long texts n times as fast."""
+    """Return a model of the graft's first layer alone: reads long texts n times as fast."""
     config = type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 1, "layer_types": ["bmojo"]})
     single = BMojoForCausalLM(config).eval()
     single.model.embed_tokens, single.lm_head = model.model.embed_tokens, model.lm_head

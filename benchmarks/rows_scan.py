@@ -37,7 +37,7 @@ def inputs(tokens: int, heads: int, groups: int, dtype: torch.dtype = torch.floa
 
 
 def theirs(x, dt, A, B, C, D, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The undecorated torch function: with mamba-ssm installed the decorated one would be a CUDA kernel."""
+    """Return the undecorated torch function: with mamba-ssm installed the decorated one would be a CUDA kernel."""
     return modeling_mamba2.mamba2_chunk_scan.__wrapped__(x, dt, A, B, C, chunk, D=D, return_final_states=True)
 
 
@@ -80,7 +80,7 @@ def checks(context: Context) -> list[Check]:
 
 
 def best_chunk(tokens: int, heads: int, groups: int, backward: bool) -> int:
-    """The chunk at which theirs is fastest here: the smallest median of three rounds."""
+    """Return the chunk at which theirs is fastest here: the smallest median of three rounds."""
     runs = {chunk: case("theirs", tokens, heads, groups, backward, chunk) for chunk in CHUNKS if chunk <= tokens}
     seconds = alternate({str(chunk): run for chunk, run in runs.items()}, Plan(least=3, most=3))
     return min(runs, key=lambda chunk: sorted(seconds[str(chunk)])[1])

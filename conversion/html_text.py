@@ -54,7 +54,7 @@ def _leads_elsewhere(tag: Tag) -> bool:
 
 
 def _collect(parent: Tag, parts: list[str], verbatim: bool) -> None:
-    """Appends the text below `parent`; as deep as the parser lets elements lie in each other (lxml: 256)."""
+    """Append the text below `parent`; as deep as the parser lets elements lie in each other (lxml: 256)."""
     for node in parent.children:
         if isinstance(node, Tag):
             _break(node.name, parts)
@@ -85,7 +85,7 @@ def _break(name: str, parts: list[str]) -> None:
 
 
 def convert(patterns: Sequence[str], output: Path) -> tuple[list[Path], int]:
-    """Writes a text file for each page that has at least `SHORTEST` characters.
+    """Write a text file for each page that has at least `SHORTEST` characters.
 
     Returns:
         the files, and how many pages were too short.

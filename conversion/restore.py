@@ -33,7 +33,7 @@ REWRITTEN = ("config.json", "generation_config.json", "README.md")
 
 
 def restore(folder: Path, output: Path, max_shard_size: str = "2GB") -> list[str]:
-    """Writes the source of the graft in `folder` to `output`; returns the source tensors that are not written.
+    """Write the source of the graft in `folder` to `output`; returns the source tensors that are not written.
 
     Raises:
         ValueError: `folder` is no graft with digests, a tensor was rounded or changed, or `output` is in use.
@@ -71,7 +71,7 @@ def _restore(folder: Path, output: Path, report: Mapping[str, Any], max_shard_si
 
 
 def source_dtype(entry: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """The dtype that a source tensor had."""
+    """Return the dtype that a source tensor had."""
     return entry.get("cast-from") or report["target_tensors"][goals_of(entry)[0]]["dtype"]
 
 
@@ -89,7 +89,7 @@ def refuse_rounded(tensors: Mapping[str, Mapping[str, Any]], report: Mapping[str
 def joined(
     name: str, entry: Mapping[str, Any], targets: Mapping[str, Mapping[str, Any]], weights: Weights
 ) -> torch.Tensor:
-    """A source tensor from the graft's tensors that hold its rows, each with the bytes that the report states.
+    """Return a source tensor from the graft's tensors that hold its rows, each with the bytes that the report states.
 
     Raises:
         ValueError: a tensor is missing, or is not what the graft wrote.
@@ -110,7 +110,7 @@ def joined(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.restore", description=(__doc__ or "").splitlines()[0].partition(":")[0]
     )
@@ -121,7 +121,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
+    """Run the program and returns its exit status."""
     arguments = parse_arguments(argv)
 
     def work() -> int:

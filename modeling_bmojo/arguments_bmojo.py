@@ -93,7 +93,7 @@ def packing_lengths(cu_seq_lens_q: torch.Tensor | None, arguments: dict[str, Any
 
 
 def built_fields(config: BMojoConfig) -> dict[str, Any]:
-    """The fields that a model's layers are made of, with their values now."""
+    """Return the fields that a model's layers are made of, with their values now."""
     return {name: plain(getattr(config, name)) for name in fields_with(type(config), live=False)}
 
 

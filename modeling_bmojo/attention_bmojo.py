@@ -143,7 +143,8 @@ class BMojoAttention(nn.Module):
         return out, weights if rows.layout is None else rows.layout.merge_weights(weights)
 
     def _signals(self, fading: torch.Tensor | None, predictions: list[Prediction] | None, rows: Rows) -> list:
-        """What the innovation test judges by, for each group of mixer rows; None where that is the keys, or nothing."""
+        """Return what the innovation test judges by, for each group of mixer rows; None where that is the keys, or
+        nothing."""
         signal = None if self.memory.innovation is None else self.memory.innovation.signal
         if signal == "output" and fading is not None:
             return to_rows(rows.layout, fading)
@@ -243,7 +244,7 @@ class BMojoAttention(nn.Module):
         return [hook for module in modules for hook in listeners(module, packed)]
 
     def _fading_rows(self, fading: torch.Tensor, rows: Rows) -> list[tuple[torch.Tensor, ...]]:
-        """What fading tokens are made of, by group of mixer rows: SSM outputs `[R, T', E]`, of which
+        """Return what fading tokens are made of, by group of mixer rows: SSM outputs `[R, T', E]`, of which
         `_fading_tokens` projects those that become one.
 
         Where somebody listens to the projections it is their keys and values `[R, T', G, D]` instead: a stride, or

@@ -216,7 +216,7 @@ def _some(offer: BlockKeys, blocks: slice) -> BlockKeys:
 
 
 def _biases(part: list[BlockKeys], now: torch.Tensor, query: torch.Tensor, groups: int) -> torch.Tensor:
-    """What is added to each query's scores, -inf for what it does not see: `[B, n, H, L, K]` over all sets.
+    """Return what is added to each query's scores, -inf for what it does not see: `[B, n, H, L, K]` over all sets.
 
     Args:
         now: `[1, n, L, 1]` coordinates of the queries.
@@ -322,7 +322,7 @@ def attend(
 
 
 def weights_by_position(weights: torch.Tensor, position: torch.Tensor, columns: int) -> torch.Tensor:
-    """Adds each key's weight `[B, H, Q, K]` to its token's column: position `[B, K]`, or `[B, G, K]` where the heads'
+    """Add each key's weight `[B, H, Q, K]` to its token's column: position `[B, K]`, or `[B, G, K]` where the heads'
     keys differ, to `[B, H, Q, columns]`. A key at position -1 is no token and has no column."""
     target = torch.where(position >= 0, position, columns)
     if target.dim() == 3:

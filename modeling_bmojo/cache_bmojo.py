@@ -66,7 +66,7 @@ class BMojoCache(Cache):
     # --- what a forward asks ----------------------------------------------------------------------------------------
 
     def begin(self, mask: torch.Tensor | None) -> None:
-        """Marks that a forward begins to write; `finish` that it is through.
+        """Mark that a forward begins to write; `finish` that it is through.
 
         Args:
             mask: `[B, T]` bool, which of the new columns are real tokens; None: all.
@@ -82,7 +82,7 @@ class BMojoCache(Cache):
             first.pads = new if first.pads is None else first.pads + new.to(first.pads.device)
 
     def finish(self, last_hidden: torch.Tensor) -> None:
-        """Ends what `begin` began. last_hidden: `[B, E]`, the model's output for each row's last real token."""
+        """End what `begin` began. last_hidden: `[B, E]`, the model's output for each row's last real token."""
         last = self.layers[-1]
         if last.last_hidden is None:
             last.last_hidden = torch.empty_like(last_hidden, requires_grad=False)
@@ -90,7 +90,7 @@ class BMojoCache(Cache):
         self.layers[0].unfinished = False
 
     def check(self, config: BMojoConfig, batch: int | None = None) -> None:
-        """Raises ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows, and its
+        """Raise ValueError unless this cache belongs to a model of `config` and, if given, to `batch` rows, and its
         layers agree."""
         self._require_finished()
         check_now(self.facts, config)
@@ -101,7 +101,7 @@ class BMojoCache(Cache):
             )
 
     def check_mask(self, mask: torch.Tensor) -> None:
-        """Checks what a mask says about the columns that were read before.
+        """Check what a mask says about the columns that were read before.
 
         On a GPU it waits for the device, as every look at values does. Compiled code cannot raise: there it does
         nothing. After a file of format 4 that was read with pads only the number of tokens is compared.
@@ -153,7 +153,7 @@ class BMojoCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
     def remembered(self, layer_idx: int, row: int = 0) -> list[RememberedToken]:
-        """The tokens that a layer's eidetic memory holds for a row of the batch, by position.
+        """Return the tokens that a layer's eidetic memory holds for a row of the batch, by position.
 
         Raises:
             ValueError: if the layer or row does not exist, or the layer has no eidetic memory.
@@ -198,17 +198,17 @@ class BMojoCache(Cache):
             super().batch_select_indices(indices)
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves a layer's states back to the device where they were allocated."""
+        """Move a layer's states back to the device where they were allocated."""
         with self._writing():
             self.layers[layer_idx].prefetch()
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves a layer's states to the CPU; the next forward brings them back."""
+        """Move a layer's states to the CPU; the next forward brings them back."""
         with self._writing():
             self.layers[layer_idx].offload()
 
     def to(self, device: torch.device | str | None) -> "BMojoCache":
-        """Moves every state, in place, and returns itself. None changes nothing, as for tensors (accelerate asks)."""
+        """Move every state, in place, and returns itself. None changes nothing, as for tensors (accelerate asks)."""
         if device is None:
             return self
         with self._writing():
@@ -220,7 +220,7 @@ class BMojoCache(Cache):
     # --- its ways out and in ----------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes every state to one safetensors file with a checksum (beside it first, then renamed).
+        """Write every state to one safetensors file with a checksum (beside it first, then renamed).
 
         Raises:
             ValueError: if nothing has been read yet, a forward stopped halfway, the states cannot be those of a cache

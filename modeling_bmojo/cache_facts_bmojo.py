@@ -12,7 +12,7 @@ from .fields_bmojo import fields_with, plain
 
 
 def facts_of(config: BMojoConfig) -> dict[str, Any]:
-    """The fields that change results, with their values now."""
+    """Return the fields that change results, with their values now."""
     return {name: plain(getattr(config, name)) for name in fields_with(type(config), results=True)}
 
 
@@ -58,7 +58,7 @@ def described(facts: dict[str, Any]) -> str:
 
 
 def undescribed(text: str | None) -> dict[str, Any]:
-    """What `described` wrote.
+    """Return what `described` wrote.
 
     Raises:
         ValueError: if it is not of that form.

@@ -180,7 +180,7 @@ def _columns(text: str) -> int:
 
 
 def _states(file, declared: list[BMojoCacheLayer], columns: int, written: str) -> Contents:
-    """The states of an open file, checked before and after they are loaded."""
+    """Return the states of an open file, checked before and after they are loaded."""
     names: list[dict[str, str]] = [{} for _ in declared]
     for full in file.keys():  # noqa: SIM118 (not a dict)
         layer, _, name = full.partition(".")

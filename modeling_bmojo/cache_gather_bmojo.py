@@ -62,7 +62,7 @@ def _with_pads(first: BMojoCacheLayer, others: tuple) -> tuple:
 
 
 def joined(items: Iterable[tuple]) -> Joined:
-    """What `items_of` gave, of one cache or of several, as the layers of one.
+    """Return what `items_of` gave, of one cache or of several, as the layers of one.
 
     Raises:
         ValueError: if it is something else, or the caches differ in their model or in the columns that they have read.

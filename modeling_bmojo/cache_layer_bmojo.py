@@ -110,7 +110,7 @@ class BMojoCacheLayer(CacheLayerMixin):
     # --- what parts ask ---------------------------------------------------------------------------------------------
 
     def by_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views `[B, S, G, D]` of keys and values."""
+        """Return views `[B, S, G, D]` of keys and values."""
         return self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
     def counts(self, lengths: torch.Tensor | None) -> bool:

@@ -25,7 +25,7 @@ def column_codes(columns: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(value: torch.Tensor, by: int) -> torch.Tensor:
-    """A shift to the right that fills in zeros; torch's own fills in the sign."""
+    """Return a shift to the right that fills in zeros; torch's own fills in the sign."""
     return (value >> by) & ((1 << (64 - by)) - 1)
 
 
@@ -41,7 +41,7 @@ def pads_in(mask: torch.Tensor, start: int) -> torch.Tensor:
 def check_past_mask(
     mask: torch.Tensor, columns: int, seen: torch.Tensor, pads: torch.Tensor | None, known: bool
 ) -> None:
-    """Raises ValueError unless a mask tells of the past what a cache has read.
+    """Raise ValueError unless a mask tells of the past what a cache has read.
 
     Args:
         mask: `[B, P]`, nonzero = real token. columns: read by the cache. seen: `[B]` real tokens of each row.

@@ -23,7 +23,7 @@ SHARDS_BY_DTYPE = importlib.util.find_spec("transformers.distributed.parallel_ut
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """The cache that was given under either name; None if neither.
+    """Return the cache that was given under either name; None if neither.
 
     Raises:
         ValueError: for two different ones.
@@ -39,5 +39,6 @@ def cache_argument(arguments: dict[str, Any]) -> Any:
 
 
 def cache_of(outputs: Any) -> Any:
-    """The cache in what a model or generate() returned, under its name in this transformers; None if there is none."""
+    """Return the cache in what a model or generate() returned, under its name in this transformers; None if there is
+    none."""
     return getattr(outputs, CACHE_NAME, None)

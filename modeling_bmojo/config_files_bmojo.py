@@ -84,7 +84,7 @@ class FileConfig(PreTrainedConfig):
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def _take_file_forms(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Turns what stands in a file into attributes; returns keys of others, which stay as they are.
+        """Turn what stands in a file into attributes; returns keys of others, which stay as they are.
 
         Raises:
             ValueError: for an unknown key that came from no file, or two names of one field that disagree.
@@ -119,7 +119,7 @@ class FileConfig(PreTrainedConfig):
 
     # Writing ---------------------------------------------------------------------------------------------------------
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The file's text; `to_dict` has the attributes as they are."""
+        """Return the file's text; `to_dict` has the attributes as they are."""
         fields = json.loads(super().to_json_string(use_diff))
         if "layer_types" in fields:
             fields["layer_kinds"] = fields.pop("layer_types")
@@ -152,7 +152,7 @@ class FileConfig(PreTrainedConfig):
 
 
 def closest_field(cls: type[FileConfig], key: str, strict: bool = False) -> str | None:
-    """The field that `key` was probably meant to be; `strict`: only if it hardly differs."""
+    """Return the field that `key` was probably meant to be; `strict`: only if it hardly differs."""
     close = difflib.get_close_matches(key, list(cls.__dataclass_fields__), n=1, cutoff=0.85 if strict else 0.6)
     return close[0] if close else None
 

@@ -22,7 +22,7 @@ class BackboneConfig(FileConfig):
     """The part of `BMojoConfig` that checks the Transformer."""
 
     def _validate_types(self) -> None:
-        """The types that filling in defaults relies on, and that reading a saved configuration does."""
+        """Return the types that filling in defaults relies on, and that reading a saved configuration does."""
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
             reject("dtype", self.dtype, "must be a torch dtype or its name", "e.g. 'bfloat16'")
@@ -64,7 +64,7 @@ class BackboneConfig(FileConfig):
             reject("rope_parameters", rope, str(error.args[0]), "add the missing keys")
 
     def validate_token_ids(self) -> None:
-        """Overrides transformers' warning: an id outside the vocabulary is an error."""
+        """Override transformers' warning: an id outside the vocabulary is an error."""
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             for token in value if isinstance(value, list | tuple) else [value]:
@@ -97,7 +97,7 @@ class BackboneConfig(FileConfig):
             reject("attention_dropout", self.attention_dropout, "must lie in [0, 1)", "give a probability")
 
     def validate_layer_type(self) -> None:
-        """Overrides transformers' closed list of layer types by B'MOJO's own."""
+        """Override transformers' closed list of layer types by B'MOJO's own."""
         if self.layer_types is None:  # the constructor has filled it; it was taken away since
             reject("layer_types", None, "must be a list with one entry per layer", "give a list")
         for index, kind in enumerate(self.layer_types):

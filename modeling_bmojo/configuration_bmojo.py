@@ -206,7 +206,7 @@ class BMojoConfig(BackboneConfig):
         self.ssm_time_step_limit = list(self.ssm_time_step_limit)
 
     def validate(self) -> None:
-        """Checks every rule between the fields.
+        """Check every rule between the fields.
 
         Raises:
             ValueError: naming the field, its value, the rule it breaks and the remedy.
@@ -283,7 +283,7 @@ class BMojoConfig(BackboneConfig):
         return fields_with(cls, **said)
 
     def layer_spec(self, layer_idx: int) -> LayerSpec:
-        """What kind of layer `layer_idx` is, and how much it remembers (see `LayerSpec`)."""
+        """Return what kind of layer `layer_idx` is, and how much it remembers (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
         remembers = kind == "bmojo"
         # Only then: layers whose test reads no SSM have had one all the same, and their checkpoints hold it.

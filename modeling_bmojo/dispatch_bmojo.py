@@ -116,7 +116,7 @@ class Kernels:
         return object.__getattribute__(self.config, "kernel_backend")
 
     def forms(self, op: str, x: torch.Tensor) -> list[Form]:
-        """The forms that a call of `op` on tensors like `x` tries, in order; gradients as recorded now.
+        """Return the forms that a call of `op` on tensors like `x` tries, in order; gradients as recorded now.
 
         Raises:
             ValueError: if a forced backend cannot run `op`.
@@ -128,7 +128,7 @@ class Kernels:
         return [self.hub[op] if backend == "hub" else FORMS[backend][op] for backend in order]
 
     def run(self, op: str, *args, **kwargs):
-        """Runs `op`. The first argument is the tensor whose device and dtype decide; returns what the torch form does.
+        """Run `op`. The first argument is the tensor whose device and dtype decide; returns what the torch form does.
 
         Raises:
             ValueError: if a forced backend cannot run this call; it names operation, backend, reason and remedy.
@@ -140,12 +140,12 @@ class Kernels:
         raise _unavailable(op, *_wish(self.backend), Refusal(reason, "set it to 'auto'"))
 
     def input_dtype(self, op: str, x: torch.Tensor, wide: torch.dtype) -> torch.dtype:
-        """The dtype in which the scan `op` wants x, B and C: x's own, or `wide`."""
+        """Return the dtype in which the scan `op` wants x, B and C: x's own, or `wide`."""
         return x.dtype if self.forms(op, x)[0].narrow else wide
 
 
 def device_type(tensor: torch.Tensor) -> str:
-    """The kind of device that a tensor is on, "cuda" for AMD's GPUs too."""
+    """Return the kind of device that a tensor is on, "cuda" for AMD's GPUs too."""
     return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
 
 
@@ -159,7 +159,7 @@ def _widened(args: tuple) -> tuple:
 # The choice ----------------------------------------------------------------------------------------------------------
 @torch.compiler.assume_constant_result
 def _order(op: str, *situation) -> tuple[str, ...]:
-    """The backends of `make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced.
+    """Return the backends of `make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced.
 
     Takes the fields of `Situation` one by one, because a compiler takes only plain values for constants.
     """
@@ -222,7 +222,7 @@ def _refusals(backend: str, op: str, now: Situation, forced: bool) -> Iterator[R
 
 
 def _upstream_refusals(backend: str, op: str, now: Situation, forced: bool) -> Iterator[Refusal]:
-    """What a function of the packages cannot do, wherever it comes from, and that a package is missing."""
+    """Return what a function of the packages cannot do, wherever it comes from, and that a package is missing."""
     kernel = KERNELS[op]
     if now.dtype not in DTYPES:
         yield Refusal(f"it does not compute in {now.dtype}", "load the model in float32, bfloat16 or float16")
@@ -243,14 +243,14 @@ def _no_backward(name: str) -> Refusal:
 
 
 def _load_cuda() -> dict[str, Form]:
-    """Imports the packages and fills their table with what is there."""
+    """Import the packages and fills their table with what is there."""
     found = {op: load(kernel.module, kernel.name)[0] for op, kernel in KERNELS.items()}
     FORMS["cuda"] |= {op: KERNELS[op].bound("cuda", KERNELS[op].form(call)) for op, call in found.items() if call}
     return FORMS["cuda"]
 
 
 def _wish(backend: str) -> tuple[str, str]:
-    """The setting that decides, and its value."""
+    """Return the setting that decides, and its value."""
     source, value = ("kernel_backend", backend) if environment() is None else (ENVIRONMENT, environment())
     if value not in KERNEL_BACKENDS:
         raise ValueError(f"{source}={value!r}: must be one of {list(KERNEL_BACKENDS)}; pick one of them.")
@@ -259,7 +259,7 @@ def _wish(backend: str) -> tuple[str, str]:
 
 @functools.cache
 def environment() -> str | None:
-    """The environment variable, as it was when the process first asked; "" counts as unset."""
+    """Return the environment variable, as it was when the process first asked; "" counts as unset."""
     return os.environ.get(ENVIRONMENT) or None
 
 

@@ -79,7 +79,7 @@ class EideticMemory(MemoryPart):
 
     # Many tokens -----------------------------------------------------------------------------------------------------
     def recall(self, layer: Any) -> Context:
-        """What the cache holds of it, by position; empty entries come first."""
+        """Return what the cache holds of it, by position; empty entries come first."""
         order = layer.positions[:, self.own].argsort(dim=1, stable=True) + self.first
         keys, values = (take(buffer, order) for buffer in layer.by_token())
         return Context(keys, values, layer.positions.gather(1, order), layer.innovations.gather(1, order))
@@ -120,7 +120,7 @@ class EideticMemory(MemoryPart):
         layer.innovations[:, own] = context.innovations.gather(1, keep).to(layer.innovations.dtype)
 
     def _kept(self, positions: torch.Tensor, expiry: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """The tokens in the eidetic memory after each row's last real token, oldest first.
+        """Return the tokens in the eidetic memory after each row's last real token, oldest first.
 
         Args:
             positions, expiry: `[R, S]` of the context, expiry as indices into it. last: `[R]` index of the last token.
@@ -138,7 +138,8 @@ class EideticMemory(MemoryPart):
 
     # One token -------------------------------------------------------------------------------------------------------
     def _step(self, tokens: Tokens, layer: Any) -> Observed:
-        """The new token takes the place of the one that is forgotten: in place, with fixed shapes; nothing moves."""
+        """Return the new token takes the place of the one that is forgotten: in place, with fixed shapes; nothing
+        moves."""
         active = None if tokens.lengths is None else tokens.lengths > 0
         known = tokens.counted
         seen = layer.columns if known else layer.seen
@@ -155,7 +156,7 @@ class EideticMemory(MemoryPart):
         return Observed(full=known and seen + 1 >= self.places, left=left)
 
     def _forgotten(self, layer: Any, leaving: torch.Tensor | int, full: bool) -> torch.Tensor:
-        """The entry `[B]` of the key buffer whose token the next one replaces (Algorithm 1, line 4).
+        """Return the entry `[B]` of the key buffer whose token the next one replaces (Algorithm 1, line 4).
 
         Up for it are an empty entry, the kept tokens, and the one that leaves the window, at position `leaving`, a
         number or `[B, 1]`. The weakest goes: the smallest retention key, among equals the youngest. full: no entry is
@@ -172,7 +173,7 @@ class EideticMemory(MemoryPart):
         return torch.where(weakest, positions, -1).argmax(dim=1) + self.first
 
     def _left(self, layer: Any, rows: torch.Tensor, place: torch.Tensor, active: torch.Tensor | None) -> Left:
-        """The token that lies where the next one goes: copies, because it is about to be overwritten."""
+        """Return the token that lies where the next one goes: copies, because it is about to be overwritten."""
         positions, innovations = (read(buffer, rows, place)[:, None] for buffer in (layer.positions, layer.innovations))
         if active is not None:
             positions = positions.masked_fill(~active[:, None], -1)
@@ -192,7 +193,7 @@ class EideticMemory(MemoryPart):
 
     # What a file may hold --------------------------------------------------------------------------------------------
     def check(self, states, seen):
-        """The last W tokens are there, each once; before them older ones, as many as have room."""
+        """Return the last W tokens are there, each once; before them older ones, as many as have room."""
         innovations = states["innovations"]
         seen = seen[:, None]
         newest = states["positions"][:, self.own].sort(dim=1, descending=True).values

@@ -62,7 +62,7 @@ class FadingMemory(nn.Module):
 
     @classmethod
     def states(cls, config: PreTrainedConfig) -> dict[str, State]:
-        """What it remembers: the convolution's last inputs, and the state of the recurrence."""
+        """Return what it remembers: the convolution's last inputs, and the state of the recurrence."""
         return {
             "conv": State((config.ssm_conv_kernel - 1, cls.channels(config))),
             "ssm": State((config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size), "wide"),
@@ -154,7 +154,7 @@ class SSMScalars(NoDecay):
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
     def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A (negative rates), dt_bias and D in `dtype`.
+        """Return a (negative rates), dt_bias and D in `dtype`.
 
         Copies: FSDP2 frees a module's parameters when its forward is over, and what is an alias of one with them.
         """

@@ -121,7 +121,7 @@ class S6FadingMemory(FadingMemory):
         layer: Any,
         predicts: bool,
     ) -> tuple[torch.Tensor, Prediction | None]:
-        """The recurrence of mixer rows in fp32 at least, of x, dt `[R', T', I]` and keys = B|C `[R', T', 2 N]`.
+        """Return the recurrence of mixer rows in fp32 at least, of x, dt `[R', T', I]` and keys = B|C `[R', T', 2 N]`.
 
         Returns y `[R', T', I]` and the prediction, or None.
         """

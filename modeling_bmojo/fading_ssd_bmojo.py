@@ -149,7 +149,7 @@ class SSDFadingMemory(FadingMemory):
         layer: Any,
         predicts: bool,
     ) -> tuple[torch.Tensor, Prediction | None]:
-        """The recurrence of mixer rows in fp32 at least: of x `[R, T', H P]`, keys = B|C `[R, T', 2 G N]` and dt
+        """Return the recurrence of mixer rows in fp32 at least: of x `[R, T', H P]`, keys = B|C `[R, T', 2 G N]` and dt
         `[R, T', H]`. Returns y `[R, T', H P]` and the prediction, or None."""
         wide, tokens = torch.promote_types(x.dtype, torch.float32), dt.shape[1]
         op = "scan_step" if tokens == 1 and layer is not None else "chunk_scan"

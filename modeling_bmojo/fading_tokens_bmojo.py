@@ -72,7 +72,7 @@ class FadingTokens(MemoryPart):
 
     # Many tokens -----------------------------------------------------------------------------------------------------
     def recall(self, layer: Any) -> FadingContext:
-        """What the cache holds of them."""
+        """Return what the cache holds of them."""
         count = (layer.seen // self.stride)[:, None]
         offsets = torch.arange(self.places, device=count.device), torch.arange(self.delayed, device=count.device)
         visible, delay = (count - self.delayed + offsets[0]) % self.places, (count + offsets[1]) % self.delayed
@@ -93,7 +93,7 @@ class FadingTokens(MemoryPart):
         return FadingContext(*(torch.cat([old.to(each), each], dim=1) for old, each in zip(past, new)))
 
     def _offer(self, tokens: Tokens, layer: Any, context: FadingContext):
-        """The fading tokens as a set, and which of them each block of queries is offered: those made from W to
+        """Return the fading tokens as a set, and which of them each block of queries is offered: those made from W to
         W + F s - 1 tokens ago. Entries behind a row's last token are seen by pads alone."""
         block, reach = min(tokens.block, tokens.queries), self.places * self.stride
         positions = context.positions
@@ -132,8 +132,8 @@ class FadingTokens(MemoryPart):
 
     # One token -------------------------------------------------------------------------------------------------------
     def _step(self, tokens: Tokens, layer: Any) -> Observed:
-        """A fading token that the new token makes joins the delay line, and the one that it replaces there, W tokens
-        older, becomes visible."""
+        """Return a fading token that the new token makes joins the delay line, and the one that it replaces there, W
+        tokens older, becomes visible."""
         known = tokens.counted
         seen = layer.columns if known else layer.seen
         leaving = seen - self.window

@@ -24,7 +24,7 @@ def _declared(role: str, default: Any, results: bool, live: bool, factory: bool 
 
 
 def backbone(default: Any = None, *, results: bool = True, live: bool = False, factory: bool = False) -> Any:
-    """A field of the Transformer.
+    """Return a field of the Transformer.
 
     results: it changes what a built model computes outside of training. live: it may change on a model that is built.
     factory: `default` makes the value.
@@ -33,17 +33,17 @@ def backbone(default: Any = None, *, results: bool = True, live: bool = False, f
 
 
 def memory(default: Any, *, results: bool = True, live: bool = False) -> Any:
-    """A field of the memories."""
+    """Return a field of the memories."""
     return _declared("memory", default, results, live)
 
 
 def speed(default: Any, *, live: bool = False) -> Any:
-    """A field that changes speed and memory, never a result."""
+    """Return a field that changes speed and memory, never a result."""
     return _declared("speed", default, False, live)
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, dict[str, Any]]:
-    """The fields that B'MOJO (or a subclass of its configuration) declares, by name, with what is said of them.
+    """Return the fields that B'MOJO (or a subclass of its configuration) declares, by name, with what is said of them.
 
     One that says nothing changes results and is built into the layers: whoever adds it decides otherwise or not.
     """
@@ -106,7 +106,7 @@ def is_int(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A field's value as it comes back from JSON: a copy, of lists where it has tuples."""
+    """Return a field's value as it comes back from JSON: a copy, of lists where it has tuples."""
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     return {key: plain(each) for key, each in value.items()} if isinstance(value, dict) else value

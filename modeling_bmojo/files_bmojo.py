@@ -52,7 +52,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:
 
 
 def _here() -> str:
-    """The set of processes among which a number means one process: this machine, or this container on it."""
+    """Return the set of processes among which a number means one process: this machine, or this container on it."""
     space = ""
     with contextlib.suppress(OSError):  # not Linux: one machine has one set
         space = os.readlink("/proc/self/ns/pid")
@@ -60,7 +60,7 @@ def _here() -> str:
 
 
 def _remove_leftovers(folder: str, name: str) -> None:
-    """Removes the partial files of `name` whose writers no longer run."""
+    """Remove the partial files of `name` whose writers no longer run."""
     if os.name != "posix":
         return  # elsewhere asking whether a process lives may end it
     ours = re.compile(rf"{re.escape(name)}\.partial-{_here()}-([1-9][0-9]{{0,8}})-[0-9a-f]{{8}}")
@@ -83,7 +83,7 @@ def _lives(process: int) -> bool:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes the new name last through a power cut, where the file system can; the file itself is whole by now."""
+    """Make the new name last through a power cut, where the file system can; the file itself is whole by now."""
     if os.name != "posix":
         return
     with contextlib.suppress(OSError):

@@ -72,7 +72,7 @@ class BMojoGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, attention_mask=None, ended_rows=None, **kwargs
     ):
-        """transformers' method. ended_rows: of this generate(); None outside of sampling and greedy search."""
+        """Override transformers' method. ended_rows: of this generate(); None outside of sampling and greedy search."""
         cache = cache_argument(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         if past and next_sequence_length is not None and next_sequence_length <= 0:
@@ -116,12 +116,13 @@ class BMojoGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """The 2-D mask as it is: the memories decide what a token sees."""
+        """Return the 2-D mask as it is: the memories decide what a token sees."""
         return attention_mask
 
 
 def _without(attention_mask: torch.Tensor | None, padded: torch.Tensor) -> torch.Tensor:
-    """The mask for one new column, a pad in the rows `padded` `[B]`: of all columns if there was a mask, else of it."""
+    """Return the mask for one new column, a pad in the rows `padded` `[B]`: of all columns if there was a mask, else of
+    it."""
     if attention_mask is None:
         return (~padded)[:, None]
     # In place: generate() made this tensor for this step, and makes the next step's from it.
@@ -140,7 +141,7 @@ def _refuse_empty_rows(mask: torch.Tensor) -> None:
 
 
 def _refuse_modes(places: list[dict]) -> None:
-    """Raises ValueError for generation modes that a bounded memory forbids; the first of `places` to name one binds."""
+    """Raise ValueError for generation modes that a bounded memory forbids; the first of `places` to name one binds."""
 
     def asked(name: str):
         return next((place[name] for place in places if name in place), None)

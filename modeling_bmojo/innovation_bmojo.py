@@ -39,7 +39,7 @@ class Innovation:
         """Raise ValueError for a value of this test's own fields that breaks a rule."""
 
     def states(self, config: PreTrainedConfig) -> dict[str, State]:
-        """What it remembers of the past."""
+        """Return what it remembers of the past."""
         return {}
 
     def score(

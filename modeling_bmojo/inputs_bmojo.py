@@ -12,7 +12,7 @@ from .layout_bmojo import Rows, packed_layout, padded_layout, sequence_starts
 
 
 def check_tokens(config: BMojoConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
-    """Raises ValueError unless exactly one non-empty input is given, with ids inside the vocabulary."""
+    """Raise ValueError unless exactly one non-empty input is given, with ids inside the vocabulary."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(
             "input_ids, inputs_embeds: exactly one of them must be given; pass token ids, or their embeddings."
@@ -46,7 +46,7 @@ def check_tokens(config: BMojoConfig, input_ids: torch.Tensor | None, inputs_emb
 
 
 def check_cache(cache: object, config: BMojoConfig, batch: int | None = None) -> None:
-    """Raises ValueError unless `cache` is a BMojoCache of a model of `config` and, if given, of `batch` rows."""
+    """Raise ValueError unless `cache` is a BMojoCache of a model of `config` and, if given, of `batch` rows."""
     # By name, not by class: code loaded with trust_remote_code has classes of its own.
     if type(cache).__name__ != "BMojoCache":
         raise ValueError(
@@ -109,7 +109,8 @@ def _check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, 
 
 
 def _check_continues(cache: BMojoCache, mask: torch.Tensor | None, position_ids: torch.Tensor) -> None:
-    """A row that has read n tokens goes on at position n or later: one further back would be another sequence."""
+    """Return a row that has read n tokens goes on at position n or later: one further back would be another
+    sequence."""
     first = position_ids[:, 0] if mask is None else position_ids.gather(1, mask.to(torch.int8).argmax(1)[:, None])[:, 0]
     seen = cache.seen.to(first.device)
     goes_back = first < seen
@@ -126,7 +127,7 @@ def _check_continues(cache: BMojoCache, mask: torch.Tensor | None, position_ids:
 def carry_last(
     hidden_states: torch.Tensor, mask: torch.Tensor | None, last_hidden: torch.Tensor | None
 ) -> torch.Tensor:
-    """Gives pads the output of the last real token before them: generate() reads its logits in the last column.
+    """Give pads the output of the last real token before them: generate() reads its logits in the last column.
 
     Args:
         hidden_states: `[B, T, E]` outputs. mask: `[B, T]` bool or None if there are no pads.

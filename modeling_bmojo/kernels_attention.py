@@ -102,7 +102,7 @@ def _rows_contiguous(value: torch.Tensor) -> torch.Tensor:
 def offers_to_index(
     sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor]], blocks: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Joins key sets along S and writes what each block is offered as one index.
+    """Join key sets along S and writes what each block is offered as one index.
 
     Args:
         sets: per set its keys and either a band `(low, high)`, block j being offered the coordinates
@@ -129,7 +129,7 @@ def offers_to_index(
 
 
 def _band(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> torch.Tensor:
-    """The index form of a band: `[B, n, L + high - low]`, -1 where the set has no such coordinate."""
+    """Return the index form of a band: `[B, n, L + high - low]`, -1 where the set has no such coordinate."""
     batch, stored = keyset.begin.shape
     device = keyset.begin.device
     start = torch.arange(blocks, device=device)[:, None] * block + (low - keyset.first)
@@ -191,7 +191,7 @@ class _GatheredAttention(torch.autograd.Function):
 
 
 def _add_shares(shares: torch.Tensor, index: torch.Tensor, stored: int) -> torch.Tensor:
-    """Adds each key's shares, `[B, n, K, G, D]` to `[B, S, G, D]`, in the order of the blocks."""
+    """Add each key's shares, `[B, n, K, G, D]` to `[B, S, G, D]`, in the order of the blocks."""
     batch = index.shape[0]
     # One row more than keys per batch row: where the shares of -1 go.
     target = torch.where(index >= 0, index, stored).flatten(1)
@@ -202,7 +202,7 @@ def _add_shares(shares: torch.Tensor, index: torch.Tensor, stored: int) -> torch
 
 
 def _arguments(query, keys, values, begin, end, index, block: int, scaling: float) -> tuple[tuple, dict]:
-    """What all three kernels take first, and their constants."""
+    """Return what all three kernels take first, and their constants."""
     strides = [stride for value in (query, keys, values, index) for stride in value.stride()[:-1]]
     sizes = (query.shape[1], *keys.shape[1:3], *index.shape[1:], block)
     constants = {
@@ -281,7 +281,7 @@ def _key_tile(column, offered, index_ptr, begin_ptr, end_ptr):
 
 @jit
 def _load_rows(ptr, offset, there, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows at `offset` `[rows]`, `[rows, BLOCK_D]`, zero where there is none and beyond the head dim."""
+    """Return the rows at `offset` `[rows]`, `[rows, BLOCK_D]`, zero where there is none and beyond the head dim."""
     channel = tl.arange(0, BLOCK_D)
     mask = there[:, None]
     if DIM != BLOCK_D:
@@ -442,7 +442,8 @@ def _key_gradient_kernel(
 
 
 def triton_attention_form(call: Callable) -> Form:
-    """The entry for a kernel `(query, sets, block, scaling) -> out`, which forms no weights and knows no dropout."""
+    """Return the entry for a kernel `(query, sets, block, scaling) -> out`, which forms no weights and knows no
+    dropout."""
 
     def attention(query, sets, block, scaling, dropout=0.0, implementation="sdpa", columns=None):
         return call(query, sets, block, scaling), None

@@ -55,7 +55,7 @@ def unavailable(device: torch.device | str) -> str | None:
 
 
 def launch(kernel, programs: int, *arguments, **options) -> None:
-    """Runs `programs` instances of a kernel on the device of its first argument.
+    """Run `programs` instances of a kernel on the device of its first argument.
 
     Raises:
         RuntimeError: if the kernels cannot run there, with the reason.
@@ -80,12 +80,12 @@ def tf32_allowed() -> bool:
 
 
 def power_of_two(value: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `value` and at least `least`."""
+    """Return the smallest power of two that is at least `value` and at least `least`."""
     return max(least, 1 << max(value - 1, 0).bit_length())
 
 
 def wide(dtype: torch.dtype):
-    """The Triton type in which inputs of `dtype` are accumulated: float64 for float64, else float32."""
+    """Return the Triton type in which inputs of `dtype` are accumulated: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 

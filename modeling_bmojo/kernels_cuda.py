@@ -49,14 +49,15 @@ class Kernel(NamedTuple):
     refuse: Callable | None = None
 
     def bound(self, backend: str, call: Callable | None) -> Form:
-        """The entry of a table for `call`, which wraps the package's function or, in "hub", the one of its name."""
+        """Return the entry of a table for `call`, which wraps the package's function or, in "hub", the one of its
+        name."""
         source = "hub" if backend == "hub" else self.package
         return Form(backend, f"{source}: {self.name}", call, self.narrow, self.refuse, self.backward)
 
 
 @functools.cache
 def load(module: str, name: str) -> tuple[Callable | None, str]:
-    """The function `name` of `module` and "", or None and why not. A broken package may raise anything."""
+    """Return the function `name` of `module` and "", or None and why not. A broken package may raise anything."""
     package = module.partition(".")[0]
     try:
         return getattr(importlib.import_module(module), name), ""

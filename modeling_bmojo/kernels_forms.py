@@ -26,10 +26,10 @@ class Form(NamedTuple):
 
 
 def torch_form(call: Callable) -> Form:
-    """The table's entry for a function of `*_ops`."""
+    """Return the table's entry for a function of `*_ops`."""
     return Form("torch", f"torch: {call.__module__.rpartition('.')[2]}.{call.__name__}", call)
 
 
 def triton_form(call: Callable, refuse: Callable | None = None, backward: bool = True) -> Form:
-    """The table's entry for a Triton kernel with the signature of the torch form."""
+    """Return the table's entry for a Triton kernel with the signature of the torch form."""
     return Form("triton", f"triton: {call.__name__}", call, refuse=refuse, backward=backward)

@@ -40,7 +40,7 @@ SLOTS = {
 
 
 def offer_slots(model: nn.Module) -> None:
-    """Lists the functions that transformers may fill. Does nothing where `kernels` is missing or switched off."""
+    """List the functions that transformers may fill. Does nothing where `kernels` is missing or switched off."""
     listed = model.__dict__.get("_kernel_funcs", {})
     slots = {name: use_kernel_forward_from_hub(name)(_empty_slot(name)) for name in SLOTS if name not in listed}
     slots = {name: slot for name, slot in slots.items() if hasattr(slot, "kernel_layer_name")}
@@ -61,7 +61,7 @@ def take_kernels(model: nn.Module, asked: bool) -> None:
 
 
 def hub_form(op: str, function: Callable) -> Form:
-    """The form of `op` around a function from the hub."""
+    """Return the form of `op` around a function from the hub."""
     kernel = KERNELS[op]
     call = conv_form(function, takes_history=False) if op == "conv" else kernel.form(function)
     return kernel.bound("hub", call)

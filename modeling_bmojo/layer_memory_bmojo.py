@@ -55,13 +55,14 @@ class LayerMemory:
         return states
 
     def dtype(self, found: dict[str, torch.dtype]) -> torch.dtype | None:
-        """The dtype of the activations that states of these dtypes were allocated for; None if no state tells."""
+        """Return the dtype of the activations that states of these dtypes were allocated for; None if no state
+        tells."""
         kinds = ("model", "wide")
         told = (name for kind in kinds for name, state in self.declared.items() if state.kind == kind)
         return next((found[name] for name in told if name in found), None)
 
     def part(self, kind: type[MemoryPart]) -> Any:
-        """The layer's part of this class, or None."""
+        """Return the layer's part of this class, or None."""
         return next((part for part in self.parts if isinstance(part, kind)), None)
 
     def front(self, tokens: int, layer: Any) -> int:
@@ -93,7 +94,7 @@ class LayerMemory:
         return offers
 
     def _buffer(self, tokens: Tokens, layer: Any, full: bool) -> Whole:
-        """The key buffer after a step: its entries are exactly what the token sees."""
+        """Return the key buffer after a step: its entries are exactly what the token sees."""
         if full:
             return Whole(*layer.by_token(), None, layer.positions)
         visible = layer.positions >= 0
@@ -103,7 +104,7 @@ class LayerMemory:
         return Whole(*layer.by_token(), visible[:, None], layer.positions)
 
     def arranged(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of the states that do not tell how the text was cut when it was read (`MemoryPart.arrange`)."""
+        """Copy of the states that do not tell how the text was cut when it was read (`MemoryPart.arrange`)."""
         states = {name: value.clone() for name, value in states.items()}
         for part in self.parts:
             part.arrange(states)

@@ -52,7 +52,7 @@ class RowLayout(NamedTuple):
         return [_taken(flat, group.index) for group in self.groups]
 
     def merge(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse of `split`: one `[R, T', ...]` per group to `[B, T, ...]`; pads are zero."""
+        """Return the inverse of `split`: one `[R, T', ...]` per group to `[B, T, ...]`; pads are zero."""
         return _taken(_with_zero([part.flatten(0, 1) for part in parts]), self.place)
 
     def merge_weights(self, weights: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def _taken(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _layout(groups: list[RowGroup], mask: torch.Tensor, packed: bool) -> RowLayout:
-    """The layout of these groups, whose `place` is the inverse of their indices."""
+    """Return the layout of these groups, whose `place` is the inverse of their indices."""
     index = torch.cat([group.index.flatten() for group in groups])
     place = index.new_full((mask.numel() + 1,), len(index))
     place[index] = torch.arange(len(index), device=index.device)
@@ -103,7 +103,7 @@ def to_rows(layout: RowLayout | None, value: torch.Tensor) -> list[torch.Tensor]
 
 
 def to_columns(layout: RowLayout | None, parts: list[torch.Tensor]) -> torch.Tensor:
-    """The inverse of `to_rows`."""
+    """Return the inverse of `to_rows`."""
     return parts[0] if layout is None else layout.merge(parts)
 
 

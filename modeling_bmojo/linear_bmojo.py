@@ -65,7 +65,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def avoid_packing(module: nn.Module) -> bool:
-    """Keeps bitsandbytes' CPU kernel away from a 4-bit map whose sizes it cannot pack; whether there was need for it.
+    """Keep bitsandbytes' CPU kernel away from a 4-bit map whose sizes it cannot pack; whether there was need for it.
 
     On CPUs with AVX512-BF16 a `Linear4bit` packs its weight at the first call, and asserts where the sizes do not fit:
     an SSM's in_proj has a row per head for the time steps. Without the kernel it dequantises, as on other CPUs.

@@ -98,7 +98,7 @@ def _error_of_mean(values: torch.Tensor, taps: int) -> torch.Tensor:
 
 
 def retention_key(innovation: torch.Tensor, position: torch.Tensor, decay: float) -> torch.Tensor:
-    """The static key whose order is the order of the faded scores e_s exp(-g (t - s)) at every t. `[B, S]`.
+    """Return the static key whose order is the order of the faded scores e_s exp(-g (t - s)) at every t. `[B, S]`.
 
     All scores fade at one rate, so their order never changes: log e_s + g s needs no updating. In float64 (float32
     where the device has none): g s grows with the stream, the difference that decides does not.
@@ -157,7 +157,7 @@ def select(
     held: int = 0,
     past: int = 0,
 ) -> Selection:
-    """Runs the eidetic memory over a stretch of tokens, `block` queries at a time: no loop over tokens.
+    """Run the eidetic memory over a stretch of tokens, `block` queries at a time: no loop over tokens.
 
     The S tokens are listed from old to new: `held` tokens that are in the memory already, `past` tokens in the window,
     then the new ones. Token i has the coordinate `i - held - past`, so the first new token and its query are at 0.
@@ -215,7 +215,7 @@ def _apply(
     window: int,
     first: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens `leaving` the window apply for the memory, in their order; writes `expiry`.
+    """Return the tokens `leaving` the window apply for the memory, in their order; writes `expiry`.
 
     Candidates c are the kept tokens and the leaving ones, from old to new. Candidate s is out once M candidates that
     have left the window beat it, so one cumulated count of a comparison matrix `[B, c, c]` settles them all.
@@ -244,7 +244,7 @@ def _apply(
 
 
 def _held_at(index: torch.Tensor, out_at: torch.Tensor, starts: torch.Tensor, lag: int, slots: int) -> torch.Tensor:
-    """The memory at each query of `starts` `[k]`, oldest token first: `[B, k, M]` indices, -1 = empty.
+    """Return the memory at each query of `starts` `[k]`, oldest token first: `[B, k, M]` indices, -1 = empty.
 
     Args:
         index, out_at: `[B, c]` the M kept tokens and the leaving ones, and their expiries.

@@ -78,7 +78,7 @@ class BMojoRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves go through; a narrower dtype, as of `model.bfloat16()`, does not: far tokens would turn at random."""
+        """Move go through; a narrower dtype, as of `model.bfloat16()`, does not: far tokens would turn at random."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -201,12 +201,12 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         return self.self_attn(hidden_states, rows, y, predictions, cache)
 
     def _judges_by(self) -> str | None:
-        """The signal of the layer's innovation test."""
+        """Return the signal of the layer's innovation test."""
         innovation = self.self_attn.memory.innovation if self.spec.has_attention else None
         return None if innovation is None else innovation.signal
 
     def check_hooks(self, rows: Rows, columns: int, cached: bool) -> None:
-        """Raises ValueError for hooks on tied projections, before anything has run: `BMojoAttention.check_hooks`."""
+        """Raise ValueError for hooks on tied projections, before anything has run: `BMojoAttention.check_hooks`."""
         if self.spec.has_attention and self._runs_ssm(rows, columns, cached):
             self.self_attn.check_hooks(rows, columns)
 
@@ -251,7 +251,8 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, config=None, distributed_config=None, **kwargs):
-        """transformers' method; see there. FSDP2 that makes no shard by dtype gets SSM scalars in the model's dtype."""
+        """Load as transformers' method does; see there. FSDP2 that makes no shard by dtype gets SSM scalars in the
+        model's dtype."""
         if getattr(distributed_config, "fsdp_size", 1) > 1 and not SHARDS_BY_DTYPE:
             logger.warning_once(
                 "FSDP2 of this transformers takes one dtype per layer: loading with ssm_scalars_in_fp32=False. Newer "
@@ -270,8 +271,8 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         super().set_submodule(target, module, *args, **kwargs)
 
     def set_use_kernels(self, use_kernels: bool, *args, **kwargs) -> None:
-        """transformers' method, which `from_pretrained(..., use_kernels=True)` and `train()` call: hub kernels that it
-        finds for the SSM become the first choice of this model's operations (docs/kernels.md)."""
+        """Override transformers' method, which `from_pretrained(..., use_kernels=True)` and `train()` call: hub kernels
+        that it finds for the SSM become the first choice of this model's operations (docs/kernels.md)."""
         if use_kernels:
             offer_slots(self)
         super().set_use_kernels(use_kernels, *args, **kwargs)
@@ -475,7 +476,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
 
 
 def _kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The columns of `[B, T, E]` whose logits are wanted, before they are projected onto the vocabulary."""
+    """Return the columns of `[B, T, E]` whose logits are wanted, before they are projected onto the vocabulary."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
     if logits_to_keep.dim() == 1:
@@ -612,7 +613,7 @@ class BMojoForQuestionAnswering(GenericForQuestionAnswering, BMojoPreTrainedMode
 
 
 def _given_cache(past_key_values: BMojoCache | None, cache: BMojoCache | None) -> dict[str, BMojoCache | None]:
-    """The cache under the name that transformers' heads take it by."""
+    """Return the cache under the name that transformers' heads take it by."""
     return {CACHE_NAME: one_cache(past_key_values, cache)}
 
 
@@ -625,7 +626,7 @@ def _refuse_packing(
     seq_idx: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None,
 ) -> None:
-    """A head with one answer per row (a class, a span) has none for each of several sequences in it.
+    """Return a head with one answer per row (a class, a span) has none for each of several sequences in it.
 
     Raises:
         ValueError: for packed sequences, whichever of the three arguments tells of them.

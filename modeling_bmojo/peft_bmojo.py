@@ -25,7 +25,7 @@ PROMPT_PROBE = "embeddings.word_embeddings"
 
 
 def fill_tables(tables: Any) -> None:
-    """Adds the default targets of "bmojo" to PEFT's module of tables; a user's own entry stays."""
+    """Add the default targets of "bmojo" to PEFT's module of tables; a user's own entry stays."""
     lora = getattr(tables, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", None)
     if lora is not None:  # a PEFT without this table asks for target_modules by itself
         lora.setdefault("bmojo", list(TARGETS))
@@ -50,7 +50,7 @@ class _FillsTables:
 
 
 def register_with_peft() -> None:
-    """Makes "bmojo" known to PEFT: now if PEFT is loaded, else as soon as it is. Importing PEFT takes a moment and can
+    """Make "bmojo" known to PEFT: now if PEFT is loaded, else as soon as it is. Importing PEFT takes a moment and can
     fail for reasons of its own, which is no business of who only wants to run a model."""
     if PEFT_TABLES in sys.modules:
         fill_tables(sys.modules[PEFT_TABLES])

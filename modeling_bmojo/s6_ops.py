@@ -36,7 +36,7 @@ def naive_s6(
     initial_state: torch.Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence, token by token: the oracle of the other forms. `chunk_size` is not used.
+    """Return the recurrence, token by token: the oracle of the other forms. `chunk_size` is not used.
 
     Args:
         x: `[B, T, I]` inputs. dt: `[B, T, I]` time steps >= 0. A: `[I, N]` negative decay rates.
@@ -88,7 +88,7 @@ def chunk_s6(
     initial_state: torch.Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same map as `naive_s6`, chunk by chunk. Shapes and returns as `naive_s6`.
+    """Return the same map as `naive_s6`, chunk by chunk. Shapes and returns as `naive_s6`.
 
     The states of one chunk of K <= `chunk_size` tokens are held at a time, and found in 3 sqrt(K) steps (`_scan_`).
     Memory: two tensors of B K I N numbers, whatever T is. With gradients the state before each chunk is kept as well
@@ -123,7 +123,7 @@ def predict_s6_input(
     initial_state: torch.Tensor | None = None,
     chunk_size: int = 64,
 ) -> torch.Tensor:
-    """What the state expects of x_t before it is written: x_hat_t = (exp(dt_t A) S_{t-1}) B_t, `[B, T, I]`.
+    """Return what the state expects of x_t before it is written: x_hat_t = (exp(dt_t A) S_{t-1}) B_t, `[B, T, I]`.
 
     The chunked scan with C := B, less the token's own contribution dt_t (B_t . B_t) x_t. For `innovation="state"`.
     """
@@ -136,7 +136,7 @@ def _zero_state(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 
 def _chunk_grid(chunk: int) -> tuple[int, int]:
-    """A chunk of at most that many tokens as (columns, tokens per column), about square."""
+    """Return a chunk of at most that many tokens as (columns, tokens per column), about square."""
     length = math.isqrt(chunk)
     return chunk // length, length
 

@@ -71,7 +71,8 @@ class Run:
         C: torch.Tensor,
         backward: bool = False,
     ) -> Iterator[Block]:
-        """The blocks, first to last; last to first if `backward`. x `[B, T, H, P]` and so on, as `ssm_ops` has them."""
+        """Return the blocks, first to last; last to first if `backward`. x `[B, T, H, P]` and so on, as `ssm_ops` has
+        them."""
         x, dt, B, C = self.heads(x), self.heads(dt[..., None]), self.keys(B), self.keys(C)
         # Base 2, because exp2 has no slow path for large exponents. Small tensors: decays of the whole run at once.
         rate = A.to(wide(x)).view(self.groups, -1, 1) / math.log(2)
@@ -87,7 +88,7 @@ class Run:
 
 
 def runs(tokens: int, chunk_size: int, groups: int) -> list[Run]:
-    """The whole chunks, and the rest if there is one."""
+    """Return the whole chunks, and the rest if there is one."""
     count, rest = divmod(tokens, chunk_size)
     whole = [Run(0, 0, count, chunk_size, groups)] if count else []
     return whole + ([Run(count * chunk_size, count, 1, rest, groups)] if rest else [])
@@ -113,7 +114,7 @@ def scores(block: Block, take: Scratch) -> torch.Tensor:
 
 
 def wide(x: torch.Tensor) -> torch.dtype:
-    """The dtype that log decays are summed in: float64, which Apple's GPUs do not have."""
+    """Return the dtype that log decays are summed in: float64, which Apple's GPUs do not have."""
     return x.dtype if x.device.type == "mps" else torch.float64
 
 

@@ -29,7 +29,7 @@ def scan_chunks(
     chunk_size: int,
     own: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scan over at least one token. Arguments and returns as `ssm_ops.naive_ssd`.
+    """Return the scan over at least one token. Arguments and returns as `ssm_ops.naive_ssd`.
 
     Args:
         own: whether y_t reads what token t itself wrote; False leaves s = t out of the sum.
@@ -77,7 +77,7 @@ def _forward(
 def _forward_block(
     block: Block, D: torch.Tensor | None, states: torch.Tensor, y: torch.Tensor, own: bool, take: Scratch
 ) -> None:
-    """Fills y `[k, B, G, R, L, P]` and `states[1:]`, given `states[0]`."""
+    """Fill y `[k, B, G, R, L, P]` and `states[1:]`, given `states[0]`."""
     x, reads, writes = block.x, block.C, block.B
     *outer, repeat, length, channels = x.shape
     width, columns = writes.shape[2], repeat * channels
@@ -117,7 +117,7 @@ def _backward(
     chunk_size: int,
     own: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of x, dt, A, B, C, D (empty if there is none) and the initial state."""
+    """Return the gradients of x, dt, A, B, C, D (empty if there is none) and the initial state."""
     groups = B.shape[2]
     dx, ddt, dB, dC = (value.new_empty(value.shape) for value in (x, dt, B, C))
     dA, dD = A.new_zeros(A.shape), x.new_zeros(0 if D is None else len(D))
@@ -152,7 +152,7 @@ def _backward_block(
     own: bool,
     take: Scratch,
 ) -> None:
-    """Fills `grads`, those of x, dt (but for its way through l), B, C and l, and `dstates[:-1]`; adds to dD."""
+    """Fill `grads`, those of x, dt (but for its way through l), B, C and l, and `dstates[:-1]`; adds to dD."""
     x, dt, reads, writes = block.x, block.dt, block.C, block.B
     *outer, repeat, length, channels = x.shape
     width, columns = writes.shape[2], repeat * channels
@@ -222,8 +222,9 @@ def _public(state: torch.Tensor) -> torch.Tensor:
 # Two opaque operators: torch.compile puts one call into its graph instead of unrolling the chunks, and autograd saves
 # the inputs and the states only.
 def _namespace() -> str:
-    """A name that is this module's own: a checkpoint may bring another copy of this file, or load one a second time.
-    torch reads it as ASCII, and the name of a checkpoint's folder, which is part of `__name__`, may hold any letter."""
+    """Return a name that is this module's own: a checkpoint may bring another copy of this file, or load one a second
+    time. torch reads it as ASCII, and the name of a checkpoint's folder, which is part of `__name__`, may hold any
+    letter."""
     name = re.sub(r"\W", "_", __name__, flags=re.ASCII)
     while hasattr(getattr(torch.ops, name), "scan"):
         name += "_"

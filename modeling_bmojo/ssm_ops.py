@@ -27,7 +27,7 @@ def naive_ssd(
     initial_state: torch.Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence, token by token: the oracle of the other forms. `chunk_size` is not used.
+    """Return the recurrence, token by token: the oracle of the other forms. `chunk_size` is not used.
 
     Args:
         x: `[B, T, H, P]` inputs. dt: `[B, T, H]` time steps >= 0. A: `[H]` negative decay rates.
@@ -61,7 +61,8 @@ def chunk_ssd(
     initial_state: torch.Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same map as `naive_ssd` by batched matrix products over chunks of `chunk_size` tokens (SSD, Listing 1).
+    """Return the same map as `naive_ssd` by batched matrix products over chunks of `chunk_size` tokens (SSD, Listing
+    1).
 
     Shapes and returns as `naive_ssd`. Within a chunk the recurrence is a masked attention; between chunks only the
     state travels. The T / L chunks are taken a few at a time, and training keeps one state per chunk: O(T) memory.
@@ -104,7 +105,7 @@ def predict_input(
     initial_state: torch.Tensor | None = None,
     chunk_size: int = 64,
 ) -> torch.Tensor:
-    """What the state expects of x_t before it is written: x_hat_t = (exp(dt_t A) S_{t-1}) B_t, `[B, T, H, P]`.
+    """Return what the state expects of x_t before it is written: x_hat_t = (exp(dt_t A) S_{t-1}) B_t, `[B, T, H, P]`.
 
     The chunked scan with C := B and the token's own write left out of every sum. For `innovation="state"`.
     """
@@ -159,7 +160,7 @@ def _tap_by_tap(padded: torch.Tensor, taps: torch.Tensor, start: torch.Tensor) -
 
 
 def _no_state(x: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """The state before the first token, `[B, H, P, N]` zeros."""
+    """Return the state before the first token, `[B, H, P, N]` zeros."""
     return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
 
 
@@ -172,7 +173,7 @@ def _step(
     D: torch.Tensor | None,
     decayed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes one token into the decayed state `[B, H, P, N]`, in place, and reads it: y `[B, 1, H, P]` and the state.
+    """Write one token into the decayed state `[B, H, P, N]`, in place, and reads it: y `[B, 1, H, P]` and the state.
 
     Heads stand as (group, head of the group), so that B and C broadcast instead of repeating.
     """

@@ -29,12 +29,12 @@ class State(NamedTuple):
     on_host: bool = False
 
     def dtype(self, model: torch.dtype, device: torch.device) -> torch.dtype:
-        """The dtype for activations of dtype `model` on `device`."""
+        """Return the dtype for activations of dtype `model` on `device`."""
         wide = torch.promote_types(model, torch.float32)
         return {"model": model, "wide": wide, "widest": widest(device), "count": torch.int64}[self.kind]
 
     def new(self, batch: int, model: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The state before the first token."""
+        """Return the state before the first token."""
         device = torch.device("cpu") if self.on_host and device.type != "meta" else device
         return torch.full((batch, *self.shape), self.fill, dtype=self.dtype(model, device), device=device)
 

@@ -43,7 +43,7 @@ def notebooks() -> list[Path]:
 
 
 def read(path: Path) -> NotebookNode:
-    """A notebook file.
+    """Return a notebook file.
 
     Raises:
         ValueError: there is none, or it is not one.
@@ -55,7 +55,7 @@ def read(path: Path) -> NotebookNode:
 
 
 def with_parameters(notebook: NotebookNode, values: Mapping[str, Any]) -> NotebookNode:
-    """Adds a cell that assigns `values`, behind the cell tagged "parameters". Changes the notebook that is given.
+    """Add a cell that assigns `values`, behind the cell tagged "parameters". Changes the notebook that is given.
 
     Raises:
         ValueError: no cell has that tag, or it does not assign one of the names.
@@ -74,14 +74,14 @@ def with_parameters(notebook: NotebookNode, values: Mapping[str, Any]) -> Notebo
 
 
 def assigned_names(source: str) -> list[str]:
-    """The names that a cell assigns, in order."""
+    """Return the names that a cell assigns, in order."""
     targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     names = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
     return [name.id for name in names]
 
 
 def execute(path: Path, parameters: Mapping[str, Any] | None = None, folder: Path | None = None) -> NotebookNode:
-    """Runs a notebook in a fresh kernel and returns it with its outputs; the file stays as it is.
+    """Run a notebook in a fresh kernel and returns it with its outputs; the file stays as it is.
 
     Args:
         parameters: values in place of those of the cell tagged "parameters"; any that Python can write and read back.
@@ -120,7 +120,7 @@ def execute(path: Path, parameters: Mapping[str, Any] | None = None, folder: Pat
 
 
 def kernel_environment(private: str) -> dict[str, str]:
-    """The environment of the kernel: figures become outputs, bars and warnings do not, no history is kept.
+    """Return the environment of the kernel: figures become outputs, bars and warnings do not, no history is kept.
 
     Args:
         private: a folder that goes when the kernel goes.
@@ -132,7 +132,7 @@ def kernel_environment(private: str) -> dict[str, str]:
 
 
 def tidied(notebook: NotebookNode) -> NotebookNode:
-    """The notebook without what differs from run to run though nothing has changed."""
+    """Return the notebook without what differs from run to run though nothing has changed."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
@@ -140,7 +140,7 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
 
 
 def write(notebook: NotebookNode, path: Path) -> None:
-    """Writes the file beside its place and renames it."""
+    """Write the file beside its place and renames it."""
     nbformat.validate(notebook)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
@@ -151,7 +151,7 @@ def write(notebook: NotebookNode, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
+    """Run the program and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python notebooks/run.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of this folder")
     try:

@@ -51,7 +51,7 @@ def write_model(
 
 
 def generation_settings(stated: Mapping[str, Any], config: BMojoConfig) -> dict[str, Any]:
-    """The source's generation settings as it states them, with every end-of-sequence id of its two files."""
+    """Return the source's generation settings as it states them, with every end-of-sequence id of its two files."""
     settings = dict(stated) or {"_from_model_config": True}
     ends: list[int] = []
     for value in (stated.get("eos_token_id"), config.eos_token_id):
@@ -66,7 +66,7 @@ def generation_settings(stated: Mapping[str, Any], config: BMojoConfig) -> dict[
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
-    """Saves the tokenizer and checks that it reads back as itself; returns what the report says of it.
+    """Save the tokenizer and checks that it reads back as itself; returns what the report says of it.
 
     Raises:
         ValueError: it has more tokens than the model, or reads back different.

@@ -38,7 +38,7 @@ class WriteError(OSError):
 
 
 def disk_error(error: BaseException | None, folder: Path | None = None) -> str | None:
-    """What the disk said, in the error or in one that led to it; None where it is about something else.
+    """Return what the disk said, in the error or in one that led to it; None where it is about something else.
 
     Args:
         folder: where was being written. A missing permission counts only there: elsewhere it is about reading.
@@ -87,12 +87,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def partial_name(path: Path) -> Path:
-    """A name beside `path` that nothing has yet."""
+    """Return a name beside `path` that nothing has yet."""
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:12]}")
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What earlier writers of `path` left beside it under such names."""
+    """Return what earlier writers of `path` left beside it under such names."""
     found = path.parent.glob(f"{glob.escape(path.name)}.partial-*")
     return sorted(item for item in found if PARTIAL.fullmatch(item.name[len(path.name) :]))
 
@@ -116,12 +116,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file as people read it, whole or not at all."""
+    """Write a JSON file as people read it, whole or not at all."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file (ValueError where it holds none). what: the file's folder in messages."""
+    """Return the object in a JSON file (ValueError where it holds none). what: the file's folder in messages."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -134,7 +134,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's contents are on the disk: a rename may otherwise outlive them in a power cut."""
+    """Wait until a file's contents are on the disk: a rename may otherwise outlive them in a power cut."""
     with path.open("rb+") as opened:
         os.fsync(opened.fileno())
 

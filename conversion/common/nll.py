@@ -34,7 +34,7 @@ class Reading(NamedTuple):
 
 @torch.inference_mode()
 def read(model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = None) -> Reading:
-    """Reads `ids` `[1, T]`, `chunk` tokens at a time.
+    """Read `ids` `[1, T]`, `chunk` tokens at a time.
 
     Args:
         model: any causal model of transformers, in evaluation mode. bar: a tqdm that counts tokens, or None.

@@ -15,12 +15,12 @@ def require_matplotlib(wanted_by: str) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of this size in inches, drawn without a window system."""
+    """Return a figure of this size in inches, drawn without a window system."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a PNG whole or not at all."""
+    """Write a PNG whole or not at all."""
     write_file(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))

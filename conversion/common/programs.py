@@ -21,7 +21,7 @@ TORCH_READER = re.compile(r"PytorchStreamReader|invalid header or archive is cor
 
 
 def run_program(work: Callable[[], int], interrupted: str = "nothing was written") -> int:
-    """Runs the work of a program and returns the exit status.
+    """Run the work of a program and returns the exit status.
 
     Args:
         work: returns a status. interrupted: what to say after Ctrl-C, unless the interrupt says something itself.
@@ -40,7 +40,7 @@ def run_program(work: Callable[[], int], interrupted: str = "nothing was written
 
 
 def message(error: Exception) -> str | None:
-    """What to tell a user of an error, None where it is not theirs to mend."""
+    """Return what to tell a user of an error, None where it is not theirs to mend."""
     if isinstance(error, WriteError):
         return str(error)
     said = disk_error(error)

@@ -87,7 +87,7 @@ def _parsed(text: str) -> ast.Module:
 
 
 def _imported(node: ast.AST, file: Path, roots: dict[str, Path]) -> list[Path]:
-    """The files that an import statement in `file` reaches."""
+    """Return the files that an import statement in `file` reaches."""
     if isinstance(node, ast.Import):
         places = [(_absolute(alias.name, roots), ()) for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and node.level:
@@ -105,7 +105,7 @@ def _absolute(module: str, roots: dict[str, Path]) -> Path | None:
 
 
 def _files_of(place: Path, names: Iterable[ast.alias]) -> list[Path]:
-    """A module's file; of a package its `__init__`, or where the names that are imported from it are made."""
+    """Return a module's file; of a package its `__init__`, or where the names that are imported from it are made."""
     if place.with_suffix(".py").is_file():
         return [place.with_suffix(".py")]
     init = place / "__init__.py"

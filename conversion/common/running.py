@@ -9,7 +9,7 @@ from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
 def meta_model(config: BMojoConfig) -> BMojoForCausalLM:
-    """The model without memory: names and shapes of what a checkpoint of this config holds."""
+    """Return the model without memory: names and shapes of what a checkpoint of this config holds."""
     with torch.device("meta"):
         return BMojoForCausalLM(config)
 
@@ -21,7 +21,7 @@ def tensor_shapes(model: BMojoForCausalLM) -> dict[str, tuple[int, ...]]:
 
 
 def assembled(config: BMojoConfig, tensors: Mapping[str, torch.Tensor]) -> BMojoForCausalLM:
-    """A model of `config` on the tensors themselves, in evaluation mode, without gradients.
+    """Return a model of `config` on the tensors themselves, in evaluation mode, without gradients.
 
     Args:
         tensors: by the names of a checkpoint, on one device; those that the model does not have are passed over.
@@ -45,7 +45,7 @@ def assembled(config: BMojoConfig, tensors: Mapping[str, torch.Tensor]) -> BMojo
 
 
 def set_layer_kind(model: BMojoForCausalLM, index: int, kind: str) -> None:
-    """Turns a layer that was built as a B'MOJO layer into another type of attention layer, or back, in place.
+    """Turn a layer that was built as a B'MOJO layer into another type of attention layer, or back, in place.
 
     Its projections stay; without a fading memory in its spec the layer does not run it.
     """

@@ -137,7 +137,8 @@ def _require(kind: type, given: Mapping[str, Any]) -> None:
 
 
 def _filled(kind: type[Settings], given: Mapping[str, Any], prefix: str) -> Settings:
-    """The dataclass of checked values; a section that is null or empty keeps its default where null is no value."""
+    """Return the dataclass of checked values; a section that is null or empty keeps its default where null is no
+    value."""
     types, found = {item.name: item.type for item in fields(kind)}, {}
     for key, value in given.items():
         options = get_args(types[key]) if isinstance(types[key], UnionType) else (types[key],)

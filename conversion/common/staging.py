@@ -25,7 +25,7 @@ OLD_LOCK = re.compile(r"\.partial-[0-9a-f]{12}\.lock")  # of versions that locke
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
-    """Keeps everyone else from writing `output`, its temporary folders and its work folder until the block ends.
+    """Keep everyone else from writing `output`, its temporary folders and its work folder until the block ends.
 
     The lock is the system's, on the file `<output>.lock`: it ends with the process that holds it, however that ends.
     The file goes when the block ends; one that a killed process left behind locks nothing.
@@ -93,7 +93,7 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def clear_leftovers(output: Path) -> None:
-    """Removes what killed processes left beside `output`, and puts back an old output that one had just moved aside.
+    """Remove what killed processes left beside `output`, and puts back an old output that one had just moved aside.
 
     Only for the sole writer of `output`: nobody else's work can be among it then.
     """
@@ -117,7 +117,7 @@ def is_settled(output: Path) -> bool:
 
 
 def _beside(output: Path, suffix: re.Pattern) -> list[Path]:
-    """What lies beside `output` under its name and such a suffix."""
+    """Return what lies beside `output` under its name and such a suffix."""
     found = output.parent.glob(f"{glob.escape(output.name)}.*")
     return sorted(path for path in found if suffix.fullmatch(path.name[len(output.name) :]))
 
@@ -134,7 +134,7 @@ def _finish(folder: Path) -> None:
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A fresh sibling folder that becomes `output` when the block ends well and vanishes when it does not.
+    """Return a fresh sibling folder that becomes `output` when the block ends well and vanishes when it does not.
 
     Only for the sole writer of `output` (`sole_writer`), who clears away what a killed one left.
 

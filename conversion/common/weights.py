@@ -55,7 +55,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
 
 def most_common_dtype(dtypes: Mapping[str, str]) -> str:
-    """The dtype of most of the tensors."""
+    """Return the dtype of most of the tensors."""
     return Counter(dtypes.values()).most_common(1)[0][0] if dtypes else "float32"
 
 
@@ -71,7 +71,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def open_weights(path: Path, what: str, allow_pickle: bool = False) -> Weights:
-    """The weights in a folder: safetensors, or pickles where there are none and `allow_pickle` says so.
+    """Return the weights in a folder: safetensors, or pickles where there are none and `allow_pickle` says so.
 
     Args:
         what: the folder's name in messages.
@@ -167,7 +167,7 @@ class PickledFiles:
 
 
 def shard_files(path: Path, single: str, index: str, what: str) -> list[Path]:
-    """The files that hold a folder's weights: the single one, or those that its index names.
+    """Return the files that hold a folder's weights: the single one, or those that its index names.
 
     Where a folder has both, transformers reads the single one and never looks at the index; so do we.
 
@@ -223,7 +223,7 @@ def write_shards(
     make: Callable[[str], torch.Tensor],
     max_shard_size: str,
 ) -> None:
-    """Writes `model.safetensors`, or shards with an index, as `save_pretrained` would; holds one shard at a time.
+    """Write `model.safetensors`, or shards with an index, as `save_pretrained` would; holds one shard at a time.
 
     Args:
         shapes, dtypes: of every tensor, in the order in which they are wanted.

@@ -20,8 +20,8 @@ Reader = Callable[[Mapping[str, Any], object], Document | None]
 
 
 def reader_for(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> tuple[Reader, list[str]]:
-    """The function from a data row (and what `str` makes its name of, for messages) to a document, and the columns that
-    it reads.
+    """Return the function from a data row (and what `str` makes its name of, for messages) to a document, and the
+    columns that it reads.
 
     Raises:
         ValueError: chats without a chat template.
@@ -69,7 +69,7 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, append: bool) -> 
 def read_pair(
     tokenizer: PreTrainedTokenizerBase, data: DataSettings, row: Mapping[str, Any], name: object
 ) -> Document | None:
-    """A prompt and its completion: texts that are joined as they are, or lists of messages that make a chat."""
+    """Return a prompt and its completion: texts that are joined as they are, or lists of messages that make a chat."""
     prompt = field(row, data.prompt, (str, list), name)
     completion = field(row, data.completion, type(prompt), name)
     if isinstance(prompt, list):
@@ -90,7 +90,7 @@ def read_pair(
 def read_chat(
     tokenizer: PreTrainedTokenizerBase, data: DataSettings, messages: list, name: object, first: int = 0
 ) -> Document | None:
-    """A chat in the tokenizer's template; answers before message `first` are not trained on.
+    """Return a chat in the tokenizer's template; answers before message `first` are not trained on.
 
     Raises:
         ValueError: an entry that is no message, or a template that changes earlier text as a chat grows.

@@ -19,7 +19,8 @@ Row = dict[str, list[int]]
 
 
 def cut(document: Document, length: int) -> list[Document]:
-    """A document in pieces of at most `length` tokens, each a document of its own; a last single token is left out."""
+    """Return a document in pieces of at most `length` tokens, each a document of its own; a last single token is left
+    out."""
     ids, labels = document
     pieces = []
     for start in range(0, len(ids), length):
@@ -84,7 +85,7 @@ PACKERS = {"documents": pack_documents, "concatenate": concatenate, "none": sing
 
 
 def count_from(row: Row, first: int) -> Row:
-    """The row with only those labels that are predicted from position `first` of their document or later.
+    """Return the row with only those labels that are predicted from position `first` of their document or later.
 
     The label of position t is predicted at t - 1; positions count within documents, from 0.
     """

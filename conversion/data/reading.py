@@ -106,7 +106,7 @@ def _joined(parts: list[Dataset]) -> Dataset:
 
 
 def read_hub(data: DataSettings) -> AnyDataset:
-    """The split of a hub data set (ValueError: not there, not reachable)."""
+    """Return the split of a hub data set (ValueError: not there, not reachable)."""
     rows = _load(repr(data.hub), data.hub, data.config, split=data.split, streaming=data.streaming)
     return rows.add_column(NUMBER, np.arange(len(rows))) if isinstance(rows, Dataset) else rows
 

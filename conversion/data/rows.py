@@ -44,7 +44,7 @@ class TrainingData:
 
 
 def build_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from: int, seed: int) -> TrainingData:
-    """Reads, tokenises and packs everything (while streaming: as it is asked for).
+    """Read, tokenises and packs everything (while streaming: as it is asked for).
 
     Args:
         loss_from: first position of a document that counts; labels before it become -100.
@@ -72,7 +72,7 @@ def build_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from
 
 
 def _build_stream(data: DataSettings, rows: "_Rows", seed: int) -> TrainingData:
-    """A stream's rows are made as training asks for them: before it, its first documents are read, and once.
+    """Return a stream's rows are made as training asks for them: before it, its first documents are read, and once.
 
     These are the held-out ones, and behind them as many as it takes to see a row that counts.
     """
@@ -107,7 +107,7 @@ def _split(data: DataSettings, seed: int) -> tuple[Dataset, Dataset | None, list
 
 
 def _wants_rows_held_out(data: DataSettings) -> bool:
-    """A single document cannot be set aside whole: the last rows of it are."""
+    """Return a single document cannot be set aside whole: the last rows of it are."""
     return bool(data.held_out) and data.builtin is None
 
 
@@ -155,7 +155,7 @@ class _Rows:
     def build_stream(
         self, documents: IterableDataset, reader: Iterator[dict[str, Any]], skipped: int
     ) -> IterableDataset:
-        """The same as a stream.
+        """Return the same as a stream.
 
         Args:
             reader: over these documents; it is read until a row counts, so that what is refused is refused now.

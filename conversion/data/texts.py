@@ -25,7 +25,7 @@ HELD_OUT = ("specialnames", "string-methods", "compound")
 
 
 def pydoc_text(split: str) -> str:
-    """The held-out or the training part of Python's reference, one string, the same on every call.
+    """Return the held-out or the training part of Python's reference, one string, the same on every call.
 
     Raises:
         ValueError: another split.
@@ -34,7 +34,7 @@ def pydoc_text(split: str) -> str:
 
 
 def pydoc_topics(split: str) -> dict[str, str]:
-    """The same topic by topic, without topics of which nothing is left.
+    """Return the same topic by topic, without topics of which nothing is left.
 
     Raises:
         ValueError: another split.
@@ -133,7 +133,7 @@ def sequences(tokenizer: Any, texts: dict[str, str], tokens: int, count: int) ->
 
 
 def openings(tokenizer: Any, texts: dict[str, str], tokens: int) -> list[torch.Tensor]:
-    """The first `tokens` ids `[1, tokens]` of every text.
+    """Return the first `tokens` ids `[1, tokens]` of every text.
 
     Raises:
         ValueError: a text is shorter.

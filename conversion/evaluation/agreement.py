@@ -13,7 +13,7 @@ from ..common.nll import Reading, bucket_means
 
 @torch.inference_mode()
 def continue_greedily(model: torch.nn.Module, reading: Reading, steps: int) -> list[int]:
-    """The `steps` tokens that the model writes after the text; moves `reading.cache` on."""
+    """Return the `steps` tokens that the model writes after the text; moves `reading.cache` on."""
     device, cache, written = next(model.parameters()).device, reading.cache, [reading.following]
     while len(written) < steps:
         out = model(input_ids=torch.tensor([[written[-1]]], device=device), **{CACHE_NAME: cache}, use_cache=True)

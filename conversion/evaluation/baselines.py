@@ -70,7 +70,7 @@ class Models:
         return Row(name, kind, config.window_size, config.eidetic_size, facts, build)
 
     def _plain(self, **changes: Any) -> BMojoConfig:
-        """The graft's config without its memories: its backbone, and every other field at its default."""
+        """Return the graft's config without its memories: its backbone, and every other field at its default."""
         config = self.plan.config
         kept = {name: copy.deepcopy(getattr(config, name)) for name in BMojoConfig.fields_with(role="backbone")}
         kinds = {"layer_types": list(config.layer_types), "dtype": config.dtype}
@@ -81,7 +81,7 @@ class Models:
         return Row("source", "source", None, 0, facts, self._load_source)
 
     def _load_source(self) -> nn.Module:
-        """The source's parameters in `dtype`; its buffers (RoPE's frequencies) stay as they are."""
+        """Return the source's parameters in `dtype`; its buffers (RoPE's frequencies) stay as they are."""
         model = self.plan.source.load_model(self.dtype).eval()
         for parameter in model.parameters():
             parameter.data = parameter.data.to(self.device, self.dtype)

@@ -63,7 +63,7 @@ class Job:
 
 
 def device_of(settings: EvaluationSettings) -> torch.device:
-    """The device that is computed on.
+    """Return the device that is computed on.
 
     Raises:
         ValueError: `cuda` where there is none.
@@ -76,7 +76,7 @@ def device_of(settings: EvaluationSettings) -> torch.device:
 
 
 def prepare(settings: EvaluationSettings) -> Job:
-    """Opens the source and checks everything that can be checked without reading weights.
+    """Open the source and checks everything that can be checked without reading weights.
 
     Raises:
         ValueError: anything about settings, source, grafts or texts that stops the evaluation.
@@ -127,7 +127,7 @@ def _check_lengths(settings: EvaluationSettings, positions: int) -> None:
 def _grafts(
     settings: EvaluationSettings, plan: Plan, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[Path, str, BMojoConfig, dict[str, Any]]]:
-    """The graft folders with their configs; every one must be a B'MOJO model of the source's vocabulary."""
+    """Return the graft folders with their configs; every one must be a B'MOJO model of the source's vocabulary."""
     found = []
     for folder, name, overrides in graft_entries(settings):
         what = f"grafts: {str(folder)!r}"
@@ -154,7 +154,7 @@ def _grafts(
 
 
 def _rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Row]:
-    """The table's rows, in its order."""
+    """Return the table's rows, in its order."""
     config, wanted = models.plan.config, settings.rows
     rows = []
     if "source" in wanted:

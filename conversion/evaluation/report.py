@@ -21,7 +21,7 @@ BUCKETS = ("inside W", "W to 4W", "4W to 16W", "beyond 16W", "beyond W")
 def summarise(
     rows: Sequence[Row], measurements: Mapping[str, Mapping[str, Any]], window: int, sections: Mapping[str, bool]
 ) -> list[Figures]:
-    """The figures of every row, in the order of the rows, as plain data.
+    """Return the figures of every row, in the order of the rows, as plain data.
 
     Args:
         sections: which of `settings.SECTIONS` are on, by name.
@@ -116,7 +116,7 @@ def _equal(shares: Mapping[str, Any] | None) -> str:
 
 
 def markdown(figures: Sequence[Figures], settings: Mapping[str, Any], window: int, header: Mapping[str, Any]) -> str:
-    """The table with a line on how to read it and one on where it comes from."""
+    """Return the table with a line on how to read it and one on where it comes from."""
     columns = _columns(figures, settings["greedy_tokens"])
     lines = ["| " + " | ".join(heading for heading, _ in columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in figures]

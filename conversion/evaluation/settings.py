@@ -72,7 +72,7 @@ class EvaluationSettings:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def graft_settings(self) -> GraftSettings:
-        """The settings of the fresh graft, checked as `conversion.graft` checks its own; nothing is written."""
+        """Return the settings of the fresh graft, checked as `conversion.graft` checks its own; nothing is written."""
         names = ("source", "output", "layers", "ssm_init", "smoother_tau", "dtype", "seed", "allow_pickle")
         return build_settings({**{name: getattr(self, name) for name in names}, **self.memory})
 

@@ -71,12 +71,12 @@ class Store:
         return self.measurements[row][section]
 
     def put(self, row: str, section: str, key: str, values: Mapping[str, Any]) -> None:
-        """Takes a measurement in, made on this machine, and writes everything measured so far."""
+        """Take a measurement in, made on this machine, and writes everything measured so far."""
         self.measurements.setdefault(row, {})[section] = {"key": key, "machine": self.header["machine"], **values}
         self.write(finished=False)
 
     def write(self, finished: bool, **more: Any) -> None:
-        """Writes the JSON; `more` goes in beside the measurements."""
+        """Write the JSON; `more` goes in beside the measurements."""
         content = {**self.header, "finished": finished, **more, "measurements": self.measurements}
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         numbers = r"\[\s+((?:-?[\d.e+-]+,\s+)*-?[\d.e+-]+)\s+\]"
@@ -85,7 +85,7 @@ class Store:
 
 
 def _measurements(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the folder's file holds (ValueError: it is damaged)."""
+    """Return what the folder's file holds (ValueError: it is damaged)."""
     try:
         found = read_json(folder / RESULT_FILE, str(folder)).get("measurements")
     except ValueError as error:
@@ -103,7 +103,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What speeds depend on beside our code: processor or GPU, cores and threads, system, versions."""
+    """Return what speeds depend on beside our code: processor or GPU, cores and threads, system, versions."""
     cuda = device != "cpu" and torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
@@ -117,7 +117,7 @@ def hardware(device: str) -> dict[str, Any]:
 
 @functools.cache
 def _processor() -> str:
-    """The processor's name: Linux has it in a file, other systems where Python looks; may be empty."""
+    """Return the processor's name: Linux has it in a file, other systems where Python looks; may be empty."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -125,7 +125,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, with a + where it has changes; empty outside a checkout."""
+    """Return the checkout's commit, with a + where it has changes; empty outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     said = []
     for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):

@@ -17,7 +17,7 @@ def source_bytes(config: BMojoConfig, source: Mapping[str, Any], dtype: torch.dt
 
 
 def model_card(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
         config: of the graft. facts: `name`, `license`, `language` of the source as far as known. report: of the graft.

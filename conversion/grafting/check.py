@@ -30,7 +30,7 @@ CHECK_TOLERANCE = 1e-3  # of the logits' largest magnitude, float32
 def check_against_source(
     folder: Path, source: Source, dtypes: Mapping[str, torch.dtype], seed: int
 ) -> dict[str, float]:
-    """Compares the logits of a written folder with its source's inside the window, in float32.
+    """Compare the logits of a written folder with its source's inside the window, in float32.
 
     Args:
         dtypes: in which the graft has the source's tensors, by their names there; they are rounded to it here, so that
@@ -69,7 +69,7 @@ def check_complete(config: BMojoConfig, written: Weights) -> None:
 
 
 def small_memory(config: BMojoConfig, tokens: int) -> BMojoConfig:
-    """The config with memories just large enough to read `tokens` tokens, all of them inside the window."""
+    """Return the config with memories just large enough to read `tokens` tokens, all of them inside the window."""
     small = copy.deepcopy(config)
     stride = config.fading_stride  # which must divide the window
     small.window_size = min(config.window_size, -(-tokens // stride) * stride)
@@ -100,7 +100,7 @@ def source_logits(source: Source, dtypes: Mapping[str, torch.dtype], ids: torch.
 
 
 def on_disk(model: nn.Module, weights: Weights, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-    """The model in evaluation mode, its parameters read when they are needed and used in float32.
+    """Return the model in evaluation mode, its parameters read when they are needed and used in float32.
 
     Args:
         model: with parameters on the meta device, called as in `weights`; a tied head is that of the embeddings.

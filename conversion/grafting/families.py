@@ -24,12 +24,12 @@ MEMORY_FIELDS = tuple(
 
 
 def supported_architectures() -> str:
-    """The supported architectures as one line for messages."""
+    """Return the supported architectures as one line for messages."""
     return ", ".join(family.architecture for family in FAMILIES)
 
 
 def family_named(model_type: str | None, architectures: Iterable[str] | None = None) -> Family:
-    """The family of a `model_type` and, where the source states them, its `architectures`.
+    """Return the family of a `model_type` and, where the source states them, its `architectures`.
 
     Raises:
         ValueError: for anything but the supported architectures, which the message lists.
@@ -46,7 +46,7 @@ def family_named(model_type: str | None, architectures: Iterable[str] | None = N
 
 
 def family_of(config: Any) -> Family:
-    """The family of a source config (a `PreTrainedConfig`)."""
+    """Return the family of a source config (a `PreTrainedConfig`)."""
     return family_named(getattr(config, "model_type", None), getattr(config, "architectures", None))
 
 
@@ -72,7 +72,7 @@ def source_window(config: Any) -> int | None:
 
 
 def chosen_layers(layers: str | list[int], count: int) -> list[int]:
-    """Indices of the layers that become B'MOJO layers.
+    """Return indices of the layers that become B'MOJO layers.
 
     Args:
         layers: "all", a list of indices, or a pattern: "every 2" is 0, 2, 4, ..., "every 2 from 1" is 1, 3, 5, ...
@@ -96,7 +96,7 @@ def chosen_layers(layers: str | list[int], count: int) -> list[int]:
 
 
 def backbone_fields(config: Any) -> dict[str, Any]:
-    """The backbone fields of `BMojoConfig` that a source config implies.
+    """Return the backbone fields of `BMojoConfig` that a source config implies.
 
     Raises:
         ValueError: the source asks for something that the backbone has no field for.
@@ -147,7 +147,8 @@ def rope_of_any_length(rope: dict[str, Any] | None, kinds: list[str], window: in
 
 
 def bmojo_config_for(source_config: Any, overrides: Mapping[str, Any], layers: str | list[int] = "all") -> BMojoConfig:
-    """The B'MOJO config of a graft: facts of the source, the chosen layers, and `overrides` of the memory fields.
+    """Return the B'MOJO config of a graft: facts of the source, the chosen layers, and `overrides` of the memory
+    fields.
 
     Layers that are not chosen stay what they are in the source, full or sliding attention. All windowed layers share
     one `window_size`; it defaults to the source's own window where the source has one.

@@ -103,7 +103,8 @@ class GGUFSource:
         return self._state[name][start:stop]
 
     def load_model(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The file's model, its weights rounded to `dtype`; computes in float32 (a GGUF model refuses to be cast)."""
+        """Return the file's model, its weights rounded to `dtype`; computes in float32 (a GGUF model refuses to be
+        cast)."""
         if dtype == torch.float32:
             return self._model
         model = copy.deepcopy(self._model)
@@ -112,7 +113,7 @@ class GGUFSource:
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The file's tokenizer, or None where it carries no vocabulary."""
+        """Return the file's tokenizer, or None where it carries no vocabulary."""
         if self._reader.get_field("tokenizer.ggml.tokens") is None:
             return None
         tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
@@ -139,5 +140,5 @@ class GGUFSource:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.999999747378752e-06 becomes 1e-05."""
+    """Return the shortest decimal that is the same float32: 9.999999747378752e-06 becomes 1e-05."""
     return float(str(np.float32(value)))

@@ -36,7 +36,7 @@ CHUNK = 512  # tokens read at a time; bounds the memory of the logits
 def measure_layers(
     config: BMojoConfig, source: Source, settings: GraftSettings, build: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, Any]:
-    """The ranking, as plain data; `chosen` are the layers to convert.
+    """Return the ranking, as plain data; `chosen` are the layers to convert.
 
     Args:
         config: of the graft with all layers converted. build: makes the tensors of that graft, after all checks.
@@ -69,7 +69,7 @@ def measure_layers(
 
 
 def _measured_texts(config: BMojoConfig, source: Source, settings: GraftSettings) -> list[torch.Tensor]:
-    """The sequences to measure on; every refusal is here."""
+    """Return the sequences to measure on; every refusal is here."""
     count, tokens = config.num_hidden_layers, settings.measured_tokens
     require_matplotlib("layers: measured")
     if settings.measured_layers > count:
@@ -106,7 +106,7 @@ def rank_layers(model: torch.nn.Module, kinds: Sequence[str], texts: Sequence[to
 
 
 def write_ranking(folder: Path, ranking: dict[str, Any]) -> None:
-    """The ranking as JSON and as a bar per layer."""
+    """Return the ranking as JSON and as a bar per layer."""
     write_json(folder / RANKING_FILE, ranking)
     count = len(ranking["harm"])
     figure = new_figure(max(5.0, 0.28 * count + 1.5), 3.4)

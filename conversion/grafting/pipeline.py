@@ -75,7 +75,7 @@ class Plan:
 
 
 def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False) -> bool:
-    """Writes the checkpoint folder; False where an earlier one is kept.
+    """Write the checkpoint folder; False where an earlier one is kept.
 
     Args:
         overwrite: replace an earlier graft in the same folder.
@@ -123,7 +123,7 @@ def why_outdated(output: Path, settings: GraftSettings) -> str | None:
 
 
 def damage(output: Path, report: Mapping[str, Any]) -> str | None:
-    """What is wrong with the files of a finished graft, None where nothing is seen (ValueError: the same).
+    """Return what is wrong with the files of a finished graft, None where nothing is seen (ValueError: the same).
 
     A user may have edited the card, or a JSON file: these must be there, and the latter must be JSON.
     """
@@ -144,7 +144,7 @@ def damage(output: Path, report: Mapping[str, Any]) -> str | None:
 
 
 def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
-    """Opens the source and checks everything that can be checked without reading its tensors."""
+    """Open the source and checks everything that can be checked without reading its tensors."""
     output = Path(settings.output)
     source = open_source(settings.source, settings.allow_pickle)
     if Path(settings.source).exists():
@@ -156,7 +156,7 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
 
 
 def plan_graft(settings: GraftSettings, source: Source, layers: str | list[int] | None = None) -> Plan:
-    """What becomes of the source by these settings; nothing is written, and no tensor is read.
+    """Return what becomes of the source by these settings; nothing is written, and no tensor is read.
 
     Args:
         layers: used instead of the settings' own. Layers that are still to be measured are planned as all of them.
@@ -178,7 +178,7 @@ def plan_graft(settings: GraftSettings, source: Source, layers: str | list[int] 
 
 
 def with_measured_layers(plan: Plan) -> Plan:
-    """The plan with the layers that measuring finds least harmful; `plan` has every layer (layer_choice.py).
+    """Return the plan with the layers that measuring finds least harmful; `plan` has every layer (layer_choice.py).
 
     Raises:
         ValueError: the text is too short, the source has no tokenizer, or the choice contradicts the settings.
@@ -212,7 +212,8 @@ def target_dtypes(
     copies: dict[str, dict[str, Any]],
     shapes: dict[str, tuple[int, ...]],
 ) -> dict[str, torch.dtype]:
-    """The dtype of every target tensor: a copy keeps its own unless the settings name one; SSM scalars are float32.
+    """Return the dtype of every target tensor: a copy keeps its own unless the settings name one; SSM scalars are
+    float32.
 
     Notes in `copies` which source tensors are cast.
     """
@@ -235,7 +236,7 @@ class TensorBuilder:
         self._layer, self._built = -1, {}
 
     def __call__(self, name: str) -> torch.Tensor:
-        """The tensor called `name`.
+        """Return the tensor called `name`.
 
         Raises:
             ValueError: it is copied, and holds values that are not finite, in the source's dtype or in the graft's.
@@ -258,7 +259,7 @@ def build_tensors(plan: Plan) -> dict[str, torch.Tensor]:
 
 
 def copied_tensor(plan: Plan, name: str) -> torch.Tensor:
-    """A target tensor that comes from the source, in the dtype of the target; see `TensorBuilder`."""
+    """Return a target tensor that comes from the source, in the dtype of the target; see `TensorBuilder`."""
     piece, out = plan.pieces[name], torch.empty(plan.shapes[name], dtype=plan.dtypes[name])
     for first, last in row_blocks(len(out), out[:1].nbytes):
         block = plan.source.rows(piece.source, piece.start + first, piece.start + last)
@@ -281,7 +282,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def layer_init(plan: Plan, index: int) -> dict[str, torch.Tensor]:
-    """The initialised tensors of one B'MOJO layer, by their full names; the SSM's scalars stay float32."""
+    """Return the initialised tensors of one B'MOJO layer, by their full names; the SSM's scalars stay float32."""
     attention = f"model.layers.{index}.self_attn."
     names = [name.removeprefix(attention) for name in plan.pieces if name.startswith(attention)]
     own = LazyTensors(names, lambda name: copied_tensor(plan, attention + name))
@@ -298,7 +299,7 @@ def layer_init(plan: Plan, index: int) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(folder: Path, plan: Plan) -> None:
-    """Fills `folder`: weights, code, tokenizer, settings, card and, last, the report."""
+    """Fill `folder`: weights, code, tokenizer, settings, card and, last, the report."""
     generation = generation_settings(plan.source.generation_settings(), plan.config)
     write_json(folder / "generation_config.json", generation)
     if plan.ranking is not None:
@@ -318,7 +319,7 @@ def write_checkpoint(folder: Path, plan: Plan) -> None:
 
 
 def build_report(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
-    """The report of `graft_report.json`; tokenizer, generation and check are added as they are done."""
+    """Return the report of `graft_report.json`; tokenizer, generation and check are added as they are done."""
     config = plan.source.config
     windows = [size for size in (plan.config.window_size, source_window(config)) if size is not None]
     dropped = sum("dropped-because" in entry for entry in plan.copies.values())

@@ -66,12 +66,13 @@ def plan_copy(config: Any, source: Shapes, target: Shapes, initialised: set[str]
 
 
 def joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of tensors whose rows are put one after the other."""
+    """Return the shape of tensors whose rows are put one after the other."""
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def goals_of(entry: Mapping[str, Any]) -> list[str]:
-    """The targets of a source tensor's entry in the account, in the order of their rows; none if it is left behind."""
+    """Return the targets of a source tensor's entry in the account, in the order of their rows; none if it is left
+    behind."""
     return [entry["copied-to"]] if "copied-to" in entry else entry.get("split-into", [])
 
 
@@ -111,7 +112,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Stores the report in the folder; its presence marks the folder as ours and complete."""
+    """Store the report in the folder; its presence marks the folder as ours and complete."""
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     on_one_line = r"\[\s+((?:\d+,\s+)*\d+)\s+\]"  # shapes
     text = re.sub(on_one_line, lambda match: f"[{' '.join(match[1].split())}]", text)
@@ -119,7 +120,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a completed graft, or None where the folder has none that can be read."""
+    """Return the report of a completed graft, or None where the folder has none that can be read."""
     try:
         report = read_json(folder / REPORT_FILE, str(folder))
     except ValueError:
@@ -130,7 +131,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def require_report(folder: Path, what: str) -> dict[str, Any]:
-    """The folder's report, {} where it has none.
+    """Return the folder's report, {} where it has none.
 
     Raises:
         ValueError: there is one that cannot be read: going on without it would say less of the result than is known.

@@ -51,7 +51,7 @@ class GraftSettings:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain data, `output` left out: what decides the result, wherever it lies."""
+        """Return the settings as plain data, `output` left out: what decides the result, wherever it lies."""
         settings = asdict(self)
         del settings["output"]
         return settings

@@ -67,7 +67,7 @@ class Source(Weights, Protocol):
 
 
 def open_source(name: str, allow_pickle: bool = False) -> Source:
-    """The source called `name`; see the module's text for what a name may be.
+    """Return the source called `name`; see the module's text for what a name may be.
 
     Args:
         allow_pickle: read `pytorch_model.bin` files where a folder or repository has no safetensors.
@@ -105,7 +105,7 @@ def source_files(name: str) -> list[list[str | int]]:
 
 
 def open_config(folder: Path, what: str, **fields: Any) -> BMojoConfig:
-    """The config of a B'MOJO checkpoint, with other values for some `fields`.
+    """Return the config of a B'MOJO checkpoint, with other values for some `fields`.
 
     Raises:
         ValueError: it is damaged, or holds values that the model refuses. what: the folder's name in messages.
@@ -117,7 +117,7 @@ def open_config(folder: Path, what: str, **fields: Any) -> BMojoConfig:
 
 
 def open_tokenizer(folder: Path, what: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder (ValueError: there is none, or a damaged one)."""
+    """Return the tokenizer in a folder (ValueError: there is none, or a damaged one)."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers, tokenizers and sentencepiece raise types of their own
@@ -137,7 +137,7 @@ def _open_folder(path: Path, label: str, allow_pickle: bool) -> Source:
 
 
 def packaged_gguf(package: str) -> Path:
-    """The one GGUF file of an installed Python package; the package is not imported."""
+    """Return the one GGUF file of an installed Python package; the package is not imported."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -152,7 +152,7 @@ def packaged_gguf(package: str) -> Path:
 
 
 def _download(repo: str, allow_pickle: bool) -> Path:
-    """Fetches the config first, so that an unsupported model costs no download of weights, then the rest."""
+    """Fetch the config first, so that an unsupported model costs no download of weights, then the rest."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -191,11 +191,11 @@ class FolderSource:
         self.dtype = most_common_dtype(self.dtypes)
 
     def load_model(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The folder's model, its weights rounded to `dtype`; computes in float32."""
+        """Return the folder's model, its weights rounded to `dtype`; computes in float32."""
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).float()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, or None where the folder has no tokenizer files."""
+        """Return the tokenizer, or None where the folder has no tokenizer files."""
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         if not any((self.path / name).is_file() for name in names):
             return None

@@ -23,7 +23,8 @@ def smoother_time_constants(heads: int, low: float, high: float) -> torch.Tensor
 
 
 def constant_scalars(dt: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors below `fading.scalars` for constant time steps `dt` `[H]`, no skip; dt's projection must be zero."""
+    """Return the tensors below `fading.scalars` for constant time steps `dt` `[H]`, no skip; dt's projection must be
+    zero."""
     return {
         "scalars.A_log": torch.zeros_like(dt),
         "scalars.dt_bias": dt + torch.log(-torch.expm1(-dt)),  # softplus^-1

@@ -68,7 +68,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def merged_names(adapted: nn.Module) -> list[str]:
-    """The parameters that merging will change, as the merged model names them.
+    """Return the parameters that merging will change, as the merged model names them.
 
     These are the weights of the adapted modules and all of those that train in full (`modules_to_save`).
     """

@@ -53,7 +53,7 @@ class Alignment(nn.Module):
         return self._teacher[0]
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves go to the teacher too: what it shares has moved already, what it holds alone follows.
+        """Move go to the teacher too: what it shares has moved already, what it holds alone follows.
 
         Not to meta, where FSDP takes what it spreads over the devices: the teacher's values would be lost.
         """
@@ -84,7 +84,7 @@ class Alignment(nn.Module):
         attention_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> dict[str, Any]:
-        """The loss per counted token.
+        """Return the loss per counted token.
 
         Args:
             input_ids, labels, position_ids, attention_mask: `[B, T]`. A token counts if the label after it is not -100.
@@ -188,7 +188,8 @@ class _Recorder(AbstractContextManager):
 
 
 def run_teacher(teacher: PreTrainedModel, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor:
-    """Final hidden states `[B, T, E]`; other models than ours read packed documents as rows of padded batches."""
+    """Return final hidden states `[B, T, E]`; other models than ours read packed documents as rows of padded
+    batches."""
     base = getattr(teacher, teacher.base_model_prefix)
     if is_bmojo(teacher):
         return base(**inputs, use_cache=False).last_hidden_state

@@ -93,7 +93,7 @@ def _learning_rate(settings: TrainingSettings) -> float:
 
 
 def _evaluation(settings: TrainingSettings, given: dict[str, Any]) -> dict[str, Any]:
-    """Evaluates as often as it saves, where anything is held out; fine-tuning also before its first step."""
+    """Evaluate as often as it saves, where anything is held out; fine-tuning also before its first step."""
     held_out = bool(settings.data.held_out) or settings.data.eval_files is not None
     strategy = given.get("eval_strategy", given.get("save_strategy", "steps") if held_out else "no")
     if strategy != "no" and not held_out:

@@ -44,7 +44,7 @@ def work_folder(output: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> TrainerState | None:
-    """The Trainer's state in a checkpoint, or None where it was not completed."""
+    """Return the Trainer's state in a checkpoint, or None where it was not completed."""
     try:
         return TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     except (OSError, ValueError, TypeError):
@@ -52,18 +52,18 @@ def read_state(checkpoint: Path) -> TrainerState | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the folder's name."""
+    """Return the step in the folder's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def folders_of(work: Path) -> list[Path]:
-    """The checkpoint folders of a run, complete or not, oldest first."""
+    """Return the checkpoint folders of a run, complete or not, oldest first."""
     folders = [path for path in work.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(folders, key=step_of)
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """The completed checkpoints of a run, oldest first."""
+    """Return the completed checkpoints of a run, oldest first."""
     return [path for path in folders_of(work) if (path / FILES_FILE).is_file()]
 
 
@@ -109,7 +109,7 @@ def check_files(checkpoint: Path, flag: str = "--resume") -> None:
 
 
 def _problem(path: Path, size: int, digest: str) -> str | None:
-    """What is wrong with a file of a checkpoint."""
+    """Return what is wrong with a file of a checkpoint."""
     if not path.is_file():
         return "is missing"
     found = path.stat().st_size
@@ -129,13 +129,13 @@ def _way_out(checkpoint: Path) -> str:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Deletes a checkpoint, first what says that it is complete."""
+    """Delete a checkpoint, first what says that it is complete."""
     (checkpoint / FILES_FILE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 
 def remove_incomplete(work: Path) -> None:
-    """Deletes checkpoints that were cut short."""
+    """Delete checkpoints that were cut short."""
     complete = checkpoints(work)
     for path in folders_of(work):
         if path not in complete:
@@ -143,7 +143,7 @@ def remove_incomplete(work: Path) -> None:
 
 
 def rotate(work: Path, limit: int | None, best: str | None) -> None:
-    """Deletes the oldest checkpoints beyond `limit` (None or 0: none), never the last one nor the best one.
+    """Delete the oldest checkpoints beyond `limit` (None or 0: none), never the last one nor the best one.
 
     Args:
         best: its folder, as the Trainer's state names it.
@@ -156,7 +156,7 @@ def rotate(work: Path, limit: int | None, best: str | None) -> None:
 
 
 def best_checkpoint(work: Path) -> Path | None:
-    """The checkpoint with the lowest held-out loss, as the last one knows it, or None."""
+    """Return the checkpoint with the lowest held-out loss, as the last one knows it, or None."""
     done = checkpoints(work)
     state = read_state(done[-1]) if done else None
     best = None if state is None else state.best_model_checkpoint
@@ -182,7 +182,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def read_recipe(work: Path, flag: str) -> dict[str, Any]:
-    """The recipe of the run that works in `work` (ValueError: it cannot be read)."""
+    """Return the recipe of the run that works in `work` (ValueError: it cannot be read)."""
     try:
         return read_json(work / RECIPE_FILE, f"{flag}: {str(work)!r}")
     except ValueError as error:
@@ -257,7 +257,8 @@ def _holds_recipe(work: Path) -> bool:
 
 
 def start_work(output: Path, recipe: Mapping[str, Any]) -> Path:
-    """An empty work folder with the recipe in it, in place of an earlier run's (ValueError: of anything else)."""
+    """Return an empty work folder with the recipe in it, in place of an earlier run's (ValueError: of anything
+    else)."""
     work = work_folder(output)
     _check_ours(output, work)  # once more: reading the data took a while
     remove_work(output)
@@ -267,7 +268,7 @@ def start_work(output: Path, recipe: Mapping[str, Any]) -> Path:
 
 
 def remove_work(output: Path) -> None:
-    """Deletes the work folder; from its new name on it is a remainder that the next writer of `output` clears away."""
+    """Delete the work folder; from its new name on it is a remainder that the next writer of `output` clears away."""
     work = work_folder(output)
     if work.exists():
         doomed = partial_name(output)

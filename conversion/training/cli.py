@@ -14,7 +14,7 @@ from .settings import TrainingSettings, load_training_settings
 
 
 def parse_arguments(program: str, purpose: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of `python -m conversion.<program>`."""
+    """Return the command line of `python -m conversion.<program>`."""
     parser = argparse.ArgumentParser(prog=f"python -m conversion.{program}", description=purpose)
     parser.add_argument("settings", help=f"YAML file, e.g. configs/{program}/smollm2-135m.yaml")
     parser.add_argument("--source", help="folder or hub id of a B'MOJO checkpoint; replaces the YAML's")
@@ -30,7 +30,7 @@ def parse_arguments(program: str, purpose: str, argv: Sequence[str] | None) -> a
 
 
 def settings_of(kind: type[TrainingSettings], arguments: argparse.Namespace) -> TrainingSettings:
-    """The settings that a command line asks for (ValueError: see `load_training_settings`)."""
+    """Return the settings that a command line asks for (ValueError: see `load_training_settings`)."""
     overrides = parse_assignments(arguments.set)
     given = {key: getattr(arguments, key) for key in ("source", "output")}
     overrides |= {key: value for key, value in given.items() if value is not None}
@@ -38,7 +38,7 @@ def settings_of(kind: type[TrainingSettings], arguments: argparse.Namespace) -> 
 
 
 def run(program: str, kind: type[TrainingSettings], purpose: str, argv: Sequence[str] | None) -> int:
-    """Runs the program and returns its exit status: 0 done, 2 refused or failed with a message, 130 interrupted."""
+    """Run the program and returns its exit status: 0 done, 2 refused or failed with a message, 130 interrupted."""
     arguments = parse_arguments(program, purpose, argv)
 
     def work() -> int:
@@ -52,7 +52,7 @@ def run(program: str, kind: type[TrainingSettings], purpose: str, argv: Sequence
 
 
 def summary(result: Result) -> str:
-    """What to print at the end: steps, what trained, losses, size, time, memory."""
+    """Return what to print at the end: steps, what trained, losses, size, time, memory."""
     state = result.state
     share = result.trained / max(result.parameters, 1)
     lines = [
@@ -79,7 +79,7 @@ def _moment(step: int) -> str:
 
 
 def peak_memory() -> str:
-    """The largest amount of memory that this process has held."""
+    """Return the largest amount of memory that this process has held."""
     import torch
 
     if torch.cuda.is_available():

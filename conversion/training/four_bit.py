@@ -35,7 +35,7 @@ def check_machine(settings: TrainingSettings) -> None:
 
 
 def loading_options(settings: TrainingSettings) -> dict[str, Any]:
-    """What `from_pretrained` is told besides: {} without `lora.quantize`.
+    """Return what `from_pretrained` is told besides: {} without `lora.quantize`.
 
     There is no device map: by default transformers loads 4-bit weights onto the process's own GPU.
     """
@@ -44,7 +44,7 @@ def loading_options(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def four_bit_config(kind: str) -> BitsAndBytesConfig:
-    """The configuration of QLoRA's paper (arXiv 2305.14314): scales quantised too, products in bfloat16."""
+    """Return the configuration of QLoRA's paper (arXiv 2305.14314): scales quantised too, products in bfloat16."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
@@ -55,7 +55,7 @@ def four_bit_config(kind: str) -> BitsAndBytesConfig:
 
 
 def prepare(model: torch.nn.Module) -> torch.nn.Module:
-    """The loaded 4-bit model, frozen, with all that is not in 4 bits cast to float32.
+    """Return the loaded 4-bit model, frozen, with all that is not in 4 bits cast to float32.
 
     Gradient checkpointing is left to the Trainer, which knows what the settings say of it.
 

@@ -27,7 +27,7 @@ class Merged(NamedTuple):
 
 
 def merge_adapter(student: Student, folder: Path) -> Merged:
-    """The student's checkpoint with the adapter in `folder` merged into it, on the CPU.
+    """Return the student's checkpoint with the adapter in `folder` merged into it, on the CPU.
 
     Raises:
         ValueError: weights of the checkpoint that are missing or damaged.

@@ -60,7 +60,7 @@ def write_checkpoint(
     entry: dict[str, Any],
     max_shard_size: str,
 ) -> None:
-    """Fills `folder` with the whole model.
+    """Fill `folder` with the whole model.
 
     Args:
         tensors: the model's state dict, on any device; those that trained may be float32.
@@ -93,7 +93,7 @@ def write_adapter(
     student: Student,
     entry: dict[str, Any],
 ) -> None:
-    """Fills `folder` with an adapter (peft's files), the tokenizer, a card and a report.
+    """Fill `folder` with an adapter (peft's files), the tokenizer, a card and a report.
 
     Args:
         adapter: peft's model, for its settings and names. tensors: its state dict, whole: the model's own tensors may
@@ -108,7 +108,7 @@ def write_adapter(
 
 
 def write_log(folder: Path, state: TrainerState, runs: Path) -> None:
-    """The training's log as JSON, and its TensorBoard files."""
+    """Return the training's log as JSON, and its TensorBoard files."""
     write_text(folder / LOG_FILE, json.dumps(state.log_history, indent=1) + "\n")
     if runs.is_dir():
         shutil.copytree(runs, folder / "runs", dirs_exist_ok=True)
@@ -121,7 +121,7 @@ def updated_report(
     entry: dict[str, Any],
     window: int,
 ) -> dict[str, Any]:
-    """The graft's report with this run in it.
+    """Return the graft's report with this run in it.
 
     Inside the window the logits stay the source's as long as only new tensors train. window: the result's, which
     `memory` may have made smaller than the graft's.
@@ -142,7 +142,8 @@ def updated_report(
 
 
 def trained_card(card: str, report: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    """The model card, with what was trained in place of the remark that nothing was, or of what was trained before.
+    """Return the model card, with what was trained in place of the remark that nothing was, or of what was trained
+    before.
 
     Args:
         report: of the result. entries: its runs, oldest first.

@@ -86,7 +86,7 @@ def train(settings: TrainingSettings, options: RunOptions) -> Result:
 
 
 def _train(settings: TrainingSettings, options: RunOptions, folder: Path, arguments: TrainingArguments) -> Result:
-    """The run itself. folder: of the source."""
+    """Return the run itself. folder: of the source."""
     output, work = Path(settings.output), work_folder(Path(settings.output))
     replace = options.overwrite or options.resume or options.finish is not None
     check_output(output, replace, sources=(folder,))
@@ -160,7 +160,7 @@ def _run(
 
 
 def _kept(work: Path) -> str:
-    """What is left of a run that ended early."""
+    """Return what is left of a run that ended early."""
     done = checkpoints(work)
     if not done:
         return "No checkpoint had been written yet."
@@ -171,7 +171,7 @@ def _kept(work: Path) -> str:
 
 
 def _finish(task: Task, settings: TrainingSettings, which: str) -> Result:
-    """Writes the result of a run's last or best checkpoint; the run can still be resumed."""
+    """Write the result of a run's last or best checkpoint; the run can still be resumed."""
     work = work_folder(Path(settings.output))
     checkpoint = checkpoints(work)[-1] if which == "last" else best_checkpoint(work)
     if checkpoint is None:
@@ -186,7 +186,7 @@ def _finish(task: Task, settings: TrainingSettings, which: str) -> Result:
 
 
 def _write(task: Task, settings: TrainingSettings, tensors: dict[str, torch.Tensor], state: TrainerState) -> None:
-    """The output folder, whole or not at all."""
+    """Return the output folder, whole or not at all."""
     entry = training_entry(task.program, settings, task.trained, task.sizes, state)
     with staged_folder(Path(settings.output)) as folder:
         task.write(folder, tensors, entry)

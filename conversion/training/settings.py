@@ -40,7 +40,7 @@ class LossSettings:
     logit_chunk: int = 256
 
     def weights(self) -> dict[str, float]:
-        """The losses that count, with their weights."""
+        """Return the losses that count, with their weights."""
         found = {name: getattr(self, name) for name in ("hidden", "mixer", "kl", "ce")}
         return {name: weight for name, weight in found.items() if weight > 0}
 
@@ -93,7 +93,7 @@ class TrainingSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain data, `output` left out."""
+        """Return the settings as plain data, `output` left out."""
         values = asdict(self)
         del values["output"]
         return values

@@ -38,7 +38,7 @@ class Student(NamedTuple):
 
 
 def find_checkpoint(source: str) -> Path:
-    """The folder of a B'MOJO checkpoint: a local one, or a hub id's files.
+    """Return the folder of a B'MOJO checkpoint: a local one, or a hub id's files.
 
     Raises:
         ValueError: nothing there, or no B'MOJO checkpoint.
@@ -62,7 +62,7 @@ def find_checkpoint(source: str) -> Path:
 
 
 def _refuse_adapter(source: str, folder: Path) -> None:
-    """An adapter is no model, and only its own base becomes one with it (ValueError)."""
+    """Return an adapter is no model, and only its own base becomes one with it (ValueError)."""
     file = folder / "adapter_config.json"
     if not file.is_file() or (folder / "config.json").is_file():
         return
@@ -87,7 +87,7 @@ def _download(source: str) -> Path:
 
 
 def open_student(settings: TrainingSettings) -> Student:
-    """Loads the checkpoint, its tokenizer and its report.
+    """Load the checkpoint, its tokenizer and its report.
 
     Raises:
         ValueError: what is no B'MOJO checkpoint, a damaged one, `memory` fields that change tensors, or no tokenizer.
@@ -172,7 +172,7 @@ def choose_trained(model: torch.nn.Module, train: str | list[str], report: Mappi
 
 
 def initialised(report: Mapping[str, Any]) -> set[str]:
-    """The tensors that the graft did not copy from its source."""
+    """Return the tensors that the graft did not copy from its source."""
     return {name for name, entry in report.get("target_tensors", {}).items() if "initialised-by" in entry}
 
 

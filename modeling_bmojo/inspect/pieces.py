@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 
 def token_pieces(tokenizer, ids: Sequence[int]) -> list[Piece]:
-    """The text of `ids` in pieces; joined they are the decoded text, special tokens included.
+    """Return the text of `ids` in pieces; joined they are the decoded text, special tokens included.
 
     Args:
         tokenizer: any transformers tokenizer. ids: token ids of one sequence, without pads.
@@ -48,8 +48,8 @@ def token_pieces(tokenizer, ids: Sequence[int]) -> list[Piece]:
 
 
 def _added(decode, ids: Sequence[int], before: int, first: int, count: int) -> str:
-    """What tokens `first` ... add to the text of the piece that starts at `before`: decoders drop the space that a
-    sequence starts with, so a token alone does not tell whether a word begins with it."""
+    """Return what tokens `first` ... add to the text of the piece that starts at `before`: decoders drop the space that
+    a sequence starts with, so a token alone does not tell whether a word begins with it."""
     alone = decode(ids[first : first + count])
     if before == first:
         return alone
@@ -58,7 +58,8 @@ def _added(decode, ids: Sequence[int], before: int, first: int, count: int) -> s
 
 
 def _run(decode, ids: Sequence[int], before: int, first: int, alone: str) -> tuple[int, str]:
-    """The shortest run of incomplete tokens from `first` that is text, as (tokens, text); else the first alone."""
+    """Return the shortest run of incomplete tokens from `first` that is text, as (tokens, text); else the first
+    alone."""
     for count in range(2, min(LONGEST, len(ids) - first) + 1):
         if BROKEN not in decode(ids[first + count - 1 : first + count]):
             break  # a token of whole characters completes nothing

@@ -30,7 +30,7 @@ def _missing(error: ImportError) -> ImportError:
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> tuple[Any, dict[str, str]]:
-    """The axes to draw on, new ones unless given, and the inks that fit their ground.
+    """Return the axes to draw on, new ones unless given, and the inks that fit their ground.
 
     Raises:
         ImportError: without matplotlib.
@@ -273,7 +273,7 @@ def plot_memory_growth(
 
 
 def _crossing(config: BMojoConfig, tokens: int, dtype: torch.dtype) -> int:
-    """The longest context at which B'MOJO's memory is not the smaller one, below `tokens`, where it is."""
+    """Return the longest context at which B'MOJO's memory is not the smaller one, below `tokens`, where it is."""
     low, high = 0, tokens
     while high - low > 1:
         middle = (low + high) // 2

@@ -85,7 +85,7 @@ def show_memory(
     row: int | None = None,
     attention_mask: torch.Tensor | Sequence | None = None,
 ) -> "MemoryView":
-    """What a cache remembers of a text, as an object that shows itself: HTML in a notebook, text in a terminal.
+    """Return what a cache remembers of a text, as an object that shows itself: HTML in a notebook, text in a terminal.
 
     Args:
         cache: a `BMojoCache` that has read the text. tokenizer: the model's.
@@ -144,7 +144,7 @@ def _table(name: str, value: torch.Tensor | Sequence) -> list[list[int]]:
 
 
 def _real_ids(cache: BMojoCache, row: int, ids: list[int], mask: list[int] | None) -> list[int]:
-    """The tokens of a row without its pads."""
+    """Return the tokens of a row without its pads."""
     seen, columns = int(cache.seen[row]), cache.get_seq_length()
     if mask is None and seen != columns:
         raise ValueError(
@@ -200,7 +200,7 @@ class MemoryView:
         self.layer = layer
 
     def level(self, token: ShownToken) -> str:
-        """The colour of a token: "window", "kept1" ... "kept4", "" if it is forgotten or unread."""
+        """Return the colour of a token: "window", "kept1" ... "kept4", "" if it is forgotten or unread."""
         if token.state != "kept":
             return "window" if token.state == "window" else ""
         return f"kept{math.ceil(LEVELS * len(token.layers) / len(self.layers))}"
@@ -231,7 +231,7 @@ class MemoryView:
     # --- notebooks ---------------------------------------------------------------------------------------------------
 
     def to_html(self) -> str:
-        """A fragment with its own style, light or dark as the page is; no scripts, nothing loaded."""
+        """Return a fragment with its own style, light or dark as the page is; no scripts, nothing loaded."""
         legend = "".join(
             f'<span class="item"><span class="chip {colour or "quiet"}">Aa</span> {html.escape(text)}</span>'
             for colour, text in self.legend()

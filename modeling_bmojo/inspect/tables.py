@@ -80,7 +80,7 @@ class Named:
 
 # The tables ----------------------------------------------------------------------------------------------------------
 def innovation_table() -> str:
-    """What `innovation` may be: by what each test judges, what it remembers, what it runs."""
+    """Return what `innovation` may be: by what each test judges, what it remembers, what it runs."""
     config, rows = Named(BMojoConfig()), []
     for name, test in INNOVATIONS.items():
         signal = SIGNALS.get(test.signal, str(test.signal))
@@ -89,7 +89,7 @@ def innovation_table() -> str:
 
 
 def fading_table() -> str:
-    """What `ssm_type` may be: the projections, states and operations of each fading memory."""
+    """Return what `ssm_type` may be: the projections, states and operations of each fading memory."""
     rows = []
     for name, memory in FADING_MEMORIES.items():
         config = Named(BMojoConfig(ssm_type=name))
@@ -99,7 +99,7 @@ def fading_table() -> str:
 
 
 def part_table(config: BMojoConfig | None = None) -> str:
-    """The parts of a layer's memory: which layers have them, where they keep tokens, their states.
+    """Return the parts of a layer's memory: which layers have them, where they keep tokens, their states.
 
     Args:
         config: whose fields the parts are built by; None: the default configuration.
@@ -132,7 +132,7 @@ def _of_kind(config: BMojoConfig, kind: str) -> BMojoConfig:
 
 
 def _states(states: dict[str, State]) -> str:
-    """The states of one shape and dtype together: `a`, `b`: `[B, ...]`, dtype."""
+    """Return the states of one shape and dtype together: `a`, `b`: `[B, ...]`, dtype."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, state in states.items():
         sizes = ["..." if axis == state.grows else _text(size) for axis, size in enumerate(state.shape)]

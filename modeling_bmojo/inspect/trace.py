@@ -35,7 +35,8 @@ class InnovationTrace(NamedTuple):
     decay: float
 
     def expiry(self, layer: int, row: int = 0) -> torch.Tensor:
-        """The first position that does not see each token any more, `[T']` of the row; a huge number for never."""
+        """Return the first position that does not see each token any more, `[T']` of the row; a huge number for
+        never."""
         index = place_of(self.layers, layer)
         e = self.innovations[index, row][: int(self.cache.seen[row])]
         spec = self.cache.specs[layer]
@@ -46,7 +47,7 @@ class InnovationTrace(NamedTuple):
 def trace_innovation(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> InnovationTrace:
-    """Reads a text into a fresh cache and notes every token's innovation. The model stays as it is.
+    """Read a text into a fresh cache and notes every token's innovation. The model stays as it is.
 
     Args:
         model: a B'MOJO model, with or without adapters. input_ids: `[B, T]`. attention_mask: `[B, T]` or None.
@@ -75,7 +76,7 @@ def trace_innovation(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients; afterwards every module is in the mode that it was in."""
+    """Evaluate without gradients; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -88,7 +89,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _note(cache: BMojoCache, layer: int, into: torch.Tensor) -> None:
-    """Writes the innovations that a layer holds into `[B, T]`, by position."""
+    """Write the innovations that a layer holds into `[B, T]`, by position."""
     for row in range(into.shape[0]):
         positions, innovations = held_tokens(cache, layer, row)
         into[row, positions] = innovations
