@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .models import Models
-from .timing import Action, Plan, alternate, compare
+from .timing import Action, Rounds, alternate, compare
 
 
 GOALS = {
@@ -88,19 +88,19 @@ class Context:
     device: str
     models: Models
     seed: int = 0
-    plan: Plan = field(init=False)
+    rounds: Rounds = field(init=False)
 
     def __post_init__(self):
-        self.plan = Plan(least=3, most=3, budget=1.0) if self.quick else Plan()
+        self.rounds = Rounds(least=3, most=3, budget=1.0) if self.quick else Rounds()
 
     def goal(self, name: str) -> float | None:
         """Return the goal of that name, none in a quick run and none for a size that has none."""
         return None if self.quick else GOALS.get(name)
 
-    def alternate(self, actions: dict[str, Action], plan: Plan | None = None) -> dict[str, list[float]]:
-        """`timing.alternate` by this run's plan, which a quick run keeps whatever a row asks for."""
+    def alternate(self, actions: dict[str, Action], rounds: Rounds | None = None) -> dict[str, list[float]]:
+        """`timing.alternate` by this run's rounds, which a quick run keeps whatever a row asks for."""
         wait = torch.cuda.synchronize if self.device == "cuda" else None
-        return alternate(actions, self.plan if self.quick or plan is None else plan, wait)
+        return alternate(actions, self.rounds if self.quick or rounds is None else rounds, wait)
 
 
 class Row(NamedTuple):

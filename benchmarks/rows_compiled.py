@@ -15,7 +15,7 @@ from modeling_bmojo import CACHE_NAME, BMojoCache
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
 from .rows_model import SIDES, STEPS, both, model_checks, per_token
-from .timing import Action, Plan
+from .timing import Action, Rounds
 
 
 TOKENS, QUICK_TOKENS = 512, 96
@@ -82,7 +82,7 @@ def figures(context: Context) -> Iterator[Figure | str]:
         return
     actions["plain"] = stepper(models["theirs"], models["theirs"], read("theirs", models["theirs"], tokens), STEPS)
     actions["ours, plain"] = stepper(models["ours"], models["ours"], read("ours", models["ours"], tokens), STEPS)
-    seconds = per_token(context.alternate(actions, Plan(least=5, most=15, budget=30)))
+    seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=30)))
     labels = {"theirs": "source, compiled", "plain": "source, not compiled", "ours, plain": "ours, not compiled"}
     for which, label in labels.items():
         if which in seconds:

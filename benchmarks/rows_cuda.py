@@ -21,7 +21,7 @@ from .models import load, random_ids
 from .row import Check, Context, Figure, Row, difference, figure
 from .rows_model import SIDES, filled_cache, model_checks, per_token, steps
 from .rows_train import optimizer_of, step
-from .timing import Action, Plan
+from .timing import Action, Rounds
 
 
 SCAN_TOKENS, HEADS, GROUPS, CONV_CHANNELS, TAPS = 16384, 24, 1, 1664, 4
@@ -131,7 +131,7 @@ def decode_figures(context: Context) -> Iterator[Figure | str]:
     options = dict(rows=DECODE_ROWS, device="cuda", dtype=torch.bfloat16)
     caches = {"ours": memory, "theirs": filled_cache(models["theirs"].config, DECODE_TOKENS, **options)}
     actions = {side: steps(models[side], caches[side], rows=DECODE_ROWS) for side in SIDES}
-    seconds = per_token(context.alternate(actions, Plan(least=5, most=15, budget=60)))
+    seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=60)))
     goal = context.goal("cuda decode")
     yield figure("one decoding step, batch 16", "source", DECODE_TOKENS, seconds["ours"], seconds["theirs"], goal=goal)
 
@@ -159,7 +159,7 @@ def train_figures(context: Context) -> Iterator[Figure | str]:
     models = train_models()
     actions = {side: step(models[side], TRAIN_TOKENS) for side in SIDES}
     try:
-        seconds = context.alternate(actions, Plan(least=5, most=10, budget=60))
+        seconds = context.alternate(actions, Rounds(least=5, most=10, budget=60))
     finally:
         optimizer_of.cache_clear()
     parameters = [sum(parameter.numel() for parameter in models[side].parameters()) / 1e9 for side in SIDES]

@@ -17,7 +17,7 @@ from tests.oracles import oracle_eidetic, oracle_output_innovation
 from . import adapters
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .timing import Action, Plan
+from .timing import Action, Rounds
 
 
 LAYER = dict(
@@ -34,7 +34,7 @@ LAYER = dict(
 )
 WINDOW, SLOTS = 512, 64
 TOKENS, QUICK_TOKENS = (2048, 8192, 32768, 131072), (1024, 2048)
-PLANS = {131072: Plan(least=3, most=3, budget=60)}
+ROUNDS = {131072: Rounds(least=3, most=3, budget=60)}
 
 
 def outputs(tokens: int) -> torch.Tensor:
@@ -90,8 +90,8 @@ def unlike(selection: memory_ops.Selection, expiry: list[float]) -> float:
 
 def figures(context: Context) -> Iterator[Figure]:
     for tokens in QUICK_TOKENS if context.quick else TOKENS:
-        plan = PLANS.get(tokens, Plan(least=3, budget=20))
-        seconds = context.alternate({"ours": ours(tokens), "layer": prefill(tokens)}, plan)
+        rounds = ROUNDS.get(tokens, Rounds(least=3, budget=20))
+        seconds = context.alternate({"ours": ours(tokens), "layer": prefill(tokens)}, rounds)
         goal = context.goal(f"innovation {tokens}")
         yield figure(
             "innovation + expiry", "prefill of that layer", tokens, seconds["ours"], seconds["layer"], goal=goal

@@ -20,7 +20,7 @@ from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoForCausalLM, cache_of
 from .memory import Measured, in_child
 from .models import load, random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .timing import Action, Plan
+from .timing import Action, Rounds
 
 
 PREFILL, QUICK_PREFILL = (512, 2048), (64, 128)
@@ -73,8 +73,8 @@ def model_checks(context: Context) -> list[Check]:
 def prefill_figures(context: Context) -> Iterator[Figure | str]:
     models = both(context)
     for tokens in QUICK_PREFILL if context.quick else PREFILL:
-        plan = Plan(least=3, most=9, budget=40)
-        seconds = context.alternate({side: prefill(model, tokens) for side, model in models.items()}, plan)
+        rounds = Rounds(least=3, most=9, budget=40)
+        seconds = context.alternate({side: prefill(model, tokens) for side, model in models.items()}, rounds)
         yield prefill_figure(context, tokens, seconds["ours"], seconds["theirs"])
         yield memory_figure(tokens, in_children(context, tokens))
     for tokens in QUICK_LONG if context.quick else LONG:
@@ -157,8 +157,8 @@ def decode_figures(context: Context) -> Iterator[Figure | str]:
     for tokens in QUICK_DECODE if context.quick else DECODE:
         read_on(models["ours"], memory, tokens)
         caches = {"ours": copy.deepcopy(memory), "theirs": filled_cache(models["theirs"].config, tokens)}
-        plan = Plan(least=5, most=15, budget=30)
-        seconds = context.alternate({side: steps(models[side], caches[side]) for side in SIDES}, plan)
+        rounds = Rounds(least=5, most=15, budget=30)
+        seconds = context.alternate({side: steps(models[side], caches[side]) for side in SIDES}, rounds)
         seconds = per_token(seconds)
         goal = context.goal(f"decode {tokens}")
         ours, theirs = seconds["ours"], seconds["theirs"]

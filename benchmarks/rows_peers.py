@@ -14,7 +14,7 @@ from modeling_bmojo import CACHE_NAME, BMojoConfig, BMojoForCausalLM, cache_of
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
 from .rows_model import SIDES, per_token, prefill, steps
-from .timing import Plan
+from .timing import Rounds
 
 
 SIZES = dict(
@@ -61,11 +61,11 @@ def figures(context: Context) -> Iterator[Figure | str]:
     yield f"parameters: ours {sizes['ours'] / 1e6:.1f} million, FalconH1 {sizes['theirs'] / 1e6:.1f} million"
     for tokens in QUICK_TOKENS if context.quick else TOKENS:
         reads = {side: prefill(model, tokens) for side, model in pair.items()}
-        seconds = context.alternate(reads, Plan(least=3, most=5, budget=30))
+        seconds = context.alternate(reads, Rounds(least=3, most=5, budget=30))
         yield figure("prefill", "FalconH1", tokens, seconds["ours"], seconds["theirs"])
         caches = {side: cache_of(read()) for side, read in reads.items()}
         tries = {side: steps(pair[side], caches[side]) for side in SIDES}
-        seconds = per_token(context.alternate(tries, Plan(least=5, most=15, budget=15)))
+        seconds = per_token(context.alternate(tries, Rounds(least=5, most=15, budget=15)))
         yield figure("one decoding step", "FalconH1", tokens, seconds["ours"], seconds["theirs"])
 
 

@@ -14,7 +14,7 @@ from transformers.models.mamba2 import modeling_mamba2
 from . import adapters
 from .memory import in_child
 from .row import Check, Context, Figure, Row, difference, figure
-from .timing import Action, Plan, alternate
+from .timing import Action, Rounds, alternate
 
 
 SHAPES = ((9, 3), (24, 1))  # heads, groups
@@ -82,7 +82,7 @@ def checks(context: Context) -> list[Check]:
 def best_chunk(tokens: int, heads: int, groups: int, backward: bool) -> int:
     """Return the chunk at which theirs is fastest here: the smallest median of three rounds."""
     runs = {chunk: case("theirs", tokens, heads, groups, backward, chunk) for chunk in CHUNKS if chunk <= tokens}
-    seconds = alternate({str(chunk): run for chunk, run in runs.items()}, Plan(least=3, most=3))
+    seconds = alternate({str(chunk): run for chunk, run in runs.items()}, Rounds(least=3, most=3))
     return min(runs, key=lambda chunk: sorted(seconds[str(chunk)])[1])
 
 

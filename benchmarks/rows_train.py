@@ -13,7 +13,7 @@ from .memory import in_child
 from .models import load, random_ids
 from .row import Check, Context, Figure, Row, difference, figure
 from .rows_model import SIDES, both
-from .timing import Action, Plan
+from .timing import Action, Rounds
 
 
 TOKENS, QUICK_TOKENS = 2048, 128
@@ -69,9 +69,9 @@ def checks(context: Context) -> list[Check]:
 def figures(context: Context) -> Iterator[Figure]:
     tokens = QUICK_TOKENS if context.quick else TOKENS
     models = both(context)
-    plan = Plan(least=3, most=5, budget=90)
+    rounds = Rounds(least=3, most=5, budget=90)
     try:
-        seconds = context.alternate({side: step(models[side], tokens) for side in SIDES}, plan)
+        seconds = context.alternate({side: step(models[side], tokens) for side in SIDES}, rounds)
     finally:  # the models are no longer those of the folders: other rows load theirs again
         optimizer_of.cache_clear()
         load.cache_clear()

@@ -18,7 +18,7 @@ Action = Callable[[], object]
 SHORTEST = 0.02  # seconds: a shorter action is repeated until one timing takes this long
 
 
-class Plan(NamedTuple):
+class Rounds(NamedTuple):
     """How many rounds: at least `least`, then more until `budget` seconds are spent or there are `most`.
 
     warm: run everything once before, untimed. Only what takes minutes goes without.
@@ -43,29 +43,29 @@ class Ratio(NamedTuple):
 
 def alternate(
     actions: dict[str, Action],
-    plan: Plan,
+    rounds: Rounds,
     wait: Action | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Run the actions in turn and returns the seconds of one call of each, round by round.
 
     Args:
-        actions: by name, in the order of the first round. plan: how many rounds.
+        actions: by name, in the order of the first round. rounds: how many rounds.
         wait: waits until the device is done (CUDA); called before and after every timing.
     """
     start = clock()
     calls = dict.fromkeys(actions, 1)
-    if plan.warm:
+    if rounds.warm:
         for name, action in actions.items():
             calls[name] = calls_needed(action, wait, clock)
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for done in range(plan.most):
+    for done in range(rounds.most):
         begin = clock()
         gc.collect()  # now, so that it does not come in the middle
         for name in list(actions) if done % 2 == 0 else reversed(list(actions)):
             seconds[name].append(timed(actions[name], calls[name], wait, clock))
         now = clock()
-        if done + 1 >= plan.least and now - start + (now - begin) > plan.budget:
+        if done + 1 >= rounds.least and now - start + (now - begin) > rounds.budget:
             break
     return seconds
 

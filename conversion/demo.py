@@ -31,7 +31,7 @@ READ_CHUNK = 1024  # tokens read at a time, for the progress bar; the result doe
 TOKENS_SHOWN = 10
 
 
-class Reading(NamedTuple):
+class ReadDocument(NamedTuple):
     """What was read and remembered: token ids of the document and its frame, the cache, seconds, kept positions."""
 
     ids: list[int]
@@ -111,7 +111,7 @@ def frame(tokenizer: Any, document: str, question: str) -> tuple[list[int], list
     return head, tail
 
 
-def read(model: Any, ids: list[int]) -> Reading:
+def read(model: Any, ids: list[int]) -> ReadDocument:
     """Read tokens in chunks into one cache and notes which ones every layer kept."""
     import torch
     from tqdm import tqdm
@@ -126,10 +126,12 @@ def read(model: Any, ids: list[int]) -> Reading:
     seconds = time.perf_counter() - start
     layers = [index for index, kind in enumerate(model.config.layer_types) if kind == "bmojo"]
     kept = {index: [token.position for token in cache.remembered(index)] for index in layers}
-    return Reading(ids, cache, seconds, kept)
+    return ReadDocument(ids, cache, seconds, kept)
 
 
-def answer(model: Any, tokenizer: Any, reading: Reading, tail: list[int], longest: int) -> tuple[int, float, float]:
+def answer(
+    model: Any, tokenizer: Any, reading: ReadDocument, tail: list[int], longest: int
+) -> tuple[int, float, float]:
     """Streams the answer; returns new tokens, seconds until the first and seconds for the others."""
     import torch
     from transformers import TextStreamer
@@ -157,7 +159,7 @@ def answer(model: Any, tokenizer: Any, reading: Reading, tail: list[int], longes
     return output.shape[1] - ids.shape[1], times[1] - start, times[-1] - times[1]
 
 
-def show_costs(model: Any, reading: Reading, tail: list[int], timing: tuple[int, float, float]) -> None:
+def show_costs(model: Any, reading: ReadDocument, tail: list[int], timing: tuple[int, float, float]) -> None:
     """Speed, and the bytes of the memory beside the source's key/value cache."""
     config, tokens, total = model.config, len(reading.ids), reading.cache.get_seq_length()
     new, first, rest = timing
@@ -187,7 +189,7 @@ def excerpt(pieces: list[str], position: int, around: int = 6) -> str:
     return " ".join(f"{before}>>{pieces[position]}<<{after}".replace("\n", "\u23ce ").split())
 
 
-def show_memory(model: Any, tokenizer: Any, reading: Reading) -> None:
+def show_memory(model: Any, tokenizer: Any, reading: ReadDocument) -> None:
     """Which tokens the eidetic memories kept, for a few layers and over all of them."""
     pieces = [tokenizer.decode([token]) for token in reading.ids]
     size, window, layers = model.config.eidetic_size, model.config.window_size, list(reading.kept)

@@ -71,7 +71,7 @@ class Refusal(NamedTuple):
     package: str | None = None
 
 
-class Plan(NamedTuple):
+class Choice(NamedTuple):
     """forms: to be tried in this order. passed: backend to `Refusal`. forced: the setting that forces, or None."""
 
     forms: tuple[Form, ...]
@@ -159,7 +159,7 @@ def _widened(args: tuple) -> tuple:
 # The choice ----------------------------------------------------------------------------------------------------------
 @torch.compiler.assume_constant_result
 def _order(op: str, *situation) -> tuple[str, ...]:
-    """Return the backends of `make_plan`, remembered. To torch.compile it is a constant: nothing in here is traced.
+    """Return the backends of `choose`, remembered. To torch.compile it is a constant: nothing in here is traced.
 
     Takes the fields of `Situation` one by one, because a compiler takes only plain values for constants.
     """
@@ -167,14 +167,14 @@ def _order(op: str, *situation) -> tuple[str, ...]:
     exact = dtype == torch.float32 and (device == "cuda" or bool(hub)) and not tf32_allowed()
     order = _ORDERS.get((op, situation, exact))
     if order is None:
-        plan = make_plan(op, Situation(*situation))
-        order = _ORDERS[op, situation, exact] = tuple(form.backend for form in plan.forms)
+        choice = choose(op, Situation(*situation))
+        order = _ORDERS[op, situation, exact] = tuple(form.backend for form in choice.forms)
         if device == "cuda" and _wish(backend)[1] == "auto":
-            _tell_what_is_missing(plan)
+            _tell_what_is_missing(choice)
     return order
 
 
-def make_plan(op: str, situation: Situation) -> Plan:
+def choose(op: str, situation: Situation) -> Choice:
     """Which implementations of `op`, one of `OPERATIONS`, a call in this situation may use, best first.
 
     The environment variable wins over the situation's backend.
@@ -193,7 +193,7 @@ def make_plan(op: str, situation: Situation) -> Plan:
             raise _unavailable(op, source, backend, refusal)
         else:
             passed[name] = refusal
-    return Plan(tuple(forms), passed, source if forced else None)
+    return Choice(tuple(forms), passed, source if forced else None)
 
 
 def _refusals(backend: str, op: str, now: Situation, forced: bool) -> Iterator[Refusal]:
@@ -275,10 +275,10 @@ def forget() -> None:
     environment.cache_clear()
 
 
-def _tell_what_is_missing(plan: Plan) -> None:
+def _tell_what_is_missing(choice: Choice) -> None:
     """Once per process: which packages would make this GPU faster."""
-    better = PREFERENCE[: PREFERENCE.index(plan.forms[0].backend)]
-    if _TOLD or not any(plan.passed[name].package for name in better):
+    better = PREFERENCE[: PREFERENCE.index(choice.forms[0].backend)]
+    if _TOLD or not any(choice.passed[name].package for name in better):
         return
     wanted = {kernel.package: (kernel.module, kernel.name) for kernel in KERNELS.values()}
     missing = {package: load(*place)[1] for package, place in (wanted | {"triton": ("triton", "jit")}).items()}

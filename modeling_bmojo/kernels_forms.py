@@ -11,8 +11,8 @@ KERNEL_BACKENDS = ("auto", *PREFERENCE)  # values of the setting
 class Form(NamedTuple):
     """One implementation of one operation.
 
-    label: its name for people. call: with the torch form's signature; None in a `Plan` for a hub kernel, which belongs
-    to a model.
+    label: its name for people. call: with the torch form's signature; None in a `Choice` for a hub kernel, which
+    belongs to a model.
     narrow: takes x, B and C of a scan in the model's dtype. refuse: of a call's arguments, why it cannot, or None.
     backward: gradients flow through it.
     """

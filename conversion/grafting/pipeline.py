@@ -29,7 +29,7 @@ from .check import check_against_source
 from .families import backbone_fields, bmojo_config_for, family_of, source_layer_types, source_window
 from .layer_choice import MEASURED, measure_layers, write_ranking
 from .report import (
-    Piece,
+    SourceRows,
     dtype_name,
     pieces_of,
     plan_copy,
@@ -64,7 +64,7 @@ class Plan:
     ranking: dict[str, Any] | None = None  # where the layers were chosen by measuring
 
     @cached_property
-    def pieces(self) -> dict[str, Piece]:
+    def pieces(self) -> dict[str, SourceRows]:
         """Where each copied target tensor comes from."""
         return pieces_of(self.copies, self.shapes)
 

@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Piece:
+class SourceRows:
     """Where a copied target tensor comes from: rows `[start, stop)` of a source tensor; `whole`: it has no others."""
 
     source: str
@@ -76,19 +76,19 @@ def goals_of(entry: Mapping[str, Any]) -> list[str]:
     return [entry["copied-to"]] if "copied-to" in entry else entry.get("split-into", [])
 
 
-def pieces_of(plan: Mapping[str, Mapping[str, Any]], target: Shapes) -> dict[str, Piece]:
+def pieces_of(plan: Mapping[str, Mapping[str, Any]], target: Shapes) -> dict[str, SourceRows]:
     """Where each copied target tensor comes from, by its name."""
     pieces = {}
     for name, entry in plan.items():
         goals, start = goals_of(entry), 0
         for goal in goals:
-            pieces[goal] = Piece(name, start, start + target[goal][0], whole=len(goals) == 1)
+            pieces[goal] = SourceRows(name, start, start + target[goal][0], whole=len(goals) == 1)
             start += target[goal][0]
     return pieces
 
 
 def target_account(
-    pieces: Mapping[str, Piece],
+    pieces: Mapping[str, SourceRows],
     initialised: Mapping[str, str],
     shapes: Shapes,
     dtypes: Mapping[str, torch.dtype],

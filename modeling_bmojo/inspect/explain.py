@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..configuration_bmojo import FADING_MEMORIES, BMojoConfig
-from ..dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, environment, make_plan
+from ..dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, choose, environment
 from ..layer_memory_bmojo import LayerMemory
 
 
@@ -93,15 +93,15 @@ def _explain(op: str, used: bool, config: BMojoConfig, situation: Situation) -> 
 
 def _choice(op: str, config: BMojoConfig, situation: Situation) -> tuple[str, dict[str, tuple[str, str]]]:
     """Return the form that the model's first call would take, and why each better backend is passed over."""
-    plan = make_plan(op, situation)
-    passed = {name: (refusal.reason, refusal.remedy) for name, refusal in plan.passed.items()}
-    for form in plan.forms:
+    choice = choose(op, situation)
+    passed = {name: (refusal.reason, refusal.remedy) for name, refusal in choice.passed.items()}
+    for form in choice.forms:
         reason = None if form.refuse is None else form.refuse(*_example(op, config, situation.grad))
         if reason is None:
             better = PREFERENCE[: PREFERENCE.index(form.backend)]
             return form.label, {name: passed[name] for name in better if name in passed}
-        if plan.forced is not None:
-            raise ValueError(f"{plan.forced}={form.backend!r}: {reason}.")
+        if choice.forced is not None:
+            raise ValueError(f"{choice.forced}={form.backend!r}: {reason}.")
         passed[form.backend] = (reason, "the model's sizes decide that")
     raise ValueError(f"operation {op!r}: no implementation takes the model's sizes.")
 

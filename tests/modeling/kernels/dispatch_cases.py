@@ -14,7 +14,7 @@ from modeling_bmojo.dispatch_bmojo import (
     TORCH,
     TRITON,
     Situation,
-    make_plan,
+    choose,
 )
 from modeling_bmojo.kernels_cuda import KERNELS
 from modeling_bmojo.memory_ops import NEVER
@@ -180,7 +180,7 @@ def fake_load(monkeypatch, **present):
 
 def chosen(op, **situation) -> list[str]:
     situation = {"device": "cuda", "dtype": torch.bfloat16} | situation
-    return [form.backend for form in make_plan(op, Situation(**situation)).forms]
+    return [form.backend for form in choose(op, Situation(**situation)).forms]
 
 
 def python(code: str, *folders: Path, **variables: str) -> subprocess.CompletedProcess:

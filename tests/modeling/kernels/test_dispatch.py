@@ -19,7 +19,7 @@ from modeling_bmojo.dispatch_bmojo import (
     TRITON,
     Kernels,
     Situation,
-    make_plan,
+    choose,
 )
 from modeling_bmojo.kernels_attention import triton_attention_form
 from modeling_bmojo.kernels_cuda import KERNELS
@@ -55,15 +55,15 @@ def test_elsewhere_than_on_cuda_it_is_torch(op, device, installed):
 
 @pytest.mark.parametrize("op", SSM)
 def test_installed_packages_come_before_torch_on_cuda(op, installed):
-    plan = make_plan(op, Situation("cuda", torch.bfloat16))
-    assert plan.forms[0].backend == "cuda" and plan.forms[-1].backend == "torch"
-    assert plan.forms[0].narrow == (op in ("chunk_scan", "scan_step"))
+    choice = choose(op, Situation("cuda", torch.bfloat16))
+    assert choice.forms[0].backend == "cuda" and choice.forms[-1].backend == "torch"
+    assert choice.forms[0].narrow == (op in ("chunk_scan", "scan_step"))
 
 
 def test_each_package_counts_for_itself(monkeypatch):
     install(monkeypatch, "causal_conv1d")
     assert chosen("conv")[0] == "cuda" and "cuda" not in chosen("chunk_scan")
-    assert make_plan("chunk_scan", Situation("cuda", torch.bfloat16)).passed["cuda"].package == "mamba-ssm"
+    assert choose("chunk_scan", Situation("cuda", torch.bfloat16)).passed["cuda"].package == "mamba-ssm"
 
 
 @pytest.mark.parametrize("op", SSM)
@@ -75,7 +75,7 @@ def test_dtype_and_gradients_decide(op, installed):
 def test_fp32_is_not_rounded_to_tf32_unless_pytorch_may(installed, monkeypatch):
     """mamba-ssm's scan multiplies in TF32; PyTorch's own products do so only when the user allows it."""
     assert "cuda" not in chosen("chunk_scan", dtype=torch.float32)
-    assert "TF32" in make_plan("chunk_scan", Situation("cuda", torch.float32)).passed["cuda"].reason
+    assert "TF32" in choose("chunk_scan", Situation("cuda", torch.float32)).passed["cuda"].reason
     assert chosen("chunk_scan", dtype=torch.float32, backend="cuda") == ["cuda"]
     for op in ("conv", "conv_step", "scan_step"):
         assert chosen(op, dtype=torch.float32)[0] == "cuda"
@@ -99,7 +99,7 @@ def test_the_switch_for_tf32_is_read_at_every_call(installed, on_gpu, monkeypatc
 def test_hub_kernels_come_first_where_they_were_asked_for(installed):
     assert chosen("conv", hub=("conv",))[:2] == ["hub", "cuda"]
     assert chosen("chunk_scan", hub=("conv",))[0] == "cuda"
-    reasons = [make_plan("conv", Situation("cuda", torch.bfloat16, hub=hub)).passed["hub"].reason for hub in (None, ())]
+    reasons = [choose("conv", Situation("cuda", torch.bfloat16, hub=hub)).passed["hub"].reason for hub in (None, ())]
     assert "not asked for" in reasons[0] and "loaded no hub kernel" in reasons[1]
 
 
@@ -140,7 +140,7 @@ def test_triton_forms_join_by_their_table(monkeypatch):
     monkeypatch.setattr(dispatch_bmojo, "device_type", lambda tensor: "cuda")
     assert chosen("expiry") == ["triton", "torch"] and chosen("conv") == ["triton", "torch"]
     assert chosen("conv", grad=True) == ["torch"] and chosen("conv", device="cpu") == ["torch"]
-    assert "no such operation" in make_plan("innovation", Situation("cuda", torch.float32)).passed["triton"].reason
+    assert "no such operation" in choose("innovation", Situation("cuda", torch.float32)).passed["triton"].reason
     kernels, query = Kernels(), torch.zeros(1, 1, 2, 2)
     assert kernels.run("expiry", query, None, 1, 1, 1, 1) == "expiry by triton"
     assert kernels.run("memory_attention", query, [], 1, 1.0) == ("attention by triton", None)
@@ -296,7 +296,7 @@ def test_a_broken_package_keeps_its_reason(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise RuntimeError('CUDA driver too old\\nand more lines')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     install(monkeypatch, "causal_conv1d")
-    refusal = make_plan("chunk_scan", Situation("cuda", torch.bfloat16)).passed["cuda"]
+    refusal = choose("chunk_scan", Situation("cuda", torch.bfloat16)).passed["cuda"]
     assert refusal.reason == "mamba_ssm cannot be imported (RuntimeError: CUDA driver too old)"
     assert chosen("chunk_scan")[-1] == "torch" and chosen("conv")[0] == "cuda"
     with pytest.raises(
@@ -308,16 +308,16 @@ def test_a_broken_package_keeps_its_reason(tmp_path, monkeypatch):
 def test_a_package_without_the_function_keeps_its_reason(monkeypatch):
     install(monkeypatch, "causal_conv1d")
     monkeypatch.delattr(sys.modules["causal_conv1d"], "causal_conv1d_update")
-    assert "AttributeError" in make_plan("conv_step", Situation("cuda", torch.bfloat16)).passed["cuda"].reason
+    assert "AttributeError" in choose("conv_step", Situation("cuda", torch.bfloat16)).passed["cuda"].reason
     assert chosen("conv")[0] == "cuda"
 
 
 def test_a_choice_is_made_once(installed, on_gpu, monkeypatch):
-    """Decoding imports nothing and makes no plan anew."""
+    """Decoding imports nothing and chooses nothing anew."""
     kernels, inputs = Kernels(), cast(conv_case(1, 1, True, 0)[0], torch.float32)
     with torch.no_grad():
         kernels.run("conv_step", *inputs)
-        monkeypatch.setattr(dispatch_bmojo, "make_plan", None)
+        monkeypatch.setattr(dispatch_bmojo, "choose", None)
         monkeypatch.setattr(importlib, "import_module", None)
         kernels.run("conv_step", *inputs)
     assert CALLS == ["causal_conv1d_update"] * 2
@@ -325,7 +325,7 @@ def test_a_choice_is_made_once(installed, on_gpu, monkeypatch):
 
 def test_a_form_stays_the_same_object(installed):
     """A compiler guards on it: another object of the same kind would compile the model again."""
-    first, second = (make_plan(op, Situation("cuda", torch.bfloat16)).forms[0] for op in ("conv", "conv"))
+    first, second = (choose(op, Situation("cuda", torch.bfloat16)).forms[0] for op in ("conv", "conv"))
     assert first.call is second.call
 
 

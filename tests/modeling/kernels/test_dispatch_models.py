@@ -13,7 +13,7 @@ from modeling_bmojo.dispatch_bmojo import (
     TORCH,
     Kernels,
     Situation,
-    make_plan,
+    choose,
 )
 from tests.modeling.kernels import kernel_stubs
 from tests.modeling.kernels.dispatch_cases import (
@@ -91,7 +91,7 @@ def test_triton_is_passed_over_on_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch_bmojo, "unavailable", lambda device: f"{device} is too old")
     assert chosen("expiry") == ["torch"]
-    assert make_plan("expiry", Situation("cuda", torch.float32)).passed["triton"].reason == "cuda is too old"
+    assert choose("expiry", Situation("cuda", torch.float32)).passed["triton"].reason == "cuda is too old"
 
 
 def test_training_on_the_packages_equals_training_on_torch(installed, on_gpu):
