@@ -72,7 +72,7 @@ class BMojoAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.memory = LayerMemory(config, layer_idx)
+        self.accept_memory(LayerMemory(config, layer_idx))
         self.head_dim = size = config.head_dim
         multiplier = config.attention_multiplier
         self.scaling = size**-0.5 if multiplier is None else multiplier
@@ -98,9 +98,10 @@ class BMojoAttention(nn.Module):
             sizes = (query_size, key_size) if self.norm_joins_heads else (size, size)
             self.q_norm, self.k_norm = (BMojoRMSNorm(each, config.rms_norm_eps) for each in sizes)
 
-    @property
-    def spec(self):
-        return self.memory.spec
+    def accept_memory(self, memory: LayerMemory) -> None:
+        """Read with this memory from now on."""
+        self.memory, self.spec = memory, memory.spec
+        self._fading_part = memory.part(FadingTokens)
 
     def forward(
         self,
@@ -145,7 +146,7 @@ class BMojoAttention(nn.Module):
     def _signals(self, fading: torch.Tensor | None, predictions: list[Prediction] | None, rows: Rows) -> list:
         """Return what the innovation test judges by, for each group of mixer rows; None where that is the keys, or
         nothing."""
-        signal = None if self.memory.innovation is None else self.memory.innovation.signal
+        signal = self.memory.signal
         if signal == "output" and fading is not None:
             return to_rows(rows.layout, fading)
         if signal == "prediction" and predictions is not None:
@@ -263,7 +264,7 @@ class BMojoAttention(nn.Module):
         They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which
         pads alone see. A single step makes one of its only output, and the part knows whether to take it.
         """
-        if fading is None or (steps and not self.memory.part(FadingTokens).makes_one(counted, cache)):
+        if fading is None or (steps and not self._fading_part.makes_one(counted, cache)):
             return None
         made_of, stride, tokens = fading, self.spec.stride, fading[0].shape[1]
         if stride > 1 and not steps:

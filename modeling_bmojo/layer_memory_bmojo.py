@@ -30,11 +30,12 @@ class LayerMemory:
         self.spec: LayerSpec = config.layer_spec(layer_idx)
         self.parts: list[MemoryPart] = [part(config, self.spec) for part in PARTS if part.belongs(config, self.spec)]
         self.innovation = INNOVATIONS[config.innovation](config) if self.spec.slots else None
+        self.signal = None if self.innovation is None else self.innovation.signal
         self.fading = FADING_MEMORIES[config.ssm_type] if self.spec.has_ssm else None
         self.hidden = config.hidden_size
         places = 0
         for part in self.parts:
-            part.first = places
+            part.settle(places)
             places += part.places
         self.bounded = bool(self.parts) and all(part.bounded for part in self.parts)
         self.takes_left = any(part.takes_left for part in self.parts)

@@ -150,7 +150,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         """Remember what the configuration says now, with the weights as they are: for code that has changed it."""
         self.spec = config.layer_spec(self.layer_idx)
         if self.spec.has_attention:
-            self.self_attn.memory = LayerMemory(config, self.layer_idx)
+            self.self_attn.accept_memory(LayerMemory(config, self.layer_idx))
 
     def forward(
         self,
@@ -195,15 +195,14 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             cache.prepare(hidden_states)
         y = predictions = None
         if self._runs_ssm(rows, hidden_states.shape[1], cache is not None):
-            y, predictions = self.fading(hidden_states, rows, cache, self._judges_by() == "prediction")
+            y, predictions = self.fading(hidden_states, rows, cache, self._signal() == "prediction")
         if not self.spec.has_attention:
             return y, None
         return self.self_attn(hidden_states, rows, y, predictions, cache)
 
-    def _judges_by(self) -> str | None:
-        """Return the signal of the layer's innovation test."""
-        innovation = self.self_attn.memory.innovation if self.spec.has_attention else None
-        return None if innovation is None else innovation.signal
+    def _signal(self) -> str | None:
+        """Return what the layer's innovation test judges by."""
+        return self.self_attn.memory.signal if self.spec.has_attention else None
 
     def check_hooks(self, rows: Rows, columns: int, cached: bool) -> None:
         """Raise ValueError for hooks on tied projections, before anything has run: `BMojoAttention.check_hooks`."""
@@ -221,7 +220,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             return self.spec.has_ssm
         longest = columns if rows.layout is None else rows.layout.longest
         unread = longest <= self.spec.window and not cached
-        return not unread and (self.spec.fading > 0 or self._judges_by() in ("output", "prediction"))
+        return not unread and (self.spec.fading > 0 or self._signal() in ("output", "prediction"))
 
 
 class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):

@@ -120,7 +120,7 @@ class Observed(NamedTuple):
 class MemoryPart:
     """One memory of a layer. It holds sizes and no tensors: those are states of the cache.
 
-    places: entries in the layer's key buffer. first: where they begin (set by `LayerMemory`). takes_left: it takes in
+    places: entries in the layer's key buffer. first, own: where they begin, and which they are. takes_left: it takes in
     what the parts before it let go. bounded: its offers are empty while no token is beyond the window.
 
     Args:
@@ -128,12 +128,15 @@ class MemoryPart:
     """
 
     places = 0
-    first = 0
     takes_left = False
     bounded = False
 
     def __init__(self, config: PreTrainedConfig, spec: LayerSpec):
         self.spec = spec
+
+    def settle(self, first: int) -> None:
+        """Take the places from `first` on."""
+        self.first, self.own = first, slice(first, first + self.places)
 
     @classmethod
     def belongs(cls, config: PreTrainedConfig, spec: LayerSpec) -> bool:
@@ -159,11 +162,6 @@ class MemoryPart:
     def arrange(self, states: dict[str, torch.Tensor]) -> None:
         """Put its entries of `states` (copies) into an order that does not tell how the text was cut when it was read,
         and zeros where nothing lies: to compare two caches of one text."""
-
-    @property
-    def own(self) -> slice:
-        """Its places in the key buffer."""
-        return slice(self.first, self.first + self.places)
 
 
 def require(rules: dict[str, torch.Tensor], what: str) -> None:
