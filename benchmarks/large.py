@@ -42,7 +42,7 @@ def llama(layers: int, hidden: int = 2048, vocabulary: int = 32000) -> LlamaConf
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig, shard: str) -> None:
-    """Return a random checkpoint of the config in bfloat16, made one shard at a time."""
+    """Write a random checkpoint of the config in bfloat16, made one shard at a time."""
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):

@@ -123,7 +123,7 @@ def run_row(row: Row, context: Context, result: Result, keep) -> None:
 
 
 def run(rows: Sequence[Row], context: Context, outcome: Report, path: Path, asked: Sequence[str] | None = None) -> None:
-    """Give every row its turn and keeps the JSON current; raises KeyboardInterrupt on, with the row marked."""
+    """Give every row its turn and keep the JSON current; raises KeyboardInterrupt on, with the row marked."""
     start = time.perf_counter()
 
     def keep() -> None:
@@ -153,7 +153,7 @@ def log(text: str) -> None:
 
 
 def publish(outcome: Report, path: Path) -> None:
-    """Return the table on stdout and in a file, the diagrams in another."""
+    """Print the table on stdout and in a file, the diagrams in another."""
     text = report.markdown(outcome)
     with report.beside(path.with_suffix(".md")) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -165,7 +165,7 @@ def publish(outcome: Report, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None, rows: Sequence[Row] | None = None) -> int:
-    """Run the benchmark and returns its exit status. rows: others than the benchmark's own, for tests."""
+    """Run the benchmark and return its exit status. rows: others than the benchmark's own, for tests."""
     try:
         arguments = parse_arguments(argv)
     except ValueError as error:

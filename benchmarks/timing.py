@@ -47,7 +47,7 @@ def alternate(
     wait: Action | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Run the actions in turn and returns the seconds of one call of each, round by round.
+    """Run the actions in turn and return the seconds of one call of each, round by round.
 
     Args:
         actions: by name, in the order of the first round. rounds: how many rounds.
@@ -71,7 +71,7 @@ def alternate(
 
 
 def calls_needed(action: Action, wait: Action | None, clock: Callable[[], float]) -> int:
-    """Run the action, which compiles, allocates and fills caches; returns how many calls make a timing long enough."""
+    """Run the action, which compiles, allocates and fills caches; return how many calls make a timing long enough."""
     first = timed(action, 1, wait, clock)
     if first > 10 * SHORTEST:
         return 1

@@ -16,7 +16,7 @@ from .training.settings import AlignSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and returns its exit status."""
+    """Run the program and return its exit status."""
     return run("align", AlignSettings, (__doc__ or "").splitlines()[0], argv)
 
 

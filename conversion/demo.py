@@ -112,7 +112,7 @@ def frame(tokenizer: Any, document: str, question: str) -> tuple[list[int], list
 
 
 def read(model: Any, ids: list[int]) -> ReadDocument:
-    """Read tokens in chunks into one cache and notes which ones every layer kept."""
+    """Read tokens in chunks into one cache and note which ones every layer kept."""
     import torch
     from tqdm import tqdm
 
@@ -249,7 +249,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo and returns its exit status: 0 done, 2 refused with a message, 130 interrupted."""
+    """Run the demo and return its exit status: 0 done, 2 refused with a message, 130 interrupted."""
     arguments = parse_arguments(argv)
     # Before transformers is imported: downloads and the copies of loaded code belong into the checkout, not the home.
     os.environ.setdefault("HF_HOME", str(OUTPUTS / "huggingface"))

@@ -51,7 +51,7 @@ def settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
 
 
 def evaluate(settings: EvaluationSettings, command: str, overwrite: bool = False, reuse: bool = False) -> str:
-    """Measures what is missing, writes the folder and returns the table.
+    """Measure what is missing, write the folder and return the table.
 
     Raises:
         ValueError: anything about settings, source, grafts, texts or output that stops the evaluation.
@@ -77,7 +77,7 @@ def _evaluate(settings: EvaluationSettings, command: str, overwrite: bool, reuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and returns its exit status."""
+    """Run the program and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
     command = f"python -m conversion.evaluate {shlex.join(argv)}"

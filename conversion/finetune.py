@@ -16,7 +16,7 @@ from .training.settings import FinetuneSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and returns its exit status."""
+    """Run the program and return its exit status."""
     return run("finetune", FinetuneSettings, (__doc__ or "").splitlines()[0], argv)
 
 

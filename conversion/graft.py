@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and returns its exit status."""
+    """Run the program and return its exit status."""
     arguments = parse_arguments(argv)
 
     def work() -> int:

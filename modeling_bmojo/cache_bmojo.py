@@ -208,7 +208,7 @@ class BMojoCache(Cache):
             self.layers[layer_idx].offload()
 
     def to(self, device: torch.device | str | None) -> "BMojoCache":
-        """Move every state, in place, and returns itself. None changes nothing, as for tensors (accelerate asks)."""
+        """Move every state, in place, and return itself. None changes nothing, as for tensors (accelerate asks)."""
         if device is None:
             return self
         with self._writing():

@@ -22,7 +22,7 @@ class BackboneConfig(FileConfig):
     """The part of `BMojoConfig` that checks the Transformer."""
 
     def _validate_types(self) -> None:
-        """Return the types that filling in defaults relies on, and that reading a saved configuration does."""
+        """Check the types that filling in defaults relies on, and that reading a saved configuration does."""
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
             reject("dtype", self.dtype, "must be a torch dtype or its name", "e.g. 'bfloat16'")

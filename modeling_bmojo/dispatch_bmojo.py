@@ -243,7 +243,7 @@ def _no_backward(name: str) -> Refusal:
 
 
 def _load_cuda() -> dict[str, Form]:
-    """Import the packages and fills their table with what is there."""
+    """Import the packages and fill their table with what is there."""
     found = {op: load(kernel.module, kernel.name)[0] for op, kernel in KERNELS.items()}
     FORMS["cuda"] |= {op: KERNELS[op].bound("cuda", KERNELS[op].form(call)) for op, call in found.items() if call}
     return FORMS["cuda"]

@@ -138,8 +138,7 @@ class EideticMemory(MemoryPart):
 
     # One token -------------------------------------------------------------------------------------------------------
     def _step(self, tokens: Tokens, layer: Any) -> Observed:
-        """Return the new token takes the place of the one that is forgotten: in place, with fixed shapes; nothing
-        moves."""
+        """Put the new token in the place of the one that is forgotten, with fixed shapes; nothing moves."""
         active = None if tokens.lengths is None else tokens.lengths > 0
         known = tokens.counted
         seen = layer.columns if known else layer.seen
@@ -193,7 +192,7 @@ class EideticMemory(MemoryPart):
 
     # What a file may hold --------------------------------------------------------------------------------------------
     def check(self, states, seen):
-        """Return the last W tokens are there, each once; before them older ones, as many as have room."""
+        """Check that the last W tokens are there, each once; before them older ones, as many as have room."""
         innovations = states["innovations"]
         seen = seen[:, None]
         newest = states["positions"][:, self.own].sort(dim=1, descending=True).values

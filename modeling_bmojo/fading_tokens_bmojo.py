@@ -132,8 +132,8 @@ class FadingTokens(MemoryPart):
 
     # One token -------------------------------------------------------------------------------------------------------
     def _step(self, tokens: Tokens, layer: Any) -> Observed:
-        """Return a fading token that the new token makes joins the delay line, and the one that it replaces there, W
-        tokens older, becomes visible."""
+        """Let a fading token that the new token makes join the delay line, and the one that it replaces there, W tokens
+        older, become visible."""
         known = tokens.counted
         seen = layer.columns if known else layer.seen
         leaving = seen - self.window

@@ -109,7 +109,7 @@ def _check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, 
 
 
 def _check_continues(cache: BMojoCache, mask: torch.Tensor | None, position_ids: torch.Tensor) -> None:
-    """Return a row that has read n tokens goes on at position n or later: one further back would be another
+    """Check that a row that has read n tokens goes on at position n or later: one further back would be another
     sequence."""
     first = position_ids[:, 0] if mask is None else position_ids.gather(1, mask.to(torch.int8).argmax(1)[:, None])[:, 0]
     seen = cache.seen.to(first.device)

@@ -102,7 +102,7 @@ def _rows_contiguous(value: torch.Tensor) -> torch.Tensor:
 def offers_to_index(
     sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor]], blocks: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Join key sets along S and writes what each block is offered as one index.
+    """Join key sets along S and write what each block is offered as one index.
 
     Args:
         sets: per set its keys and either a band `(low, high)`, block j being offered the coordinates

@@ -625,7 +625,8 @@ def _refuse_packing(
     seq_idx: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None,
 ) -> None:
-    """Return a head with one answer per row (a class, a span) has none for each of several sequences in it.
+    """Refuse packed rows: a head with one answer per row (a class, a span) has none for each of several sequences in
+    it.
 
     Raises:
         ValueError: for packed sequences, whichever of the three arguments tells of them.

@@ -173,7 +173,7 @@ def _step(
     D: torch.Tensor | None,
     decayed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write one token into the decayed state `[B, H, P, N]`, in place, and reads it: y `[B, 1, H, P]` and the state.
+    """Write one token into the decayed state `[B, H, P, N]`, in place, and read it: y `[B, 1, H, P]` and the state.
 
     Heads stand as (group, head of the group), so that B and C broadcast instead of repeating.
     """

@@ -81,7 +81,7 @@ def assigned_names(source: str) -> list[str]:
 
 
 def execute(path: Path, parameters: Mapping[str, Any] | None = None, folder: Path | None = None) -> NotebookNode:
-    """Run a notebook in a fresh kernel and returns it with its outputs; the file stays as it is.
+    """Run a notebook in a fresh kernel and return it with its outputs; the file stays as it is.
 
     Args:
         parameters: values in place of those of the cell tagged "parameters"; any that Python can write and read back.
@@ -151,7 +151,7 @@ def write(notebook: NotebookNode, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and returns its exit status."""
+    """Run the program and return its exit status."""
     parser = argparse.ArgumentParser(prog="python notebooks/run.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of this folder")
     try:

@@ -66,7 +66,7 @@ def generation_settings(stated: Mapping[str, Any], config: BMojoConfig) -> dict[
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:
-    """Save the tokenizer and checks that it reads back as itself; returns what the report says of it.
+    """Save the tokenizer and check that it reads back as itself; return what the report says of it.
 
     Raises:
         ValueError: it has more tokens than the model, or reads back different.

@@ -21,7 +21,7 @@ TORCH_READER = re.compile(r"PytorchStreamReader|invalid header or archive is cor
 
 
 def run_program(work: Callable[[], int], interrupted: str = "nothing was written") -> int:
-    """Run the work of a program and returns the exit status.
+    """Run the work of a program and return the exit status.
 
     Args:
         work: returns a status. interrupted: what to say after Ctrl-C, unless the interrupt says something itself.

@@ -93,7 +93,7 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def clear_leftovers(output: Path) -> None:
-    """Remove what killed processes left beside `output`, and puts back an old output that one had just moved aside.
+    """Remove what killed processes left beside `output`, and put back an old output that one had just moved aside.
 
     Only for the sole writer of `output`: nobody else's work can be among it then.
     """
@@ -134,7 +134,7 @@ def _finish(folder: Path) -> None:
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """Return a fresh sibling folder that becomes `output` when the block ends well and vanishes when it does not.
+    """Yield a fresh sibling folder that becomes `output` when the block ends well and vanishes when it does not.
 
     Only for the sole writer of `output` (`sole_writer`), who clears away what a killed one left.
 

@@ -76,7 +76,7 @@ def device_of(settings: EvaluationSettings) -> torch.device:
 
 
 def prepare(settings: EvaluationSettings) -> Job:
-    """Open the source and checks everything that can be checked without reading weights.
+    """Open the source and check everything that can be checked without reading weights.
 
     Raises:
         ValueError: anything about settings, source, grafts or texts that stops the evaluation.

@@ -71,7 +71,7 @@ class Store:
         return self.measurements[row][section]
 
     def put(self, row: str, section: str, key: str, values: Mapping[str, Any]) -> None:
-        """Take a measurement in, made on this machine, and writes everything measured so far."""
+        """Take a measurement in, made on this machine, and write everything measured so far."""
         self.measurements.setdefault(row, {})[section] = {"key": key, "machine": self.header["machine"], **values}
         self.write(finished=False)
 

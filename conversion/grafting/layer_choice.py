@@ -106,7 +106,7 @@ def rank_layers(model: torch.nn.Module, kinds: Sequence[str], texts: Sequence[to
 
 
 def write_ranking(folder: Path, ranking: dict[str, Any]) -> None:
-    """Return the ranking as JSON and as a bar per layer."""
+    """Write the ranking as JSON and as a bar per layer."""
     write_json(folder / RANKING_FILE, ranking)
     count = len(ranking["harm"])
     figure = new_figure(max(5.0, 0.28 * count + 1.5), 3.4)

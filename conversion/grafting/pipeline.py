@@ -144,7 +144,7 @@ def damage(output: Path, report: Mapping[str, Any]) -> str | None:
 
 
 def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
-    """Open the source and checks everything that can be checked without reading its tensors."""
+    """Open the source and check everything that can be checked without reading its tensors."""
     output = Path(settings.output)
     source = open_source(settings.source, settings.allow_pickle)
     if Path(settings.source).exists():

@@ -38,7 +38,7 @@ def settings_of(kind: type[TrainingSettings], arguments: argparse.Namespace) -> 
 
 
 def run(program: str, kind: type[TrainingSettings], purpose: str, argv: Sequence[str] | None) -> int:
-    """Run the program and returns its exit status: 0 done, 2 refused or failed with a message, 130 interrupted."""
+    """Run the program and return its exit status: 0 done, 2 refused or failed with a message, 130 interrupted."""
     arguments = parse_arguments(program, purpose, argv)
 
     def work() -> int:

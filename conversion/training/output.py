@@ -108,7 +108,7 @@ def write_adapter(
 
 
 def write_log(folder: Path, state: TrainerState, runs: Path) -> None:
-    """Return the training's log as JSON, and its TensorBoard files."""
+    """Write the training's log as JSON, and its TensorBoard files."""
     write_text(folder / LOG_FILE, json.dumps(state.log_history, indent=1) + "\n")
     if runs.is_dir():
         shutil.copytree(runs, folder / "runs", dirs_exist_ok=True)

@@ -186,7 +186,7 @@ def _finish(task: Task, settings: TrainingSettings, which: str) -> Result:
 
 
 def _write(task: Task, settings: TrainingSettings, tensors: dict[str, torch.Tensor], state: TrainerState) -> None:
-    """Return the output folder, whole or not at all."""
+    """Write the output folder, whole or not at all."""
     entry = training_entry(task.program, settings, task.trained, task.sizes, state)
     with staged_folder(Path(settings.output)) as folder:
         task.write(folder, tensors, entry)

@@ -62,7 +62,7 @@ def find_checkpoint(source: str) -> Path:
 
 
 def _refuse_adapter(source: str, folder: Path) -> None:
-    """Return an adapter is no model, and only its own base becomes one with it (ValueError)."""
+    """Refuse an adapter: it is no model, and only its own base becomes one with it (ValueError)."""
     file = folder / "adapter_config.json"
     if not file.is_file() or (folder / "config.json").is_file():
         return

@@ -81,8 +81,8 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
 
 
 def _check_learns(student: Student, trained: list[str]) -> None:
-    """Return the SSM of a layer without fading tokens feeds the innovation test alone, which has no gradient
-    (ValueError)."""
+    """Refuse what has no gradient: the SSM of a layer without fading tokens feeds the innovation test alone, which has
+    no gradient (ValueError)."""
     if student.config.fading_size == 0 and all(".fading." in name for name in trained):
         raise ValueError(
             "train: with fading_size=0 nothing that can be trained depends on the fading memory; set "

@@ -166,7 +166,7 @@ class BMojoTrainer(Trainer):
 
     # Steps -----------------------------------------------------------------------------------------------------------
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """Return the Trainer's own; nothing where a resumed run has no step left, which the Trainer sees only after a
+        """Do the Trainer's own; nothing where a resumed run has no step left, which the Trainer sees only after a
         step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -180,7 +180,7 @@ class BMojoTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Return the Trainer's own; older checkpoints go only when this one is complete (`checkpoints.seal`)."""
+        """Do the Trainer's own; older checkpoints go only when this one is complete (`checkpoints.seal`)."""
         work, limit = Path(self.args.output_dir), self.args.save_total_limit
         folder = work / f"checkpoint-{self.state.global_step}"
         try:

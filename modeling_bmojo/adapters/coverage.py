@@ -116,7 +116,7 @@ def _rank(module: nn.Module) -> int | None:
 
 
 def print_lora_coverage(model: nn.Module) -> list[LayerCoverage]:
-    """Print what is adapted per layer, equal neighbours on one line, and returns the rows of `lora_coverage`.
+    """Print what is adapted per layer, equal neighbours on one line, and return the rows of `lora_coverage`.
 
     Warns (`UserWarning`) of layers in which nothing is adapted or trained.
 

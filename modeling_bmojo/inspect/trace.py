@@ -47,7 +47,7 @@ class InnovationTrace(NamedTuple):
 def trace_innovation(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> InnovationTrace:
-    """Read a text into a fresh cache and notes every token's innovation. The model stays as it is.
+    """Read a text into a fresh cache and note every token's innovation. The model stays as it is.
 
     Args:
         model: a B'MOJO model, with or without adapters. input_ids: `[B, T]`. attention_mask: `[B, T]` or None.
