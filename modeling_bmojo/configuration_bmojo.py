@@ -30,6 +30,8 @@ FADING_MEMORIES: dict[str, type[FadingMemory]] = {each.name: each for each in (S
 # In the order in which they take tokens in: what a part lets go is for those behind it.
 PARTS: list[type[MemoryPart]] = [FadingTokens, EideticMemory, FullContext]
 
+DECAY_CLOCKS = ("tokens", "innovation")
+
 # Before anything of transformers asks for our names.
 register_names()
 
@@ -56,7 +58,9 @@ class BMojoConfig(BackboneConfig):
             `None` makes every layer `"bmojo"`.
         window_size: W, tokens that a query sees verbatim, itself included (short-term eidetic memory).
         eidetic_size: M, tokens that a layer keeps beyond its window (long-term eidetic memory); 0 switches it off.
-        eidetic_decay: g >= 0, a kept token's score fades as e * exp(-g * age in tokens).
+        eidetic_decay: g >= 0, a kept token's score fades as e * exp(-g * age).
+        decay_clock: what age is counted in. `"tokens"`: tokens read since; `"innovation"`: the innovations of all
+            tokens since, so that steady text ages little what is kept, and a change of source much.
         innovation: `"output"`: predict the SSM's output from its last outputs (paper, Algorithm 1);
             `"state"`: predict the SSM's input by reading the state with the token's own write key;
             `"key"`: predict the token's attention key by the mean of all keys before it (best on grafts, docs/log.md);
@@ -143,6 +147,7 @@ class BMojoConfig(BackboneConfig):
     window_size: int = memory(512)
     eidetic_size: int = memory(64)
     eidetic_decay: float = memory(0.0)
+    decay_clock: str = memory("tokens")
     innovation: str = memory("output")
     innovation_taps: int = memory(4)
     fading_size: int = memory(1)
@@ -238,6 +243,7 @@ class BMojoConfig(BackboneConfig):
         require_choice(self, "innovation", tuple(INNOVATIONS))
         require_choice(self, "kernel_backend", KERNEL_BACKENDS)
         require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")
+        require_choice(self, "decay_clock", DECAY_CLOCKS)
 
     def _validate_ssm(self) -> None:
         require_choice(self, "ssm_type", tuple(FADING_MEMORIES))

@@ -7,6 +7,9 @@ where it lies: a token of the key buffer is in the window if its position is at 
 memory. Their order means nothing (positions are in the keys), and a new token takes the place of the one that is
 forgotten. With M = 0 the part is a sliding window.
 
+Scores fade with age, which is counted in tokens or in what has surprised since (`decay_clock`). A token's clock is its
+position, or E_s = e_0 + ... + e_s, summed in float64 from left to right however the text is cut.
+
 Shapes: R rows (B in a cache), T new tokens, S tokens of a context, G key/value heads, D head dim, W window, M slots.
 """
 
@@ -16,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from .attention_ops import KeySet
-from .memory_ops import retention_key
+from .memory_ops import retention_key, widest
 from .parts_bmojo import Left, MemoryPart, Observed, Tokens, require
-from .states_bmojo import read, take, write
+from .states_bmojo import State, read, take, write
 
 
 LARGEST_INNOVATION = 2.01  # 2 by its definition; the rest is rounding
@@ -27,13 +30,14 @@ LARGEST_INNOVATION = 2.01  # 2 by its definition; the rest is rounding
 class Context(NamedTuple):
     """Tokens from old to new: M slots and W window tokens of a cache (-1 = empty), then the new ones.
 
-    keys, values: `[R, S, G, D]`. positions, innovations: `[R, S]`.
+    keys, values: `[R, S, G, D]`. positions, innovations, clocks: `[R, S]`; the clocks are the positions, or E.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     positions: torch.Tensor
     innovations: torch.Tensor
+    clocks: torch.Tensor
 
 
 class EideticMemory(MemoryPart):
@@ -45,10 +49,16 @@ class EideticMemory(MemoryPart):
         super().__init__(config, spec)
         self.window, self.slots, self.decay = spec.window, spec.slots, config.eidetic_decay
         self.places = self.window + self.slots
+        self.ages_by_innovation = self.slots > 0 and self.decay > 0 and config.decay_clock == "innovation"
 
     @classmethod
     def belongs(cls, config, spec):
         return spec.has_attention and spec.window is not None
+
+    def states(self):
+        if not self.ages_by_innovation:
+            return {}
+        return {"clock": State((), "widest"), "clocks": State((self.places,), "widest")}
 
     def observe(self, tokens: Tokens, layer: Any, left, kernels) -> Observed:
         if tokens.steps:
@@ -62,7 +72,7 @@ class EideticMemory(MemoryPart):
         first = -slots - before
         block = min(tokens.block, tokens.queries)
         valid = context.positions >= 0
-        ranked = retention_key(context.innovations, context.positions, self.decay)
+        ranked = retention_key(context.innovations, context.clocks, self.decay)
         sizes = (self.window, self.slots, block, tokens.queries, slots, before)
         chosen = kernels.run("expiry", ranked, valid, *sizes)
         coordinate = torch.arange(first, tokens.queries, device=valid.device).expand(valid.shape)
@@ -74,7 +84,7 @@ class EideticMemory(MemoryPart):
         if self.slots:
             offers.append((everything, chosen.slots))
         self._commit(context, chosen.expiry - first, tokens, layer, past)
-        out = Left(*context, chosen.expiry) if tokens.wants_left else None
+        out = Left(*context[:4], chosen.expiry) if tokens.wants_left else None
         return Observed(offers, left=out)
 
     # Many tokens -----------------------------------------------------------------------------------------------------
@@ -82,16 +92,25 @@ class EideticMemory(MemoryPart):
         """Return what the cache holds of it, by position; empty entries come first."""
         order = layer.positions[:, self.own].argsort(dim=1, stable=True) + self.first
         keys, values = (take(buffer, order) for buffer in layer.by_token())
-        return Context(keys, values, layer.positions.gather(1, order), layer.innovations.gather(1, order))
+        positions, innovations = layer.positions.gather(1, order), layer.innovations.gather(1, order)
+        clocks = layer.clocks.gather(1, order - self.first) if self.ages_by_innovation else positions
+        return Context(keys, values, positions, innovations, clocks)
 
     def _context(self, tokens: Tokens, layer: Any, past: Context | None) -> Context:
         positions, innovation = tokens.positions(layer), tokens.innovation
         if innovation is None:
             innovation = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
-        new = Context(tokens.keys, tokens.values, positions, innovation)
+        clocks = self._clocks(innovation, positions, layer) if self.ages_by_innovation else positions
+        new = Context(tokens.keys, tokens.values, positions, innovation, clocks)
         if past is None:
             return new
         return Context(*(torch.cat([old.to(each), each], dim=1) for old, each in zip(past, new)))
+
+    def _clocks(self, innovation: torch.Tensor, positions: torch.Tensor, layer: Any) -> torch.Tensor:
+        """Return E `[R, T]` of the new tokens; a pad has that of the token before it."""
+        wide = innovation.to(widest(innovation.device)).masked_fill(positions < 0, 0.0)
+        before = wide.new_zeros(len(wide)) if layer is None else layer.clock
+        return torch.cat([before[:, None], wide], dim=1).cumsum(dim=1)[:, 1:]
 
     @torch.no_grad()
     def _commit(
@@ -118,6 +137,9 @@ class EideticMemory(MemoryPart):
         values[:, own] = take(context.values, keep).to(values.dtype)
         layer.positions[:, own] = context.positions.gather(1, keep).masked_fill(empty, -1)
         layer.innovations[:, own] = context.innovations.gather(1, keep).to(layer.innovations.dtype)
+        if self.ages_by_innovation:
+            layer.clocks.copy_(context.clocks.gather(1, keep))
+            layer.clock.copy_(context.clocks[:, -1])
 
     def _kept(self, positions: torch.Tensor, expiry: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """Return the tokens in the eidetic memory after each row's last real token, oldest first.
@@ -152,6 +174,10 @@ class EideticMemory(MemoryPart):
         write(layer.positions, rows, place, seen, active)
         if tokens.innovation is not None:
             write(layer.innovations, rows, place, tokens.innovation[:, 0], active)
+        if self.ages_by_innovation:
+            new = tokens.innovation[:, 0].to(layer.clock.dtype)
+            layer.clock += new if active is None else new.masked_fill(~active, 0.0)
+            write(layer.clocks, rows, place - self.first, layer.clock, active)
         return Observed(full=known and seen + 1 >= self.places, left=left)
 
     def _forgotten(self, layer: Any, leaving: torch.Tensor | int, full: bool) -> torch.Tensor:
@@ -162,7 +188,8 @@ class EideticMemory(MemoryPart):
         empty.
         """
         positions = layer.positions[:, self.own]
-        ranked = retention_key(layer.innovations[:, self.own], positions, self.decay)
+        clocks = layer.clocks if self.ages_by_innovation else positions
+        ranked = retention_key(layer.innovations[:, self.own], clocks, self.decay)
         ranked = ranked.masked_fill(positions > leaving, torch.inf)
         if not full:
             # An empty entry, position -1, counts as the weakest and the youngest: the sign bit goes.
@@ -186,6 +213,8 @@ class EideticMemory(MemoryPart):
         for name in ("positions", "innovations"):
             states[name][:, own] = states[name][:, own].gather(1, order)
         states["innovations"][:, own] = states["innovations"][:, own].masked_fill(empty, 0.0)
+        if self.ages_by_innovation:
+            states["clocks"] = states["clocks"].gather(1, order).masked_fill(empty, 0.0)
         for name in ("keys", "values"):
             entries = take(states[name].transpose(1, 2)[:, own], order).masked_fill(empty[..., None, None], 0.0)
             states[name][:, :, own] = entries.transpose(1, 2)
@@ -211,6 +240,9 @@ class EideticMemory(MemoryPart):
             "are larger than an innovation can be, 2": innovations > LARGEST_INNOVATION,
         }
         require(rules, "'innovations'")
+        if self.ages_by_innovation:
+            beyond = states["clocks"] > states["clock"][:, None]
+            require({"are negative or beyond 'clock'": (states["clocks"] < 0) | beyond}, "'clocks'")
 
 
 __all__ = ["EideticMemory"]

@@ -97,16 +97,17 @@ def _error_of_mean(values: torch.Tensor, taps: int) -> torch.Tensor:
     return prediction_error(values[:, taps:], prediction)
 
 
-def retention_key(innovation: torch.Tensor, position: torch.Tensor, decay: float) -> torch.Tensor:
+def retention_key(innovation: torch.Tensor, clock: torch.Tensor, decay: float) -> torch.Tensor:
     """Return the static key whose order is the order of the faded scores e_s exp(-g (t - s)) at every t. `[B, S]`.
 
     All scores fade at one rate, so their order never changes: log e_s + g s needs no updating. In float64 (float32
-    where the device has none): g s grows with the stream, the difference that decides does not.
+    where the device has none): g s grows with the stream, the difference that decides does not. clock: s, the token's
+    position, or whatever else never runs back and is the same for all tokens of a row.
     """
     if decay == 0:
         return innovation.nan_to_num(nan=-torch.inf)
     wide = widest(innovation.device)
-    return (torch.log(innovation.to(wide)) + decay * position.to(wide)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    return (torch.log(innovation.to(wide)) + decay * clock.to(wide)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
 def heap_expiry(keys: list[float], window: int, slots: int) -> list[float]:

@@ -25,7 +25,7 @@ class InnovationTrace(NamedTuple):
 
     layers: their indices. innovations: `[layers, B, T]` by position among the real tokens, NaN behind a row's end, in
     fp32 (fp64 of fp64 models). kept: `[layers, B, T]`, True for tokens beyond the window that are kept at the end.
-    cache: the memory afterwards. decay: the model's eidetic_decay.
+    cache: the memory afterwards. decay, clock: the model's eidetic_decay and decay_clock.
     """
 
     layers: list[int]
@@ -33,6 +33,7 @@ class InnovationTrace(NamedTuple):
     kept: torch.Tensor
     cache: BMojoCache
     decay: float
+    clock: str = "tokens"
 
     def expiry(self, layer: int, row: int = 0) -> torch.Tensor:
         """Return the first position that does not see each token any more, `[T']` of the row; a huge number for
@@ -40,7 +41,8 @@ class InnovationTrace(NamedTuple):
         index = place_of(self.layers, layer)
         e = self.innovations[index, row][: int(self.cache.seen[row])]
         spec = self.cache.specs[layer]
-        keys = retention_key(e, torch.arange(len(e)), self.decay)
+        clocks = torch.arange(len(e)) if self.clock == "tokens" else e.double().cumsum(dim=0)
+        keys = retention_key(e, clocks, self.decay)
         return blocked_expiry(keys[None], spec.window, spec.slots)[0]
 
 
@@ -71,7 +73,7 @@ def trace_innovation(
     for index, layer in enumerate(layers):
         for row in range(input_ids.shape[0]):
             kept[index, row, [token.position for token in cache.remembered(layer, row)]] = True
-    return InnovationTrace(layers, found, kept, cache, model.config.eidetic_decay)
+    return InnovationTrace(layers, found, kept, cache, model.config.eidetic_decay, model.config.decay_clock)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ STATES = {
     "state-decay": dict(innovation="state", eidetic_decay=0.05, fading_size=7),
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "key": dict(innovation="key"),
+    "clock": dict(innovation="key", eidetic_decay=0.3, decay_clock="innovation"),
     "mixed-layers": MIXED_LAYERS,
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
 }

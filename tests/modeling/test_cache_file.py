@@ -448,6 +448,7 @@ OTHER_VALUES = {
     "window_size": 6,
     "eidetic_size": 4,
     "eidetic_decay": 0.1,
+    "decay_clock": "innovation",
     "innovation": "state",
     "innovation_taps": 3,
     "fading_size": 3,

@@ -21,6 +21,7 @@ SETTINGS = {
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "key-decay": dict(innovation="key", eidetic_decay=0.05),
+    "clock": dict(innovation="state", eidetic_decay=0.3, decay_clock="innovation"),
     "mixed-layers": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
     "post-norm": dict(norm_position="post", qk_norm="full", residual_multiplier=0.5),
@@ -86,7 +87,7 @@ def memory(cache, row):
     for index, layer in enumerate(cache.layers):
         spec, seen = layer.spec, int(layer.seen[row])
         held[f"{index}.seen"] = layer.seen[row]
-        for name in ("outputs", "conv", "ssm"):
+        for name in ("outputs", "conv", "ssm", "clock"):
             if name in layer.states():
                 held[f"{index}.{name}"] = getattr(layer, name)[row]
         if spec.has_attention and spec.window is None:
