@@ -149,7 +149,12 @@ class BMojoAttention(nn.Module):
         signal = self.memory.signal
         if signal == "output" and fading is not None:
             return to_rows(rows.layout, fading)
-        if signal == "prediction" and predictions is not None:
+        if signal == "prediction" and fading is not None:
+            if predictions is None:
+                raise ValueError(
+                    f"innovation={self.memory.innovation.name!r}: judges by what the SSM says of its inputs, and "
+                    f"ssm_type={self.config.ssm_type!r} says nothing; take another test, or let its forward return it."
+                )
             return predictions
         return [None] * len(rows.lengths)
 
@@ -169,6 +174,11 @@ class BMojoAttention(nn.Module):
         # Without a cache nobody asks while no token is beyond the window.
         if self.memory.innovation is not None and (cache is not None or tokens > self.spec.window):
             innovation = self.memory.innovation.score(keys if signal is None else signal, lengths, cache, self.kernels)
+            if innovation.shape != keys.shape[:2]:
+                raise ValueError(
+                    f"innovation={self.memory.innovation.name!r}: scored {list(innovation.shape)} for tokens "
+                    f"{list(keys.shape[:2])}; return one number per row and token."
+                )
         query, keys = rotate(query, rotary), rotate(keys, rotary)
         counted = steps and cache.counts(lengths)
         fading_tokens = self._fading_tokens(fading, rotary, cache, steps, counted)

@@ -38,7 +38,8 @@ def check_written(facts: dict[str, Any], config: BMojoConfig, complete: bool) ->
     unknown = sorted(set(facts) - set(wanted))
     if unknown:
         raise ValueError(
-            f"the cache has {unknown[0]}={facts[unknown[0]]!r}, which this version does not know: a newer one wrote it"
+            f"the cache has {unknown[0]}={facts[unknown[0]]!r}, which this configuration does not know: a newer "
+            "version or a subclass of it wrote it"
         )
     for name, theirs in wanted.items():
         if name not in facts and not complete:

@@ -29,14 +29,20 @@ def _others(layer: BMojoCacheLayer) -> list[str]:
     return [name for name in layer.names if name not in ("keys", "values")]
 
 
+def _cut(layer: BMojoCacheLayer, name: str) -> torch.Tensor | None:
+    """Return a state on the others' device, without the room for growing, which may differ from cache to cache."""
+    value, state = getattr(layer, name), layer.memory.declared.get(name)
+    if value is None or state is None:
+        return value
+    value = value.to(layer.seen.device)
+    return value if state.grows is None else value.narrow(state.grows + 1, 0, layer.columns)
+
+
 def items_of(facts: dict[str, Any], layers: list[BMojoCacheLayer]) -> Iterator[tuple]:
     """One tuple per layer."""
     for index, layer in enumerate(layers):
-        keys, values = layer.keys, layer.values
-        others = tuple(getattr(layer, name) for name in _others(layer))
-        if keys is not None and layer.spec.window is None:
-            # Without the room for growing, which may differ from cache to cache.
-            keys, values = keys[:, :, : layer.columns], values[:, :, : layer.columns]
+        keys, values = (_cut(layer, name) for name in ("keys", "values"))
+        others = tuple(_cut(layer, name) for name in _others(layer))
         if index == 0:
             others = (*_heads(facts, layers), *_with_pads(layer, others))
         yield keys, values, others
@@ -61,6 +67,16 @@ def _with_pads(first: BMojoCacheLayer, others: tuple) -> tuple:
     return tuple(torch.zeros_like(first.seen) if name == "pads" else value for name, value in zip(names, others))
 
 
+def _config_class(facts: dict[str, Any]) -> type[BMojoConfig]:
+    """Return the configuration, or the subclass of it, whose fields these are: a subclass may have declared more."""
+    kinds, found = [BMojoConfig], None
+    while kinds and found is None:
+        kind = kinds.pop(0)
+        found = kind if set(facts) <= set(kind.__dataclass_fields__) else None
+        kinds += kind.__subclasses__()
+    return found or BMojoConfig
+
+
 def joined(items: Iterable[tuple]) -> Joined:
     """Return what `items_of` gave, of one cache or of several, as the layers of one.
 
@@ -72,7 +88,7 @@ def joined(items: Iterable[tuple]) -> Joined:
         items = list(items)
         counts, text = items[0][2][:2]
         facts = undescribed(bytes(text[0].tolist()).decode())
-        config = BMojoConfig(**facts)
+        config = _config_class(facts)(**facts)
         layers = [BMojoCacheLayer(config, index) for index in range(config.num_hidden_layers)]
         states = []
         for layer, item in zip(layers, items):

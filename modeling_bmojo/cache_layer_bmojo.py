@@ -101,7 +101,8 @@ class BMojoCacheLayer(CacheLayerMixin):
             name: state.new(batch, model, device) for name, state in self.memory.declared.items() if name not in states
         }
         for name, value in (unsaved | states).items():
-            setattr(self, name, value)
+            stays = name in self.memory.declared and self.memory.declared[name].on_host
+            setattr(self, name, value.cpu() if stays else value)
         self.columns, self.device, self.is_initialized = columns, self.seen.device, True
         self.even = bool((self.seen == columns).all())
         if self.even:

@@ -161,8 +161,9 @@ def _told(cls: type[FileConfig], keys: Iterable[str]) -> str:
     close = {key: closest_field(cls, key, strict=True) for key in sorted(keys)}
     named = [key + (f" (did you mean {field!r}?)" if field else "") for key, field in close.items()]
     return (
-        f"the configuration holds {', '.join(named)}: {cls.__name__} has no fields of these names. They are kept and "
-        "change nothing."
+        f"the configuration holds {', '.join(named)}: {cls.__name__} has no fields of these names. They are kept, and "
+        "nothing of this package reads them; if a subclass of the configuration declares them, load with that: "
+        "from_pretrained(folder, config=ThatConfig.from_pretrained(folder))."
     )
 
 

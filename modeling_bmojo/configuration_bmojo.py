@@ -240,6 +240,8 @@ class BMojoConfig(BackboneConfig):
         require_int(self, "memory_block_size", 1, "give the queries per block of the memory attention")
         for test in INNOVATIONS.values():
             test.check(self)
+        for part in PARTS:
+            part.check_config(self)
         require_choice(self, "innovation", tuple(INNOVATIONS))
         require_choice(self, "kernel_backend", KERNEL_BACKENDS)
         require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")

@@ -182,6 +182,10 @@ def choose(op: str, situation: Situation) -> Choice:
     Raises:
         ValueError: for an unknown backend, or a forced one that cannot run `op` in this situation.
     """
+    if op not in TORCH:
+        raise ValueError(
+            f"operation {op!r}: must be one of {list(TORCH)}; enter its torch form in dispatch_bmojo.TORCH."
+        )
     source, backend = _wish(situation.backend)
     forced = backend != "auto" and op in COVERED[backend]
     forms, passed = [], {}

@@ -222,7 +222,7 @@ class EideticMemory(MemoryPart):
     # What a file may hold --------------------------------------------------------------------------------------------
     def check(self, states, seen):
         """Check that the last W tokens are there, each once; before them older ones, as many as have room."""
-        innovations = states["innovations"]
+        innovations = states["innovations"][:, self.own]
         seen = seen[:, None]
         newest = states["positions"][:, self.own].sort(dim=1, descending=True).values
         rank = torch.arange(self.places, device=seen.device)

@@ -30,7 +30,8 @@ class FadingMemory(nn.Module):
     """The selective SSM of one layer; subclasses give it a form.
 
     name: its value of `config.ssm_type`. operations: those of `dispatch_bmojo` that it runs. maps: names of its linear
-    maps, of which a configuration may leave out some. about: its row in the documentation.
+    maps, of which a configuration may leave out some. modules: of its "conv" and "scalars" those that it has, which
+    adapters may train in full. about: its row in the documentation.
 
     Args:
         config: the model's configuration. layer_idx: which layer.
@@ -39,6 +40,7 @@ class FadingMemory(nn.Module):
     name: str
     operations: tuple[str, ...]
     maps: tuple[str, ...]
+    modules: tuple[str, ...] = ()
     about: str
 
     # Facts -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class S6FadingMemory(FadingMemory):
     name = "mamba"
     operations = ("conv", "conv_step", "s6_scan", "s6_step")
     maps = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    modules = ("conv", "scalars")
     about = "Mamba (S6): N decays and a time step per channel; B and C shared by all channels (the paper's)"
 
     @classmethod

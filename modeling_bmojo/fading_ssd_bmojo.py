@@ -50,6 +50,7 @@ class SSDFadingMemory(FadingMemory):
     name = "mamba2"
     operations = ("conv", "conv_step", "chunk_scan", "scan_step")
     maps = ("in_proj", "out_proj")
+    modules = ("conv", "scalars")
     about = "Mamba-2: one decay and one time step per head; heads share B and C in groups"
 
     @classmethod

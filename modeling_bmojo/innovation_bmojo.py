@@ -34,6 +34,9 @@ class Innovation:
     has_ssm = True
     about: str
 
+    def __init__(self, config: PreTrainedConfig):
+        """Take from the configuration what the test needs."""
+
     @classmethod
     def check(cls, config: PreTrainedConfig) -> None:
         """Raise ValueError for a value of this test's own fields that breaks a rule."""
@@ -55,8 +58,8 @@ class Innovation:
             signal: as `signal` names it: "key" `[R, T, G, D]` keys without positions; "output" `[R, T, E]` the fading
                 memory's outputs; "prediction": the SSM's inputs and what its state said of them, `[R, T, I]` each;
                 None: the keys, of which the shape alone is meant.
-            lengths: `[R]` real tokens, which come first; None: all. layer: the cache's states, which it moves on; None
-                starts from nothing.
+            lengths: `[R]` real tokens, which come first; None: all. layer: the cache's states, which it moves on (its
+                own by name, `seen` `[R]` tokens read before, zeros before the first token); None starts from nothing.
         """
         raise NotImplementedError
 
@@ -92,9 +95,6 @@ class StateInnovation(Innovation):
     name, signal = "state", "prediction"
     about = "the SSM's input, by reading the state with the token's own write key (the paper's figure)"
 
-    def __init__(self, config):
-        pass
-
     def score(self, signal, lengths, layer, kernels):
         with torch.no_grad():
             return prediction_error(*signal)
@@ -105,9 +105,6 @@ class KeyInnovation(Innovation):
 
     name, signal = "key", "key"
     about = "the token's attention key, by the mean of all keys before it (best on grafts, docs/log.md)"
-
-    def __init__(self, config):
-        pass
 
     def states(self, config):
         return {"key_sum": State((config.num_key_value_heads, config.head_dim), "widest")}
@@ -131,9 +128,6 @@ class ConstantInnovation(Innovation):
 
     name, has_ssm = "constant", False
     about = "nothing: all tokens are equal, and of equals the older stays, so the first M do (attention sinks)"
-
-    def __init__(self, config):
-        pass
 
     def score(self, signal, lengths, layer, kernels):
         return torch.ones(signal.shape[:2], dtype=torch.float32, device=signal.device)

@@ -453,7 +453,7 @@ def triton_attention_form(call: Callable) -> Form:
             return "attention weights, or attn_implementation='eager', were asked for"
         if query.shape[-1] > MAX_HEAD_DIM:
             return f"it holds heads of at most {MAX_HEAD_DIM} channels, the model's have {query.shape[-1]}"
-        if any(type(each) is not tuple for each in sets):
+        if any(type(each) is not tuple or getattr(each[1], "ndim", 3) == 4 for each in sets):
             return "it knows no keys that differ per head, and no bias per query"
         return "it has no dropout" if dropout else None
 

@@ -11,12 +11,37 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 
 from .attention_ops import Whole
 from .configuration_bmojo import FADING_MEMORIES, INNOVATIONS, PARTS
 from .dispatch_bmojo import Kernels
 from .parts_bmojo import LayerSpec, MemoryPart, Tokens
 from .states_bmojo import State
+
+
+# What an innovation test may judge by, see `Innovation.score`.
+SIGNALS = ("key", "output", "prediction", None)
+OF_THE_SSM = ("output", "prediction")
+# Names that mean something else on a cache's layer.
+OF_THE_CACHE = {
+    *dir(CacheLayerMixin),
+    *("is_initialized", "memory", "names", "spec", "columns", "even", "unfinished", "device", "started", "states"),
+    *(
+        "restore",
+        "saves",
+        "by_token",
+        "counts",
+        "prepare",
+        "advance",
+        "nbytes",
+        "_map",
+        "to",
+        "seen",
+        "pads",
+        "last_hidden",
+    ),
+}
 
 
 class LayerMemory:
@@ -31,6 +56,7 @@ class LayerMemory:
         self.parts: list[MemoryPart] = [part(config, self.spec) for part in PARTS if part.belongs(config, self.spec)]
         self.innovation = INNOVATIONS[config.innovation](config) if self.spec.slots else None
         self.signal = None if self.innovation is None else self.innovation.signal
+        self._check_signal()
         self.fading = FADING_MEMORIES[config.ssm_type] if self.spec.has_ssm else None
         self.hidden = config.hidden_size
         places = 0
@@ -41,18 +67,41 @@ class LayerMemory:
         self.takes_left = any(part.takes_left for part in self.parts)
         self.declared = self._declared(config, places)
 
+    def _check_signal(self) -> None:
+        """Raise ValueError for a signal that there is not, or not in this layer."""
+        if self.signal not in SIGNALS:
+            name = self.innovation.name
+            raise ValueError(
+                f"innovation={name!r}: its signal={self.signal!r} must be one of {list(SIGNALS)}; change it."
+            )
+        if self.signal in OF_THE_SSM and not self.spec.has_ssm:
+            raise ValueError(
+                f"innovation={self.innovation.name!r}: judges by the SSM's {self.signal}, and the layer has no SSM; "
+                "set has_ssm = True in its class."
+            )
+
     def _declared(self, config: PreTrainedConfig, places: int) -> dict[str, State]:
         states: dict[str, State] = {}
+
+        def add(owner: str, declared: dict[str, State]) -> None:
+            twice = (states.keys() | OF_THE_CACHE) & declared.keys()
+            if twice:
+                raise ValueError(
+                    f"{owner} declares the state {min(twice)!r}: the name is taken, by another memory of the layer or "
+                    "by the cache; give it a name of its own."
+                )
+            states.update(declared)
+
         if places:
             entry = State((config.num_key_value_heads, places, config.head_dim))
             states |= {"keys": entry, "values": entry}
             states |= {"positions": State((places,), "count", fill=-1), "innovations": State((places,), "wide")}
         for part in self.parts:
-            states |= part.states()
+            add(type(part).__name__, part.states())
         if self.innovation is not None:
-            states |= self.innovation.states(config)
+            add(type(self.innovation).__name__, self.innovation.states(config))
         if self.fading is not None:
-            states |= self.fading.states(config)
+            add(self.fading.__name__, self.fading.states(config))
         return states
 
     def dtype(self, found: dict[str, torch.dtype]) -> torch.dtype | None:
@@ -61,6 +110,10 @@ class LayerMemory:
         kinds = ("model", "wide")
         told = (name for kind in kinds for name, state in self.declared.items() if state.kind == kind)
         return next((found[name] for name in told if name in found), None)
+
+    def __deepcopy__(self, memo: dict) -> "LayerMemory":
+        """Return itself: it holds sizes and no tensors, and copies of a cache share it."""
+        return self
 
     def part(self, kind: type[MemoryPart]) -> Any:
         """Return the layer's part of this class, or None."""

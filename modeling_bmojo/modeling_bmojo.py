@@ -43,7 +43,6 @@ from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
 from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
-from .fading_bmojo import CausalConv, FadingMemory, SSMScalars
 from .generation_bmojo import BMojoGenerationMixin
 from .inputs_bmojo import build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
@@ -78,7 +77,7 @@ class BMojoRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     def _apply(self, fn, recurse: bool = True):
-        """Move go through; a narrower dtype, as of `model.bfloat16()`, does not: far tokens would turn at random."""
+        """Let moves go through, but no narrower dtype, as of `model.bfloat16()`: far tokens would turn at random."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -280,7 +279,7 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CausalConv | SSMScalars | FadingMemory):
+        if callable(getattr(module, "initialise", None)):
             module.initialise(self.config)
         elif getattr(module, "initial_bound", None) is not None:  # a class of its own would hide it from tools
             init.uniform_(module.weight, -module.initial_bound, module.initial_bound)

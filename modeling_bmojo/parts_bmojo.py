@@ -94,8 +94,8 @@ class Left(NamedTuple):
     """Tokens that a part lets go: what a storage takes in.
 
     keys, values: `[R, S, G, D]`. positions: `[R, S]`, -1 = no token. innovations: `[R, S]`.
-    out_at: `[R, S]`, the query (0 is the first one) from which on the part does not show the token any more; `NEVER`,
-    or beyond the last query, if it still does.
+    out_at: `[R, S]`, the query (0 is the first one that is offered something) from which on the part does not show the
+    token any more; if it still does, `NEVER` or beyond the row's last real token, `tokens.real() - 1 - tokens.front`.
     """
 
     keys: torch.Tensor
@@ -121,7 +121,8 @@ class MemoryPart:
     """One memory of a layer. It holds sizes and no tensors: those are states of the cache.
 
     places: entries in the layer's key buffer. first, own: where they begin, and which they are. takes_left: it takes in
-    what the parts before it let go. bounded: its offers are empty while no token is beyond the window.
+    what the parts before it in `PARTS` let go. bounded: it offers nothing to the first W queries of a text, which the
+    layer then answers without asking (`Tokens.front`).
 
     Args:
         config: the model's configuration. spec: the layer's.
@@ -133,6 +134,10 @@ class MemoryPart:
 
     def __init__(self, config: PreTrainedConfig, spec: LayerSpec):
         self.spec = spec
+
+    @classmethod
+    def check_config(cls, config: PreTrainedConfig) -> None:
+        """Raise ValueError (field, value, rule, remedy) for a value of this part's own fields that breaks a rule."""
 
     def settle(self, first: int) -> None:
         """Take the places from `first` on."""

@@ -14,21 +14,24 @@ from .configuration_bmojo import FADING_MEMORIES
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FADING_ATTENTION = ("fading_k_proj", "fading_v_proj")
-SSM = tuple(dict.fromkeys(name for form in FADING_MEMORIES.values() for name in form.maps))
 MLP = ("gate_proj", "up_proj", "down_proj")
-# Every projection that a layer of some type has. PEFT passes over names that a model does not have.
-TARGETS = (*ATTENTION, *FADING_ATTENTION, *SSM, *MLP)
 
 # PEFT's tables, and the submodule that its prompt methods, and nothing else, ask a model for when they wrap it.
 PEFT_TABLES = "peft.utils.constants"
 PROMPT_PROBE = "embeddings.word_embeddings"
 
 
+def all_targets() -> list[str]:
+    """Return every projection that a layer of some type has. PEFT passes over names that a model does not have."""
+    fading = (name for form in FADING_MEMORIES.values() for name in form.maps)
+    return list(dict.fromkeys((*ATTENTION, *FADING_ATTENTION, *fading, *MLP)))
+
+
 def fill_tables(tables: Any) -> None:
     """Add the default targets of "bmojo" to PEFT's module of tables; a user's own entry stays."""
     lora = getattr(tables, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", None)
     if lora is not None:  # a PEFT without this table asks for target_modules by itself
-        lora.setdefault("bmojo", list(TARGETS))
+        lora.setdefault("bmojo", all_targets())
 
 
 class _FillsTables:

@@ -31,7 +31,10 @@ class State(NamedTuple):
     def dtype(self, model: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype for activations of dtype `model` on `device`."""
         wide = torch.promote_types(model, torch.float32)
-        return {"model": model, "wide": wide, "widest": widest(device), "count": torch.int64}[self.kind]
+        kinds = {"model": model, "wide": wide, "widest": widest(device), "count": torch.int64}
+        if self.kind not in kinds:
+            raise ValueError(f"kind={self.kind!r} of a state: must be one of {list(kinds)}; pick one of them.")
+        return kinds[self.kind]
 
     def new(self, batch: int, model: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the state before the first token."""

@@ -31,7 +31,7 @@ from ..grafting.sources import source_files
 
 ROWS = ("source", "window", "sinks", "equal_memory", "fresh")
 # Of the graft's memories nothing but a window, and what is asked for beside it.
-NO_MEMORIES = {"eidetic_size": 0, "eidetic_decay": 0.0, "innovation": "constant", "fading_size": 0, "fading_stride": 1}
+NO_MEMORIES = {"eidetic_size": 0, "innovation": "constant", "fading_size": 0}
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ class Models:
         return Row(name, kind, config.window_size, config.eidetic_size, facts, build)
 
     def _plain(self, **changes: Any) -> BMojoConfig:
-        """Return the graft's config without its memories: its backbone, and every other field at its default."""
-        config = self.plan.config
-        kept = {name: copy.deepcopy(getattr(config, name)) for name in BMojoConfig.fields_with(role="backbone")}
+        """Return the graft's config without its memories: their fields are at their defaults."""
+        config, memory = self.plan.config, BMojoConfig.fields_with(role="memory")
+        names = [name for name in BMojoConfig.fields_with() if name not in memory]
+        kept = {name: copy.deepcopy(getattr(config, name)) for name in names}
         kinds = {"layer_types": list(config.layer_types), "dtype": config.dtype}
         return BMojoConfig(**kept, **{**kinds, **NO_MEMORIES, **changes})
 

@@ -16,7 +16,7 @@ from .family_table import COMMON_DROPPED, COMMON_FIELDS, FAMILIES, Family
 LAYER_PATTERN = r"every (?P<step>[1-9]\d*)( from (?P<first>\d+))?"
 
 # Fields that are neither facts of the source nor settings of a graft: which layers are converted, and how it is run.
-OTHER_FIELDS = ("layer_types", "kernel_backend")
+OTHER_FIELDS = ("layer_types", *BMojoConfig.fields_with(role="speed", live=True))
 # Fields of BMojoConfig that a graft may set; all others are facts of the source.
 MEMORY_FIELDS = tuple(
     name for name in BMojoConfig.fields_with() if name not in (*BMojoConfig.fields_with(role="backbone"), *OTHER_FIELDS)

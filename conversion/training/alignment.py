@@ -53,7 +53,7 @@ class Alignment(nn.Module):
         return self._teacher[0]
 
     def _apply(self, fn, recurse: bool = True):
-        """Move go to the teacher too: what it shares has moved already, what it holds alone follows.
+        """Let moves reach the teacher too: what it shares has moved already, what it holds alone follows.
 
         Not to meta, where FSDP takes what it spreads over the devices: the teacher's values would be lost.
         """

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..configuration_bmojo import FADING_MEMORIES, BMojoConfig
-from ..peft_bmojo import ATTENTION, FADING_ATTENTION, MLP, TARGETS
+from ..peft_bmojo import ATTENTION, FADING_ATTENTION, MLP, all_targets
 
 
 if TYPE_CHECKING:
@@ -40,15 +40,25 @@ TASKS = {
 
 
 def projections(config: BMojoConfig) -> list[str]:
-    """Names of the projections (linear maps inside layers) that a model of `config` has, in the order of `TARGETS`."""
+    """Names of the projections (linear maps inside layers) that a model of `config` has."""
     specs = [config.layer_spec(index) for index in range(config.num_hidden_layers)]
     untied = not config.tie_fading_projections and any(spec.fading for spec in specs)
-    present = dict.fromkeys(ATTENTION, any(spec.has_attention for spec in specs))
-    present |= dict.fromkeys(FADING_ATTENTION, untied)
-    present |= dict.fromkeys(MLP, config.intermediate_size > 0)
+    names = [*ATTENTION] * any(spec.has_attention for spec in specs) + [*FADING_ATTENTION] * untied
     if any(spec.has_ssm for spec in specs):
-        present |= dict.fromkeys(FADING_MEMORIES[config.ssm_type].projections(config), True)
-    return [name for name in TARGETS if present.get(name)]
+        names += FADING_MEMORIES[config.ssm_type].projections(config)
+    return names + [*MLP] * (config.intermediate_size > 0)
+
+
+def _check_in_full(in_full: list[str], config: BMojoConfig, wish: str) -> None:
+    """Raise ValueError unless the model's fading memories have the modules that are to be trained in full."""
+    if not any(config.layer_spec(index).has_ssm for index in range(config.num_hidden_layers)):
+        raise ValueError(f"{wish}: trains {in_full} of the SSMs in full, and this model has no SSM; use recipe='lora'.")
+    missing = [name for name in in_full if name not in FADING_MEMORIES[config.ssm_type].modules]
+    if missing:
+        raise ValueError(
+            f"{wish}: trains {in_full} of the SSMs in full, and those of ssm_type={config.ssm_type!r} have no "
+            f"{missing[0]!r}; use recipe='lora', and name modules of theirs in modules_to_save."
+        )
 
 
 def bmojo_lora_config(
@@ -84,9 +94,8 @@ def bmojo_lora_config(
         raise ValueError(f"r={rank!r}: the rank must be a whole number of at least 1; give e.g. 16.")
     config = None if model_or_config is None else _config_of(model_or_config)
     in_full = [CONVOLUTION] * (recipe == "hylora") + [SCALARS] * bool(ssm_scalars)
-    if in_full and config is not None and "in_proj" not in projections(config):
-        wish = f"recipe={recipe!r}" if recipe == "hylora" else "ssm_scalars=True"
-        raise ValueError(f"{wish}: trains {in_full} of the SSMs in full, and this model has no SSM; use recipe='lora'.")
+    if in_full and config is not None:
+        _check_in_full(in_full, config, f"recipe={recipe!r}" if recipe == "hylora" else "ssm_scalars=True")
     try:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
@@ -95,7 +104,7 @@ def bmojo_lora_config(
     defaults = {
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": list(TARGETS) if config is None else projections(config),
+        "target_modules": all_targets() if config is None else projections(config),
         "task_type": TASKS.get(type(_unwrapped(model_or_config)).__name__, "CAUSAL_LM"),
     }
     in_full += [name for name in options.pop("modules_to_save", None) or [] if name not in in_full]

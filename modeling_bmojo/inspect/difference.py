@@ -45,7 +45,8 @@ def first_difference(
     Args:
         model: a B'MOJO model. Load it in float64 to look for faults: other dtypes round differently by themselves.
         input_ids: `[B, T]`. attention_mask: `[B, T]` or None.
-        pieces: columns of each forward, which sum up to T; None: half of the text at once, then one by one.
+        pieces: columns of each forward, which sum up to T; None: half of the text at once, then one by one; and all of
+            it in threes.
         tolerance: differences below it, relative to the largest value, are none; None: 1e-9 in float64, 1e-4 in fp32,
             0.05 in narrower types.
 
@@ -56,8 +57,15 @@ def first_difference(
         ValueError: if `pieces` are not whole numbers of at least 1 that sum up to T.
     """
     columns = input_ids.shape[1]
-    if pieces is None:
-        pieces = [columns // 2] * (columns > 1) + [1] * (columns - columns // 2)
+    splits = (
+        [list(pieces)]
+        if pieces is not None
+        else [
+            [columns // 2] * (columns > 1) + [1] * (columns - columns // 2),
+            [3] * (columns // 3) + [columns % 3] * (columns % 3 > 0),
+        ]
+    )
+    pieces = splits[0]
     if sum(pieces) != columns or any(type(size) is not int or size < 1 for size in pieces):
         raise ValueError(
             f"pieces={list(pieces)}: must be whole numbers of at least 1 with the sum {columns}; change them."
@@ -66,7 +74,7 @@ def first_difference(
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(model.dtype, 0.05)
     with evaluating(model):
         whole, states = _run(model, input_ids, attention_mask, [columns])
-        for cut in (None, list(pieces)):
+        for cut in (None, *splits):
             outputs, others = _run(model, input_ids, attention_mask, cut)
             for index in range(len(outputs)):
                 last = index == len(outputs) - 1
@@ -110,22 +118,24 @@ def _run(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor | None, p
 def _of_outputs(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None, tolerance: float):
     apart = (ours - theirs).abs().amax(dim=-1)
     if mask is not None:
-        apart = apart * mask.to(apart.device)
-    size = float(apart.max() / ours.abs().max().clamp(min=1e-30))
-    if size <= tolerance:
+        apart = apart.masked_fill(~mask.to(apart.device, torch.bool), 0.0)
+    scale = ours.abs().max().clamp(min=1e-30)
+    beyond = (~(apart <= tolerance * scale)).nonzero()  # a NaN, which compares with nothing, is beyond
+    if len(beyond) == 0:
         return None
-    beyond = (apart > tolerance * ours.abs().max()).nonzero()
     row, column = min(beyond.tolist(), key=lambda place: place[1])
-    return OUTPUT, row, column, size
+    return OUTPUT, row, column, float(apart.max() / scale)
 
 
 def _of_states(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float):
     for name in ours:
         if name not in theirs or ours[name].shape != theirs[name].shape:
             return name, None, None, float("inf")
-        apart = (ours[name].double() - theirs[name].double()).abs()
-        size = float(apart.max() / ours[name].double().abs().max().clamp(min=1e-30)) if apart.numel() else 0.0
-        if size > tolerance:
+        if ours[name].numel() == 0:
+            continue
+        apart, scale = (ours[name].double() - theirs[name].double()).abs(), ours[name].double().abs().max()
+        size = float(apart.max() / scale.clamp(min=1e-30))
+        if not size <= (tolerance if ours[name].is_floating_point() else 0.0):
             return name, None, None, size
     return None
 

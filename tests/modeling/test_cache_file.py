@@ -207,7 +207,7 @@ PLANTS = {
     "facts no JSON": (say("facts", "{"), "description is damaged"),
     "facts too deep": (say("facts", "[" * 100_000), "description is damaged"),
     "a fact of another model": (fact("hidden_act", "gelu"), "hidden_act='gelu' but the model has 'silu'"),
-    "a fact of another version": (fact("memory_of_tomorrow", 3), "memory_of_tomorrow=3, which this version"),
+    "a fact of another version": (fact("memory_of_tomorrow", 3), "memory_of_tomorrow=3, which this configuration"),
     "a window of petabytes": (fact("window_size", 10**15), "the cache has window_size=1000000000000000"),
     "no checksum": (lambda tensors, metadata: metadata.pop("sha256"), "does not hold one sha256"),
     "the old format": (say("format", "bmojo-cache-4"), "has no sha256, but the file has one"),

@@ -150,19 +150,28 @@ def test_an_innovation_test(loudness, tmp_path, fields):
 
 
 def test_a_test_that_is_not_registered_is_refused():
-    with pytest.raises(
-        ValueError, match=r"innovation='loudness': must be one of \['output', 'state', 'key', 'constant'\]"
-    ):
+    with pytest.raises(ValueError, match=r"innovation='loudness': must be one of \['output', "):
         build(innovation="loudness")
 
 
 # A fading memory ------------------------------------------------------------------------------------------------------
+class Rates(nn.Module):
+    """A part that fills its parameters itself."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.logit = nn.Parameter(torch.empty(channels))
+
+    def initialise(self, config):
+        nn.init.constant_(self.logit, 1.0)
+
+
 class MovingAverage(FadingMemory):
-    """y_t = out_proj(a_t), a_t = r a_{t-1} + (1 - r) in_proj(u_t), with one rate r per channel."""
+    """y_t = read_map(a_t), a_t = r a_{t-1} + (1 - r) mix_map(u_t), with one rate r per channel."""
 
     name = "average"
     operations = ()
-    maps = ("in_proj", "out_proj")
+    maps = ("mix_map", "read_map")
     about = "a moving average of the layer's input"
 
     @classmethod
@@ -179,16 +188,13 @@ class MovingAverage(FadingMemory):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.rate = nn.Parameter(torch.empty(config.hidden_size))
-
-    def initialise(self, config):
-        nn.init.constant_(self.rate, 1.0)
+        self.mix_map = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.read_map = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.rates = Rates(config.hidden_size)
 
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
-        inputs = project(self.in_proj, hidden_states)
-        rate, outputs, predictions = torch.sigmoid(self.rate), [], []
+        inputs = project(self.mix_map, hidden_states)
+        rate, outputs, predictions = torch.sigmoid(self.rates.logit), [], []
         for part, lengths in zip(to_rows(rows.layout, inputs), rows.lengths, strict=True):
             state = part.new_zeros(part.shape[0], part.shape[2]) if layer is None else layer.average.clone()
             steps, before = [], []
@@ -201,7 +207,7 @@ class MovingAverage(FadingMemory):
                 layer.average.copy_(state.detach())
             outputs.append(torch.stack(steps, dim=1))
             predictions.append((part.detach(), torch.stack(before, dim=1).detach()))
-        return project(self.out_proj, to_columns(rows.layout, outputs)), predictions if predicts else None
+        return project(self.read_map, to_columns(rows.layout, outputs)), predictions if predicts else None
 
 
 @pytest.fixture
@@ -220,12 +226,66 @@ def test_a_fading_memory(average, tmp_path, innovation, layers):
     rows = {row.operation: row.used for row in explain_kernels(model)}
     assert not any(rows[name] for name in ("conv", "chunk_scan", "scan_step", "s6_scan", "s6_step"))
     targets = bmojo_lora_config(model).target_modules
-    assert {"in_proj", "out_proj"} <= set(targets) and {"x_proj", "dt_proj"}.isdisjoint(targets)
+    assert {"mix_map", "read_map"} <= set(targets) and {"in_proj", "out_proj"}.isdisjoint(targets)
+    assert {"mix_map", "read_map"} <= set(bmojo_lora_config().target_modules)
+    for wish in (dict(recipe="hylora"), dict(ssm_scalars=True)):
+        with pytest.raises(ValueError, match="those of ssm_type='average' have no"):
+            bmojo_lora_config(model, **wish)
 
 
 def test_its_initial_values_are_its_own(average):
     config = BMojoConfig(**{**SIZES, "ssm_type": "average"})
-    assert all(torch.equal(layer.fading.rate, torch.ones(16)) for layer in BMojoForCausalLM(config).model.layers)
+    assert all(torch.equal(layer.fading.rates.logit, torch.ones(16)) for layer in BMojoForCausalLM(config).model.layers)
+
+
+class Silent(MovingAverage):
+    """One that says nothing of its inputs."""
+
+    name = "silent"
+
+    def forward(self, hidden_states, rows=None, layer=None, predicts=False):
+        return super().forward(hidden_states, rows, layer)
+
+
+def test_a_memory_that_predicts_nothing_is_refused_by_a_test_that_asks(monkeypatch):
+    monkeypatch.setitem(FADING_MEMORIES, Silent.name, Silent)
+    read(build(ssm_type="silent", innovation="key"), tokens())
+    with pytest.raises(
+        ValueError, match=r"innovation='state': judges by what the SSM says .*ssm_type='silent' says nothing"
+    ):
+        read(build(ssm_type="silent", innovation="state"), tokens())
+
+
+# Slips of whoever adds something -------------------------------------------------------------------------------------
+def test_a_signal_that_there_is_not_is_refused(loudness, monkeypatch):
+    monkeypatch.setattr(Loudness, "signal", "value")
+    with pytest.raises(
+        ValueError, match=r"innovation='loudness': its signal='value' must be one of \['key', 'output', "
+    ):
+        build(innovation="loudness")
+    monkeypatch.setattr(Loudness, "signal", "output")
+    monkeypatch.setattr(Loudness, "has_ssm", False)
+    with pytest.raises(ValueError, match="judges by the SSM's output, and the layer has no SSM"):
+        build(innovation="loudness", fading_size=0)
+
+
+@pytest.mark.parametrize("name", ["conv", "keys", "seen", "columns", "to", "memory"])
+def test_a_state_whose_name_is_taken_is_refused(loudness, monkeypatch, name):
+    monkeypatch.setattr(Loudness, "states", lambda self, config: {name: State(())})
+    with pytest.raises(ValueError, match=rf"declares the state '{name}': the name is taken"):
+        build(innovation="loudness")
+
+
+def test_scores_of_another_shape_are_refused(loudness, monkeypatch):
+    monkeypatch.setattr(Loudness, "score", lambda self, signal, *others: torch.ones(len(signal)))
+    with pytest.raises(ValueError, match=r"innovation='loudness': scored \[2\] for tokens \[2, 40\]"):
+        read(build(innovation="loudness"), tokens())
+
+
+def test_a_state_of_an_unknown_kind_is_refused(loudness, monkeypatch):
+    monkeypatch.setattr(Loudness, "states", lambda self, config: {"loudest": State((), "float")})
+    with pytest.raises(ValueError, match=r"kind='float' of a state: must be one of"):
+        read(build(innovation="loudness"), tokens())
 
 
 # A memory that offers keys --------------------------------------------------------------------------------------------
@@ -411,6 +471,14 @@ def test_states_that_are_not_saved_or_stay_on_the_host(archive, tmp_path):
     layer = away.layers[0]
     assert layer.keys.device.type == layer.archive_positions.device.type == "meta"
     assert layer.archive_keys.device.type == layer.archive_values.device.type == "cpu"
+
+
+def test_caches_of_a_subclass_are_joined(archive):
+    """As nn.DataParallel gathers them: the items tell of which configuration they are."""
+    model, ids = build(ArchiveConfig), tokens()
+    _, cache = read(model, ids)
+    expected, _ = read(model, tokens(6), cache=copy.deepcopy(cache))
+    torch.testing.assert_close(read(model, tokens(6), cache=BMojoCache(list(cache)))[0], expected, **EXACT)
 
 
 def test_a_cache_without_the_part_is_refused(archive, tmp_path):

@@ -64,7 +64,7 @@ print(*LoraModel.target_module_mapping["bmojo"])
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert tuple(run.stdout.split()) == peft_bmojo.TARGETS
+    assert tuple(run.stdout.split()) == tuple(peft_bmojo.all_targets())
 
 
 def test_registering_once_more_changes_nothing_and_a_users_entry_stays(monkeypatch):
@@ -76,7 +76,7 @@ def test_registering_once_more_changes_nothing_and_a_users_entry_stays(monkeypat
     assert table == {"bmojo": ["q_proj"]} and sys.meta_path == finders
     table.clear()
     peft_bmojo.register_with_peft()
-    assert table == {"bmojo": list(peft_bmojo.TARGETS)}
+    assert table == {"bmojo": peft_bmojo.all_targets()}
     peft_bmojo.fill_tables(SimpleNamespace())  # a PEFT without the table
 
 
@@ -90,7 +90,7 @@ def test_the_import_hook_is_set_once_and_finds_nothing_else(monkeypatch):
     assert hooks[0].find_spec("json") is None
     module = importlib.util.module_from_spec(spec := hooks[0].find_spec(peft_bmojo.PEFT_TABLES, peft.utils.__path__))
     spec.loader.exec_module(module)
-    assert module.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["bmojo"] == list(peft_bmojo.TARGETS)
+    assert module.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["bmojo"] == peft_bmojo.all_targets()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,7 +107,7 @@ def test_targets_are_the_projections_that_the_model_has(name):
     model = build(name)
     for given in (model, model.config):
         assert set(bmojo_lora_config(given).target_modules) == linear_names(model)
-    assert set(bmojo_lora_config().target_modules) == set(peft_bmojo.TARGETS) >= linear_names(model)
+    assert set(bmojo_lora_config().target_modules) == set(peft_bmojo.all_targets()) >= linear_names(model)
 
 
 @pytest.mark.parametrize("name", MODELS)

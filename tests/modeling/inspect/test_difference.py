@@ -91,3 +91,38 @@ def test_other_types_have_a_tolerance_of_their_own():
     model = BMojoForCausalLM(model.config).float().eval()
     assert first_difference(model, tokens(30)) is None
     assert first_difference(model, tokens(30), tolerance=0.0) is not None
+
+
+@pytest.mark.parametrize("where", ["output", "state"])
+def test_a_nan_is_a_difference(monkeypatch, where):
+    model = build(num_hidden_layers=2, innovation="key")
+    if where == "output":
+        layer = model.model.layers[1]
+        mix = type(layer).mix
+        nan = lambda h, rows, cache=None: (mix(layer, h, rows, cache)[0] * (1 if cache else torch.nan), None)  # noqa: E731
+        monkeypatch.setattr(layer, "mix", nan)
+        assert first_difference(model, tokens(30))[:2] == (1, "output")
+        return
+    score = KeyInnovation.score
+
+    def poisoned(self, signal, lengths, layer, kernels):
+        surprise = score(self, signal, lengths, layer, kernels)
+        if signal.shape[1] == 1:
+            layer.key_sum[:] = torch.nan
+        return surprise.nan_to_num()
+
+    monkeypatch.setattr(KeyInnovation, "score", poisoned)
+    assert first_difference(model, tokens(30), pieces=[29, 1])[:2] == (0, "key_sum")
+
+
+def test_positions_are_compared_exactly(monkeypatch):
+    model = build().to(torch.bfloat16)
+    step = EideticMemory._step
+
+    def late(self, tokens, layer):
+        observed = step(self, tokens, layer)
+        layer.positions[layer.positions == 28] = 27
+        return observed
+
+    monkeypatch.setattr(EideticMemory, "_step", late)
+    assert first_difference(model, tokens(30), pieces=[29, 1], tolerance=1e9)[:2] == (0, "positions")
