@@ -21,7 +21,7 @@ def scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def naive_scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its oracle, token by token."""
+    """Return its oracle, token by token."""
     return ssm_ops.naive_ssd(x, dt, A, B, C, D)
 
 

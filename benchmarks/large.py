@@ -75,7 +75,7 @@ def peak_of(command: list[str]) -> tuple[int, float]:
 
 
 def largest_shard(folder: Path) -> int:
-    """Bytes of the largest weights file."""
+    """Return bytes of the largest weights file."""
     return max(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

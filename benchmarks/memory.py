@@ -62,7 +62,7 @@ class Measured(NamedTuple):
 def in_child(
     case: str, arguments: dict[str, Any], small: dict[str, Any], threads: int, as_users: bool = False
 ) -> Measured:
-    """Measures a case (`"package.module:function"`) in a process of its own.
+    """Measure a case (`"package.module:function"`) in a process of its own.
 
     Args:
         as_users: memory is handled as in any process. Else freed blocks go back to the system at once: exact in bytes,
@@ -136,7 +136,7 @@ def measure(case: str, arguments: dict[str, Any], small: dict[str, Any]) -> Meas
 
 
 def reset_peak() -> str:
-    """Lowers VmHWM to what is resident now. The method that the other readings follow: `"VmHWM"` or `"ru_maxrss"`."""
+    """Lower VmHWM to what is resident now. The method that the other readings follow: `"VmHWM"` or `"ru_maxrss"`."""
     try:
         RESET.write_text("5")
     except OSError:
@@ -155,7 +155,7 @@ def peak_resident(method: str) -> int:
 
 
 def _status(name: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+    """Return bytes of a field of /proc/self/status."""
     for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -172,7 +172,7 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """Forks a child per order. Only imports happen here: no tensor, no thread."""
+    """Fork a child per order. Only imports happen here: no tensor, no thread."""
     for line in sys.stdin:
         order = json.loads(line)
         importlib.import_module(order["case"].partition(":")[0])

@@ -138,7 +138,7 @@ def _line(figure: Figure) -> str:
 
 
 def panels(report: Report) -> dict[str, list[Figure]]:
-    """Diagrams: the figures that name one, by name; those with a single context are left out."""
+    """Return diagrams: the figures that name one, by name; those with a single context are left out."""
     found: dict[str, list[Figure]] = {}
     for result in report.results:
         for figure in result.figures:
@@ -148,7 +148,7 @@ def panels(report: Report) -> dict[str, list[Figure]]:
 
 
 def draw(report: Report, path: Path) -> str | None:
-    """Draws time and memory against context. Returns None, or why there is no diagram."""
+    """Draw time and memory against context. Returns None, or why there is no diagram."""
     diagrams = panels(report)
     if not diagrams:
         return "nothing was measured at more than one context"

@@ -137,7 +137,7 @@ def decode_figures(context: Context) -> Iterator[Figure | str]:
 
 
 def train_models(**sizes: int) -> dict[str, torch.nn.Module]:
-    """Ours and the Llama of the same backbone, whose weights ours takes over."""
+    """Return ours and the Llama of the same backbone, whose weights ours takes over."""
     backbone = {**BACKBONE, **sizes}
     with torch.device("cuda"):
         theirs = LlamaForCausalLM(LlamaConfig(**backbone))

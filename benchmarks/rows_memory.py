@@ -67,7 +67,8 @@ def prefill(tokens: int) -> Action:
 
 
 def checks(context: Context) -> list[Check]:
-    """Innovations against a loop over tokens; expiries against the streaming rule and, at length, against a heap."""
+    """Return innovations against a loop over tokens; expiries against the streaming rule and, at length, against a
+    heap."""
     y = outputs(300).double()
     innovation, selection = adapters.innovation_and_expiry(y, 16, 8)
     largest = difference(innovation[0], oracle_output_innovation(y[0], adapters.TAPS))

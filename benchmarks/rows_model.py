@@ -183,7 +183,7 @@ def one_layer(model: BMojoForCausalLM) -> BMojoForCausalLM:
 
 @torch.inference_mode()
 def our_bytes(single: BMojoForCausalLM, layers: int, tokens: int) -> int:
-    """Bytes of the cache of `layers` such layers after T tokens; the model's last output is held once."""
+    """Return bytes of the cache of `layers` such layers after T tokens; the model's last output is held once."""
     cache = cache_of(single(random_ids(single.config.vocab_size, tokens), use_cache=True, logits_to_keep=1))
     return layers * (cache.nbytes - cache.last_hidden.nbytes) + cache.last_hidden.nbytes
 

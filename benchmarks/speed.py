@@ -98,7 +98,7 @@ def reason_not_to_run(row: Row, device: str, asked: Sequence[str] | None) -> str
 
 
 def run_row(row: Row, context: Context, result: Result, keep) -> None:
-    """Check, then measures; fills `result` and calls `keep` after each figure.
+    """Check, then measure; fills `result` and calls `keep` after each figure.
 
     A red check, or an error of any kind, ends the row and not the run.
     """

@@ -79,7 +79,7 @@ def calls_needed(action: Action, wait: Action | None, clock: Callable[[], float]
 
 
 def timed(action: Action, calls: int, wait: Action | None, clock: Callable[[], float]) -> float:
-    """Seconds per call."""
+    """Return seconds per call."""
     if wait is not None:
         wait()
     start = clock()

@@ -35,7 +35,7 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step")
     parser.add_argument("folder")
     parser.add_argument("--losses", nargs="+", default=["mixer"])

@@ -132,7 +132,7 @@ def read(model: Any, ids: list[int]) -> ReadDocument:
 def answer(
     model: Any, tokenizer: Any, reading: ReadDocument, tail: list[int], longest: int
 ) -> tuple[int, float, float]:
-    """Streams the answer; returns new tokens, seconds until the first and seconds for the others."""
+    """Stream the answer; returns new tokens, seconds until the first and seconds for the others."""
     import torch
     from transformers import TextStreamer
 

@@ -76,7 +76,7 @@ def source_dtype(entry: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 
 def refuse_rounded(tensors: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any]) -> None:
-    """Refuses tensors whose values the graft rounded (ValueError)."""
+    """Refuse tensors whose values the graft rounded (ValueError)."""
     for name, entry in tensors.items():
         was, now = source_dtype(entry, report), report["target_tensors"][goals_of(entry)[0]]["dtype"]
         if was != now and (was, now) not in LOSSLESS:

@@ -221,14 +221,14 @@ class BMojoAttention(nn.Module):
         return self._heads(norm(x)) if self.norm_joins_heads else norm(self._heads(x))
 
     def _keys_values(self, x: torch.Tensor, k_proj: nn.Module, v_proj: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys, without positions, and values of x `[B, T, E]`: `[B, T, G, D]` each."""
+        """Return keys, without positions, and values of x `[B, T, E]`: `[B, T, G, D]` each."""
         return self._normed_heads(project(k_proj, x), self.k_norm), self._heads(project(v_proj, x))
 
     def _fading_projections(self) -> tuple[nn.Module, nn.Module]:
         return (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
 
     def check_hooks(self, rows: Rows, columns: int) -> None:
-        """Refuses hooks on tied projections that would look at other columns than the `columns` of the input.
+        """Refuse hooks on tied projections that would look at other columns than the `columns` of the input.
 
         Raises:
             ValueError: if there are some.
@@ -250,7 +250,7 @@ class BMojoAttention(nn.Module):
         return bool(spec.fading) and (rows.layout is not None or (spec.stride > 1 and columns > 1))
 
     def _listeners(self, rows: Rows, *modules: nn.Module) -> list[str]:
-        """Hooks on these modules that may look at columns."""
+        """Return hooks on these modules that may look at columns."""
         packed = rows.layout is not None and rows.layout.packed
         return [hook for module in modules for hook in listeners(module, packed)]
 
@@ -269,7 +269,8 @@ class BMojoAttention(nn.Module):
         return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
 
     def _fading_tokens(self, fading, rotary, cache: BMojoCacheLayer | None, steps: bool, counted: bool):
-        """Keys and values `[R, n, G, D]` of the fading tokens, which are made of what `_fading_rows` gives, or None.
+        """Return keys and values `[R, n, G, D]` of the fading tokens, which are made of what `_fading_rows` gives, or
+        None.
 
         They stand at positions s - 1, 2 s - 1, ... of each row; behind a row's last one may stand others, which
         pads alone see. A single step makes one of its only output, and the part knows whether to take it.

@@ -70,7 +70,7 @@ class Whole(NamedTuple):
 
 
 def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> BlockKeys:
-    """Offers block j the keys at coordinates j L + low ... j L + L - 1 + high (views of one padded copy)."""
+    """Offer block j the keys at coordinates j L + low ... j L + L - 1 + high (views of one padded copy)."""
     width = block + high - low
     front = keyset.first - low
     length = (blocks - 1) * block + width
@@ -90,7 +90,7 @@ def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> Bloc
 
 
 def gathered(keyset: KeySet, index: torch.Tensor, bias: torch.Tensor | None = None) -> BlockKeys:
-    """Offers block j the keys `index[:, j]`; index `[B, n, K]` into S, or `[B, n, G, K]` per head; -1 = none."""
+    """Offer block j the keys `index[:, j]`; index `[B, n, K]` into S, or `[B, n, G, K]` per head; -1 = none."""
     rows = torch.arange(index.shape[0], device=index.device).view(-1, *(1,) * (index.dim() - 1))
     chosen = index.clamp(min=0)
     begin, position = keyset.begin[rows, chosen], keyset.position[rows, chosen]
@@ -105,7 +105,7 @@ def gathered(keyset: KeySet, index: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def in_blocks(whole: Whole, queries: int, block: int) -> BlockKeys:
-    """Offers every block all keys, with the visibility as a bias."""
+    """Offer every block all keys, with the visibility as a bias."""
     batch, stored = whole.keys.shape[:2]
     device, blocks = whole.keys.device, -(-queries // block)
     visible = whole.visible
@@ -237,7 +237,7 @@ def _biases(part: list[BlockKeys], now: torch.Tensor, query: torch.Tensor, group
 
 
 def _positions(part: list[BlockKeys], groups: int) -> torch.Tensor:
-    """Positions of all offered keys, `[B, n, K]`, or `[B, n, G, K]` where they differ by head."""
+    """Return positions of all offered keys, `[B, n, K]`, or `[B, n, G, K]` where they differ by head."""
     if all(offer.position.dim() == 3 for offer in part):
         return torch.cat([offer.position for offer in part], dim=2)
     each = [offer.position if offer.position.dim() == 4 else offer.position[:, :, None] for offer in part]

@@ -149,7 +149,7 @@ class BMojoCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states."""
+        """Return bytes of all states."""
         return sum(layer.nbytes for layer in self.layers)
 
     def remembered(self, layer_idx: int, row: int = 0) -> list[RememberedToken]:

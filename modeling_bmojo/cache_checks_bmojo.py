@@ -35,7 +35,7 @@ def check_tables(layers: list[BMojoCacheLayer], tables: list[Table], columns: in
 
 
 def _expected(layer: BMojoCacheLayer, table: Table, batch: int, first: bool, last: bool) -> Table:
-    """Names, shapes and dtypes. Allocates nothing: the states are made on the meta device."""
+    """Return names, shapes and dtypes. Allocates nothing: the states are made on the meta device."""
     kind = layer.memory.dtype({name: dtype for name, (_, dtype) in table.items()})
     if kind not in KINDS:
         raise ValueError(f"states of dtype {kind}: must be one of {[str(kind) for kind in KINDS]}")

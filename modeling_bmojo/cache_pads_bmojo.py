@@ -17,7 +17,7 @@ STEP, FIRST, SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476
 
 
 def column_codes(columns: torch.Tensor) -> torch.Tensor:
-    """Codes of column numbers, int64 to int64 of the same shape."""
+    """Return codes of column numbers, int64 to int64 of the same shape."""
     mixed = columns * STEP + STEP
     mixed = (mixed ^ _shifted(mixed, 30)) * FIRST
     mixed = (mixed ^ _shifted(mixed, 27)) * SECOND

@@ -144,7 +144,8 @@ class FileConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def warn_of_typos(self) -> None:
-        """Names attributes that look like a field with a slip in it: setting one is allowed, and does nothing."""
+        """Name attributes attributes that look like a field with a slip in it: setting one is allowed, and does
+        nothing."""
         cls = type(self)
         slips = [key for key in vars(self) if not self._knows(key) and closest_field(cls, key, strict=True)]
         if slips:

@@ -286,8 +286,8 @@ class BMojoConfig(BackboneConfig):
 
     @classmethod
     def fields_with(cls, **said: Any) -> tuple[str, ...]:
-        """Names of the fields of which all this is said: `role` ("backbone", "memory", "speed"), `results` (whether the
-        field changes them) and `live` (whether it may change on a model that is built)."""
+        """Return names of the fields of which all this is said: `role` ("backbone", "memory", "speed"), `results`
+        (whether the field changes them) and `live` (whether it may change on a model that is built)."""
         return fields_with(cls, **said)
 
     def layer_spec(self, layer_idx: int) -> LayerSpec:

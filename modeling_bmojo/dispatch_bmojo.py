@@ -272,7 +272,7 @@ def _unavailable(op: str, source: str, backend: str, refusal: Refusal) -> ValueE
 
 
 def forget() -> None:
-    """Forgets what was imported, chosen and read from the environment: for tests, and after installing a package."""
+    """Forget what was imported, chosen and read from the environment: for tests, and after installing a package."""
     for memory in (FORMS["cuda"], _ORDERS, _TOLD):
         memory.clear()
     load.cache_clear()

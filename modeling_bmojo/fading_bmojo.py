@@ -59,7 +59,7 @@ class FadingMemory(nn.Module):
 
     @classmethod
     def projections(cls, config: PreTrainedConfig) -> tuple[str, ...]:
-        """Names of the linear maps that it has: what adapters adapt."""
+        """Return names of the linear maps that it has: what adapters adapt."""
         return cls.maps
 
     @classmethod
@@ -72,7 +72,8 @@ class FadingMemory(nn.Module):
 
     @classmethod
     def example(cls, operation: str, config: PreTrainedConfig) -> tuple:
-        """Arguments of one of its operations as far as implementations look at them before they run, without data."""
+        """Return arguments of one of its operations as far as implementations look at them before they run, without
+        data."""
         channels, taps = cls.channels(config), config.ssm_conv_kernel
         return torch.empty(1, 1, channels), torch.empty(channels, taps), None
 

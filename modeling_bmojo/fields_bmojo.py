@@ -59,7 +59,7 @@ def own_fields(config_class: type[PreTrainedConfig]) -> dict[str, dict[str, Any]
 
 
 def fields_with(config_class: type[PreTrainedConfig], **said: Any) -> tuple[str, ...]:
-    """Names of the fields of which all this is said, e.g. `fields_with(BMojoConfig, role="backbone")`."""
+    """Return names of the fields of which all this is said, e.g. `fields_with(BMojoConfig, role="backbone")`."""
     key = (config_class, *said.items())
     if key not in _FOUND:
         found = own_fields(config_class).items()

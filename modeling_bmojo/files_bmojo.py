@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Lets `write(partial)` fill the file `partial`, then renames it to `path`; its mode is as the umask has it.
+    """Let `write(partial)` fill the file `partial`, then renames it to `path`; its mode is as the umask has it.
 
     Leftovers of dead processes that wrote `path` are removed first; another writer's file, also in another thread, is
     left alone, and the last to finish wins.

@@ -153,7 +153,7 @@ def build_rows(
     rotary_emb,
     output_attentions: bool,
 ) -> tuple[Rows, bool]:
-    """Cuts the input into mixer rows.
+    """Cut the input into mixer rows.
 
     Args:
         inputs_embeds: `[B, T, E]`. mask: `[B, T]` bool or None. position_ids: `[B, T]`, `[1, T]` or None: real tokens

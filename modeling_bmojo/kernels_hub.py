@@ -49,7 +49,7 @@ def offer_slots(model: nn.Module) -> None:
 
 
 def take_kernels(model: nn.Module, asked: bool) -> None:
-    """Hands the filled slots to every `Kernels` of the model; `asked=False` takes them away again."""
+    """Hand the filled slots to every `Kernels` of the model; `asked=False` takes them away again."""
     listed = model.__dict__.get("_kernel_funcs", {})
     filled = {name: slot for name, slot in listed.items() if name in SLOTS and _is_filled(slot)}
     forms = {op: hub_form(op, filled[kernel.name]) for op, kernel in KERNELS.items() if kernel.name in filled}

@@ -97,7 +97,7 @@ def _conv_programs(rows: int, x: torch.Tensor, options: dict) -> int:
 
 
 def _conv_arguments(x, weight, bias, history) -> tuple:
-    """Pointers, strides and sizes. What is absent is stood in for by another tensor, which is not read."""
+    """Return pointers, strides and sizes. What is absent is stood in for by another tensor, which is not read."""
     bias = weight if bias is None else bias.contiguous()
     past = x if history is None else history
     return (x, weight.contiguous(), bias, past, *x.stride(), *past.stride(), *x.shape[1:])

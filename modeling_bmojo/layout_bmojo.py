@@ -43,7 +43,7 @@ class RowLayout(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Tokens of the widest group."""
+        """Return tokens of the widest group."""
         return max(group.index.shape[1] for group in self.groups)
 
     def split(self, value: torch.Tensor) -> list[torch.Tensor]:
@@ -98,7 +98,8 @@ def _layout(groups: list[RowGroup], mask: torch.Tensor, packed: bool) -> RowLayo
 
 
 def to_rows(layout: RowLayout | None, value: torch.Tensor) -> list[torch.Tensor]:
-    """Columns `[B, T, ...]` to one `[R, T', ...]` per group of mixer rows; without a layout they are the only group."""
+    """Return columns `[B, T, ...]` to one `[R, T', ...]` per group of mixer rows; without a layout they are the only
+    group."""
     return [value] if layout is None else layout.split(value)
 
 

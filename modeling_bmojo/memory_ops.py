@@ -181,7 +181,7 @@ def select(
     memory = torch.where((memory < held) & F.pad(valid, (0, slots))[:, :slots], memory, -1)
 
     def admit(upto: int, starts: range) -> torch.Tensor:
-        """Lets the tokens apply that have left by query `upto`; the memory at the queries `starts`, `[B, k, M]`."""
+        """Let the tokens apply that have left by query `upto`; the memory at the queries `starts`, `[B, k, M]`."""
         nonlocal done
         leaving = min(upto - window - first + 1, tokens)
         if slots == 0 or leaving <= done:

@@ -387,7 +387,7 @@ class BMojoModel(BMojoPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 
     def accept_config(self) -> None:
-        """Says that the layers are what the configuration says now: for code that has changed both."""
+        """Say that the layers are what the configuration says now: for code that has changed both."""
         self._built = built_fields(self.config)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:

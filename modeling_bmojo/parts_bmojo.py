@@ -73,7 +73,7 @@ class Tokens(NamedTuple):
 
     @property
     def queries(self) -> int:
-        """Queries that something is offered to; the first of them is at coordinate 0."""
+        """Return queries that something is offered to; the first of them is at coordinate 0."""
         return self.query.shape[1] - self.front
 
     def real(self) -> torch.Tensor:
@@ -149,7 +149,7 @@ class MemoryPart:
         raise NotImplementedError
 
     def states(self) -> dict[str, State]:
-        """Its states beside the key buffer."""
+        """Return its states beside the key buffer."""
         return {}
 
     def observe(self, tokens: Tokens, layer: Any, left: list[Left], kernels: Kernels) -> Observed:

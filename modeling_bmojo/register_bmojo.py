@@ -37,7 +37,7 @@ AUTO_MAP = {"AutoConfig": "configuration_bmojo.BMojoConfig"} | {
 
 
 def register_names() -> None:
-    """Enters our names.
+    """Enter our names.
 
     As an attribute of `transformers` stands the Auto class: it finds the code that belongs to the folder being loaded,
     where a class of ours would be that of the folder loaded first. It is set on the module's class, because there are

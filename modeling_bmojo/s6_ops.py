@@ -247,7 +247,7 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _backward_chunk(inputs, A, before, grad_state, length, buffers, outputs, grad_A) -> torch.Tensor:
-    """Gradients of one chunk, written into `outputs` (those of dt x, dt, B, C) and added to `grad_A`.
+    """Return gradients of one chunk, written into `outputs` (those of dt x, dt, B, C) and added to `grad_A`.
 
     Args:
         inputs: dt x, dt, B, C and the gradient of y of the chunk. before: the state before it, `[B, N, I]`.

@@ -43,7 +43,7 @@ class State(NamedTuple):
 
 
 def take(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index` `[B, k]` of `value` `[B, S, ...]`."""
+    """Return rows `index` `[B, k]` of `value` `[B, S, ...]`."""
     rows = torch.arange(index.shape[0], device=index.device)[:, None]
     return value[rows, index]
 

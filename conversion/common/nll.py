@@ -74,7 +74,8 @@ def in_pieces(model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = 
 
 
 def buckets(window: int, tokens: int) -> dict[str, range]:
-    """Places of `nll` by the length c of their context, in windows: c <= W, W < c <= 4 W, ...; empty ones are left out.
+    """Return places of `nll` by the length c of their context, in windows: c <= W, W < c <= 4 W, ...; empty ones are
+    left out.
 
     `beyond W` are all c > W, `second half` the last T // 2 places.
     """

@@ -7,7 +7,7 @@ from .files import write_file
 
 
 def require_matplotlib(wanted_by: str) -> None:
-    """Refuses before the work where a diagram is wanted and matplotlib is missing (ValueError)."""
+    """Refuse before the work where a diagram is wanted and matplotlib is missing (ValueError)."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -124,7 +124,7 @@ def as_number(value: Any) -> Any:
 
 
 def _require(kind: type, given: Mapping[str, Any]) -> None:
-    """Refuses missing values of fields without a default; a section says itself how it may look (`example`)."""
+    """Refuse missing values of fields without a default; a section says itself how it may look (`example`)."""
     for item in fields(kind):
         if item.default is not MISSING or item.default_factory is not MISSING:
             continue

@@ -58,7 +58,7 @@ def sole_writer(output: Path) -> Iterator[None]:
 
 
 def check_output(output: Path, overwrite: bool, sources: tuple[Path, ...] = ()) -> None:
-    """Refuses an output that would destroy something.
+    """Refuse an output that would destroy something.
 
     Raises:
         ValueError: the output is a file, holds a source, is not empty and not ours, or is ours without `overwrite`.
@@ -80,7 +80,7 @@ def check_output(output: Path, overwrite: bool, sources: tuple[Path, ...] = ()) 
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Refuses to start where the disk of `output` has less than `needed` bytes free (ValueError)."""
+    """Refuse to start where the disk of `output` has less than `needed` bytes free (ValueError)."""
     parent = output.absolute()
     while not parent.exists():
         parent = parent.parent

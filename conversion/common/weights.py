@@ -60,7 +60,7 @@ def most_common_dtype(dtypes: Mapping[str, str]) -> str:
 
 
 def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges that cover `rows` rows, of about BLOCK_BYTES each."""
+    """Return ranges that cover `rows` rows, of about BLOCK_BYTES each."""
     step = max(1, BLOCK_BYTES // max(row_bytes, 1))
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
@@ -125,7 +125,7 @@ class SafetensorsFiles:
                 self.dtypes[name] = SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype())
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `[start, stop)` of a tensor, all of them by default."""
+        """Return rows `[start, stop)` of a tensor, all of them by default."""
         file = self._file_of[name]
         with self._naming(file), safe_open(file, framework="pt") as tensors:
             if start == 0 and stop in (None, *self.shapes[name][:1]):
@@ -162,7 +162,7 @@ class PickledFiles:
         return found
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `[start, stop)` of a tensor, all of them by default."""
+        """Return rows `[start, stop)` of a tensor, all of them by default."""
         return self._load(self._file_of[name])[name][start:stop]
 
 
@@ -208,7 +208,7 @@ def read_weight_map(index: Path, what: str) -> dict[str, str]:
 
 
 def check_index(path: Path, single: str, index: str, found: Mapping[str, Path], what: str) -> None:
-    """Refuses an index that names tensors which no shard holds (ValueError); beside a single file it is not read."""
+    """Refuse an index that names tensors which no shard holds (ValueError); beside a single file it is not read."""
     if (path / single).is_file():
         return
     absent = sorted(set(read_weight_map(path / index, what)) - set(found))

@@ -44,7 +44,7 @@ class TrainingData:
 
 
 def build_data(data: DataSettings, tokenizer: PreTrainedTokenizerBase, loss_from: int, seed: int) -> TrainingData:
-    """Read, tokenises and packs everything (while streaming: as it is asked for).
+    """Read, tokenise and pack everything (while streaming: as it is asked for).
 
     Args:
         loss_from: first position of a document that counts; labels before it become -100.
@@ -136,7 +136,8 @@ class _Rows:
         self.pack: Callable = PACKERS[data.packing]
 
     def build(self, documents: Dataset, kind: str) -> Dataset:
-        """Rows with input_ids, labels, position_ids and their number, `row`; see `build_data` for what is refused."""
+        """Return rows with input_ids, labels, position_ids and their number, `row`; see `build_data` for what is
+        refused."""
         self._check_columns(documents.column_names if len(documents) else [], kind)
         table = documents.select_columns(self.columns).data
         size = table.nbytes / table.num_rows
@@ -198,7 +199,7 @@ class _Rows:
     def _check_stream(
         self, pack: Callable, documents: Iterator[dict[str, Any]], columns: list[str], group: int
     ) -> None:
-        """Refuses a stream of which no row counts."""
+        """Refuse a stream of which no row counts."""
         found, start = False, 0
         while batch := list(islice(documents, group)):
             packed = pack(
@@ -211,7 +212,7 @@ class _Rows:
         raise self._none_counts("training") if found else self._too_short("training")
 
     def _source(self, kind: str) -> str | list[str] | None:
-        """Patterns of the files that these rows are of."""
+        """Return patterns of the files that these rows are of."""
         held_out_elsewhere = kind == "held-out" and self.data.eval_files is not None
         return self.data.eval_files if held_out_elsewhere else self.data.files
 

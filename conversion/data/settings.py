@@ -48,7 +48,7 @@ class DataSettings:
 
 
 def check_data(data: DataSettings) -> None:
-    """Refuses contradictory data settings (ValueError)."""
+    """Refuse contradictory data settings (ValueError)."""
     given = [name for name in ("files", "hub", "builtin") if getattr(data, name) is not None]
     if len(given) != 1:
         raise ValueError(f"data: give exactly one of files, hub, builtin; found {given or 'none'}.")

@@ -53,7 +53,7 @@ def pydoc_topics(split: str) -> dict[str, str]:
 
 
 def _paragraphs(text: str) -> list[tuple[str, str]]:
-    """Paragraphs of a text, each with what makes it the same as another: its words, whatever the white space."""
+    """Return paragraphs of a text, each with what makes it the same as another: its words, whatever the white space."""
     parts = [part.rstrip() for part in re.split(r"\n\s*\n", text) if part.strip()]
     return [(" ".join(part.split()), part) for part in parts]
 
@@ -64,7 +64,7 @@ def read_texts(
     names: Sequence[str] | None = None,
     split: str = "held_out",
 ) -> dict[str, str]:
-    """Texts by name. Exactly one of `builtin` and `files` is given.
+    """Return texts by name. Exactly one of `builtin` and `files` is given.
 
     Args:
         builtin: "pydoc": one long text, the part `split`. files: patterns such as `books/*.txt`; every file is a text.
@@ -111,7 +111,7 @@ def _read_files(patterns: Sequence[str]) -> dict[str, str]:
 
 
 def token_stream(tokenizer: Any, texts: dict[str, str]) -> torch.Tensor:
-    """Ids `[S]` of all texts, one after the other, a blank line between them; no special tokens."""
+    """Return ids `[S]` of all texts, one after the other, a blank line between them; no special tokens."""
     return _ids(tokenizer, "\n\n".join(texts.values()))
 
 

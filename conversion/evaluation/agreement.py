@@ -28,5 +28,5 @@ def equal_share(ours: torch.Tensor, theirs: torch.Tensor, window: int) -> dict[s
 
 
 def equal_prefix(ours: list[int], theirs: list[int]) -> int:
-    """Tokens before the first difference."""
+    """Return tokens before the first difference."""
     return next((index for index, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))

@@ -115,7 +115,7 @@ class Models:
 
 
 def equal_memory_window(config: BMojoConfig, dtype: torch.dtype) -> int:
-    """Tokens whose bare keys and values take the bytes of our memory, over the layers that are B'MOJO layers.
+    """Return tokens whose bare keys and values take the bytes of our memory, over the layers that are B'MOJO layers.
 
     The bytes are those of every state of these layers in a cache that has read more than W tokens. The window is not
     charged for positions and the like, which a cache of its own could do without.

@@ -21,7 +21,8 @@ from ..common.nll import in_pieces
 def measure_cost(
     model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, rounds: int, bar: Any = None
 ) -> dict:
-    """Medians over `rounds` of reading `ids` `[1, T]` and of writing `steps` tokens behind it, after one untimed pass.
+    """Return medians over `rounds` of reading `ids` `[1, T]` and of writing `steps` tokens behind it, after one untimed
+    pass.
 
     Returns:
         `prefill` and `decode` in tokens per second, `cache_bytes` after both, and `tokens`, how many were read.
@@ -42,7 +43,7 @@ def measure_cost(
 
 
 def _pass(model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, bar: Any) -> tuple[float, float, Any]:
-    """Seconds of reading `ids` and of writing `steps` tokens, and the cache after both."""
+    """Return seconds of reading `ids` and of writing `steps` tokens, and the cache after both."""
     start = _now(ids.device)
     out = deque(in_pieces(model, ids, chunk, bar, logits_to_keep=1), maxlen=1).pop()
     cache, token = cache_of(out), out.logits[:, -1:].argmax(-1)
@@ -54,7 +55,8 @@ def _pass(model: torch.nn.Module, ids: torch.Tensor, chunk: int, steps: int, bar
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache holds: B'MOJO's own count, or the keys and values of transformers' caches."""
+    """Return bytes of all tensors that a cache holds: B'MOJO's own count, or the keys and values of transformers'
+    caches."""
     if type(cache).__name__ == "BMojoCache":
         return cache.nbytes
     return sum(value.nbytes for layer in cache.layers for value in (layer.keys, layer.values))

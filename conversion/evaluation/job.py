@@ -175,7 +175,7 @@ def _rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Ro
 
 
 def _equal_rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Row]:
-    """Windows of the bytes of each of our memories, without and with sinks, which then count among the bytes."""
+    """Return windows of the bytes of each of our memories, without and with sinks, which then count among the bytes."""
     ours = [(name, config) for _, name, config, _ in grafts]
     if "fresh" in settings.rows or not grafts:
         ours.insert(0, ("fresh graft", models.plan.config))
@@ -196,7 +196,7 @@ def _equal_rows(settings: EvaluationSettings, models: Models, grafts: list) -> l
 
 
 def run(job: Job, store: Store) -> None:
-    """Measures what `store` does not hold yet, one model in memory at a time, and stores each measurement at once."""
+    """Measure what `store` does not hold yet, one model in memory at a time, and stores each measurement at once."""
     settings = job.settings
     sections = {
         "reading": settings.nll or settings.agreement,

@@ -86,7 +86,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _answer(tokenizer: Any, question: list[int], key: str) -> tuple[list[int], list[int]]:
-    """Tokens of the key behind the question, and which of them hold its digits (a leading space may be one alone)."""
+    """Return tokens of the key behind the question, and which of them hold its digits (a leading space may be one
+    alone)."""
     whole = _encode(tokenizer, f"{QUESTION} {key}")
     if whole[: len(question)] != question:
         raise ValueError("passkey: this tokenizer joins the question's end and the key; switch passkey off.")
@@ -121,7 +122,7 @@ def score_prompts(
 
 
 def _last_logits(model: torch.nn.Module, prompt: Prompt, chunk: int) -> torch.Tensor:
-    """Logits `[n, V]` on the CPU, float32, of the tokens from the one before the first digit on."""
+    """Return logits `[n, V]` on the CPU, float32, of the tokens from the one before the first digit on."""
     ids = prompt.ids.to(next(model.parameters()).device)
     end = prompt.digits[0] - 1
     cache = cache_of(deque(in_pieces(model, ids[:, :end], chunk, logits_to_keep=1), maxlen=1).pop())

@@ -11,7 +11,7 @@ MARKERS = "osD^v<>PX*"
 
 
 def draw(figures: Sequence[Mapping[str, Any]], measurements: Mapping[str, Any], window: int, path: Path) -> None:
-    """Draws what was measured; writes nothing where there is nothing to draw.
+    """Draw what was measured; writes nothing where there is nothing to draw.
 
     Args:
         figures: of `evaluation_report.summarise`. measurements: what they were made from.

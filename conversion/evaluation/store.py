@@ -26,7 +26,7 @@ RESULT_FILE, TABLE_FILE, PLOT_FILE = "evaluation.json", "table.md", "evaluation.
 
 
 def check_folder(folder: Path, overwrite: bool, reuse: bool) -> None:
-    """Refuses an output that would destroy something.
+    """Refuse an output that would destroy something.
 
     Raises:
         ValueError: the output is a file, is not empty and not ours, or holds an evaluation that nobody said to replace.

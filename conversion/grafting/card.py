@@ -10,7 +10,7 @@ from modeling_bmojo import BMojoConfig, memory_bytes
 
 
 def source_bytes(config: BMojoConfig, source: Mapping[str, Any], dtype: torch.dtype, tokens: int) -> int:
-    """Bytes of the source's keys and values of one sequence after `tokens` tokens."""
+    """Return bytes of the source's keys and values of one sequence after `tokens` tokens."""
     per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
     kept = [tokens if kind == "full_attention" else min(tokens, source["window"]) for kind in source["layer_types"]]
     return sum(kept) * per_token

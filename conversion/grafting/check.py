@@ -61,7 +61,7 @@ def check_against_source(
 
 
 def check_complete(config: BMojoConfig, written: Weights) -> None:
-    """Refuses a folder whose tensors are not those of its config (ValueError)."""
+    """Refuse a folder whose tensors are not those of its config (ValueError)."""
     wanted = tensor_shapes(meta_model(config))
     wrong = sorted(name for name in wanted | written.shapes if wanted.get(name) != written.shapes.get(name))
     if wrong:
@@ -78,7 +78,7 @@ def small_memory(config: BMojoConfig, tokens: int) -> BMojoConfig:
 
 
 def graft_logits(config: BMojoConfig, weights: Weights, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[1, T, V]` of a graft; raises ValueError where its states are not finite after the tokens."""
+    """Return logits `[1, T, V]` of a graft; raises ValueError where its states are not finite after the tokens."""
     with init_empty_weights(include_buffers=False):
         model = BMojoForCausalLM(config)
     # With a cache, so that the fading memories run too, although no token is beyond the window yet.
@@ -93,7 +93,7 @@ def graft_logits(config: BMojoConfig, weights: Weights, ids: torch.Tensor) -> to
 
 
 def source_logits(source: Source, dtypes: Mapping[str, torch.dtype], ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[1, T, V]` of the source by transformers' own class, its weights rounded to `dtypes`."""
+    """Return logits `[1, T, V]` of the source by transformers' own class, its weights rounded to `dtypes`."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=torch.float32)
     return on_disk(model, source, dtypes)(input_ids=ids, use_cache=False).logits

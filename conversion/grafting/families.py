@@ -67,7 +67,7 @@ def source_layer_types(config: Any) -> list[str]:
 
 
 def source_window(config: Any) -> int | None:
-    """Tokens that the source's sliding layers see, the query included; None where no layer slides."""
+    """Return tokens that the source's sliding layers see, the query included; None where no layer slides."""
     return config.sliding_window if "sliding_attention" in source_layer_types(config) else None
 
 

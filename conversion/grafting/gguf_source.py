@@ -99,7 +99,7 @@ class GGUFSource:
         return dict.fromkeys(self._state, self.dtype)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `[start, stop)` of a tensor, all of them by default; the whole model stays in memory."""
+        """Return rows `[start, stop)` of a tensor, all of them by default; the whole model stays in memory."""
         return self._state[name][start:stop]
 
     def load_model(self, dtype: torch.dtype) -> torch.nn.Module:

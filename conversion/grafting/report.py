@@ -146,7 +146,7 @@ def require_report(folder: Path, what: str) -> dict[str, Any]:
 
 
 def changed_tensors(report: Mapping[str, Any], weights: Weights) -> list[str]:
-    """Tensors of a folder that are not what its report says (SHA-256); all of its weights are read.
+    """Return tensors of a folder that are not what its report says (SHA-256); all of its weights are read.
 
     A result of training says of every tensor what it is now; older ones do not, and of them nothing is compared.
     """

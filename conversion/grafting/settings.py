@@ -110,6 +110,6 @@ def _check_measured(settings: GraftSettings) -> None:
 
 
 def check_shard_size(size: str) -> None:
-    """Refuses a size of weight files that is none (ValueError)."""
+    """Refuse a size of weight files that is none (ValueError)."""
     if not re.fullmatch(r"\d+ *[KMGT]B", size):
         raise ValueError(f"max_shard_size={size!r}: must be a size such as '2GB' or '500MB'.")

@@ -120,7 +120,7 @@ def inner_projection(config: BMojoConfig, layer: Mapping[str, torch.Tensor]) -> 
 def smoother(
     config: BMojoConfig, layer: Mapping[str, torch.Tensor], tau: tuple[float, float] = (2.0, 16.0), seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Tensors of one layer's FadingMemory, by their names below `fading.`; fp32, the same for the same seed.
+    """Return tensors of one layer's FadingMemory, by their names below `fading.`; fp32, the same for the same seed.
 
     Args:
         layer: the source layer's `k_proj.weight` and `v_proj.weight`, read only for projections where inner < hidden.
@@ -160,13 +160,13 @@ def smoother(
 
 
 def check_smoother(config: BMojoConfig, tau: tuple[float, float]) -> None:
-    """Refuses a config or time constants that the smoother cannot honour (ValueError)."""
+    """Refuse a config or time constants that the smoother cannot honour (ValueError)."""
     check_fields("smoother", SMOOTHER_FIELDS, {name: getattr(config, name) for name in SMOOTHER_FIELDS})
     check_time_constants(config, tau)
 
 
 def check_fields(init: str, required: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuses settings that contradict what an initialisation stands on (ValueError)."""
+    """Refuse settings that contradict what an initialisation stands on (ValueError)."""
     for name, value in required.items():
         if name in given and given[name] != value:
             raise ValueError(

@@ -59,7 +59,7 @@ def attention_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> 
 
 
 def check_attention(config: BMojoConfig, tau: tuple[float, float]) -> None:
-    """Refuses a config or time constants that this initialisation cannot express (ValueError)."""
+    """Refuse a config or time constants that this initialisation cannot express (ValueError)."""
     if config.qk_norm is not None:
         raise ValueError(
             f"ssm_init='attention': the source normalises its queries and keys (qk_norm={config.qk_norm!r}), which B "
@@ -88,7 +88,7 @@ def check_attention(config: BMojoConfig, tau: tuple[float, float]) -> None:
 def attention(
     config: BMojoConfig, layer: Mapping[str, torch.Tensor], tau: tuple[float, float] = (2.0, 16.0), seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Tensors of one layer's FadingMemory, by their names below `fading.`; fp32. Nothing in it is random.
+    """Return tensors of one layer's FadingMemory, by their names below `fading.`; fp32. Nothing in it is random.
 
     Args:
         layer: the source layer's `{q,k,v,o}_proj.weight`, and `.bias` where it has them.
@@ -120,7 +120,8 @@ def attention(
 
 
 def _in_proj(config: BMojoConfig, layer: Mapping[str, torch.Tensor], part: str) -> torch.Tensor:
-    """Rows z, x, B, C, dt of in_proj: of its weight `[rows, hidden]` or bias `[rows]`; zero where a map has none."""
+    """Return rows z, x, B, C, dt of in_proj: of its weight `[rows, hidden]` or bias `[rows]`; zero where a map has
+    none."""
     heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
     shape = (hidden,) if part == "weight" else ()
 

@@ -33,7 +33,7 @@ def constant_scalars(dt: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def check_time_constants(config: BMojoConfig, tau: tuple[float, float]) -> None:
-    """Refuses time constants that are no range, or that `config` would clamp away (ValueError)."""
+    """Refuse time constants that are no range, or that `config` would clamp away (ValueError)."""
     low, high = tau
     if not 0 < low <= high < math.inf:
         raise ValueError(f"smoother_tau={list(tau)}: must be two numbers of tokens, 0 < low <= high; e.g. [2, 16].")

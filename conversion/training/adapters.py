@@ -37,7 +37,7 @@ def lora_config(model: nn.Module, lora: LoraSettings) -> "LoraConfig":
 
 
 def check_names(model: nn.Module, lora: LoraSettings) -> None:
-    """Refuses targets and modules to save that match nothing in the model (ValueError)."""
+    """Refuse targets and modules to save that match nothing in the model (ValueError)."""
     everything = [name for name, _ in model.named_modules() if name]
     linear = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
     if lora.target_modules is not None and lora.target_modules != "all-linear":

@@ -63,7 +63,7 @@ class Alignment(nn.Module):
         return self
 
     def tie_weights(self) -> None:
-        """Ties what the student ties; FSDP asks for it where it has taken the tensors apart."""
+        """Tie what the student ties; FSDP asks for it where it has taken the tensors apart."""
         self.student.tie_weights()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:

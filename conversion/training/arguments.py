@@ -137,7 +137,7 @@ def _current(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
 
 
 def check_precision(dtype: torch.dtype, arguments: TrainingArguments) -> None:
-    """Refuses narrow weights without mixed precision: the tensors that train are float32 beside them (ValueError)."""
+    """Refuse narrow weights without mixed precision: the tensors that train are float32 beside them (ValueError)."""
     if dtype != torch.float32 and not (arguments.bf16 or arguments.fp16):
         raise ValueError(
             f"dtype: the checkpoint is {str(dtype).removeprefix('torch.')}, and the tensors that train stay float32, "

@@ -68,7 +68,7 @@ def checkpoints(work: Path) -> list[Path]:
 
 
 def seal(checkpoint: Path, recipe: Mapping[str, Any]) -> None:
-    """Completes a checkpoint: all its files are on the disk, with their hashes.
+    """Complete a checkpoint: all its files are on the disk, with their hashes.
 
     Args:
         recipe: of the run that made it, as `recipe_of` tells it.
@@ -87,7 +87,7 @@ def fingerprint(recipe: Mapping[str, Any]) -> str:
 
 
 def check_files(checkpoint: Path, flag: str = "--resume") -> None:
-    """Refuses a checkpoint that is not what was sealed (ValueError that names the files); reads all of it."""
+    """Refuse a checkpoint that is not what was sealed (ValueError that names the files); reads all of it."""
     what = f"{flag}: checkpoint {str(checkpoint)!r}"
     sealed = read_json(checkpoint / FILES_FILE, what)
     try:
@@ -190,7 +190,7 @@ def read_recipe(work: Path, flag: str) -> dict[str, Any]:
 
 
 def check_recipe(work: Path, recipe: Mapping[str, Any], flag: str = "--resume") -> None:
-    """Refuses to go on with a run of another recipe (ValueError that lists what differs).
+    """Refuse to go on with a run of another recipe (ValueError that lists what differs).
 
     Args:
         recipe: of the settings now. flag: what asked; --finish reads no data, so its recipe has no facts about them.
@@ -207,7 +207,7 @@ def check_recipe(work: Path, recipe: Mapping[str, Any], flag: str = "--resume") 
 
 
 def check_work(output: Path, resume: bool, overwrite: bool, finish: bool) -> None:
-    """Refuses what would lose an unfinished run or other files, or go on with a run that is not there (ValueError)."""
+    """Refuse what would lose an unfinished run or other files, or go on with a run that is not there (ValueError)."""
     work = work_folder(output)
     _check_ours(output, work)
     done = checkpoints(work)
@@ -231,7 +231,7 @@ def check_work(output: Path, resume: bool, overwrite: bool, finish: bool) -> Non
 
 
 def _check_ours(output: Path, work: Path) -> None:
-    """Refuses a work folder that holds something, but no recipe of ours: it would be emptied (ValueError)."""
+    """Refuse a work folder that holds something, but no recipe of ours: it would be emptied (ValueError)."""
     if not work.exists() and not work.is_symlink():
         return
     if work.is_dir() and not work.is_symlink() and (_is_begun(work) or _holds_recipe(work)):

@@ -20,7 +20,7 @@ def kind_of(settings: TrainingSettings) -> str | None:
 
 
 def check_machine(settings: TrainingSettings) -> None:
-    """Refuses 4 bits where they cannot be computed with (ValueError), before anything else looks for a GPU."""
+    """Refuse 4 bits where they cannot be computed with (ValueError), before anything else looks for a GPU."""
     kind = kind_of(settings)
     if kind is None:
         return

@@ -130,7 +130,8 @@ def _kl(logits: torch.Tensor, theirs: torch.Tensor, tau: float) -> tuple[torch.T
 
 
 def _ce(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of a chunk `[n, V]` with the tokens `[n]` as a sum, and its gradient with respect to the logits."""
+    """Return the cross-entropy of a chunk `[n, V]` with the tokens `[n]` as a sum, and its gradient with respect to the
+    logits."""
     ours = F.log_softmax(logits, dim=-1)
     place = targets[:, None]
     value = -ours.gather(1, place).sum()

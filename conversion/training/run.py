@@ -70,7 +70,7 @@ class Result:
 
 
 def train(settings: TrainingSettings, options: RunOptions) -> Result:
-    """Trains and writes the output folder, of which this run is the only writer meanwhile.
+    """Train and write the output folder, of which this run is the only writer meanwhile.
 
     Raises:
         ValueError: anything about settings, files or a loss that stops the run. Checkpoints stay.
@@ -136,7 +136,7 @@ def _task(settings: TrainingSettings, arguments: TrainingArguments) -> Task:
 def _run(
     task: Task, arguments: TrainingArguments, data: TrainingData, recipe: dict[str, Any], checkpoint: Path | None
 ) -> BMojoTrainer:
-    """Trains to the end, or raises."""
+    """Train to the end, or raises."""
     stop, pad = StopAfterStep(), task.student.config.pad_token_id
     trainer = BMojoTrainer(
         model=task.model,

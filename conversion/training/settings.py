@@ -141,7 +141,7 @@ def build_training_settings(kind: type[Kind], values: Mapping[str, Any]) -> Kind
 
 
 def check_settings(settings: TrainingSettings) -> None:
-    """Refuses contradictions that can be seen without reading anything (ValueError)."""
+    """Refuse contradictions that can be seen without reading anything (ValueError)."""
     check_choice("dtype", settings.dtype, (None, *DTYPES))
     check_choice("keep", settings.keep, ("last", "best"))
     _check_patterns(settings.train)
@@ -170,7 +170,7 @@ def _check_patterns(train: Any) -> None:
 
 
 def check_losses(losses: LossSettings) -> None:
-    """Refuses weights and options that no alignment can honour (ValueError)."""
+    """Refuse weights and options that no alignment can honour (ValueError)."""
     for name in ("hidden", "mixer", "kl", "ce"):
         if not 0 <= getattr(losses, name) < float("inf"):
             raise ValueError(f"losses.{name}={getattr(losses, name)!r}: must be a finite weight >= 0.")
@@ -184,7 +184,7 @@ def check_losses(losses: LossSettings) -> None:
 
 
 def check_lora(lora: LoraSettings) -> None:
-    """Refuses adapters that peft would refuse later, or build without effect (ValueError)."""
+    """Refuse adapters that peft would refuse later, or build without effect (ValueError)."""
     if lora.r < 1:
         raise ValueError(f"lora.r={lora.r!r}: must be a rank >= 1; e.g. 16.")
     if not 0 <= lora.dropout < 1:

@@ -113,7 +113,7 @@ def open_student(settings: TrainingSettings) -> Student:
 
 
 def check_reported(folder: Path) -> None:
-    """Refuses a checkpoint whose weights are not what its report says (ValueError).
+    """Refuse a checkpoint whose weights are not what its report says (ValueError).
 
     A teacher that shares them would not be the source, and the report of a result would say of them what is not so.
     """
@@ -130,7 +130,7 @@ def check_reported(folder: Path) -> None:
 
 
 def _check_memory(folder: Path, memory: Mapping[str, Any]) -> None:
-    """Refuses `memory` fields that would change a tensor's name or shape (ValueError)."""
+    """Refuse `memory` fields that would change a tensor's name or shape (ValueError)."""
     if not memory:
         return
     before, after = (
@@ -146,7 +146,7 @@ def _check_memory(folder: Path, memory: Mapping[str, Any]) -> None:
 
 
 def choose_trained(model: torch.nn.Module, train: str | list[str], report: Mapping[str, Any]) -> list[str]:
-    """Names of the parameters that train; only these ask for a gradient afterwards.
+    """Return names of the parameters that train; only these ask for a gradient afterwards.
 
     Raises:
         ValueError: "new" without a report of the graft, or a pattern that matches nothing.
@@ -177,7 +177,7 @@ def initialised(report: Mapping[str, Any]) -> set[str]:
 
 
 def hold_in_float32(model: torch.nn.Module) -> None:
-    """Casts the parameters that train: steps of an optimiser are lost in the rounding of narrower types."""
+    """Cast the parameters that train: steps of an optimiser are lost in the rounding of narrower types."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

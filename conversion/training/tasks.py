@@ -91,7 +91,7 @@ def _check_learns(student: Student, trained: list[str]) -> None:
 
 
 def _check_sharding(arguments: TrainingArguments, settings: AlignSettings) -> None:
-    """Refuses what needs the student's tensors whole where they are spread over devices (ValueError)."""
+    """Refuse what needs the student's tensors whole where they are spread over devices (ValueError)."""
     kind, losses = sharding(arguments), settings.losses
     if kind and settings.teacher is None:
         raise ValueError(

@@ -96,7 +96,7 @@ def check_teacher(
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     losses: LossSettings,
 ) -> None:
-    """Refuses a teacher of its own that does not fit the student or the losses (ValueError)."""
+    """Refuse a teacher of its own that does not fit the student or the losses (ValueError)."""
     ours, theirs = student.config, teacher.config
     if ours.vocab_size != theirs.vocab_size:
         raise ValueError(
@@ -133,7 +133,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, name: str) -> None:
-    """Refuses a model whose logits are not a linear map of its final hidden states (ValueError)."""
+    """Refuse a model whose logits are not a linear map of its final hidden states (ValueError)."""
     ids = torch.arange(4)[None] % model.config.vocab_size
     ids = ids.to(model.get_output_embeddings().weight.device)
     out = model(input_ids=ids, use_cache=False)

@@ -70,7 +70,7 @@ class BMojoTrainer(Trainer):
         return loss
 
     def _check_reached(self, model: nn.Module) -> None:
-        """Refuses, at the first step, tensors that the losses do not depend on (ValueError)."""
+        """Refuse, at the first step, tensors that the losses do not depend on (ValueError)."""
         self._reached = True
         missed = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
         if missed:

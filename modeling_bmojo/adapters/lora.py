@@ -40,7 +40,7 @@ TASKS = {
 
 
 def projections(config: BMojoConfig) -> list[str]:
-    """Names of the projections (linear maps inside layers) that a model of `config` has."""
+    """Return names of the projections (linear maps inside layers) that a model of `config` has."""
     specs = [config.layer_spec(index) for index in range(config.num_hidden_layers)]
     untied = not config.tie_fading_projections and any(spec.fading for spec in specs)
     names = [*ATTENTION] * any(spec.has_attention for spec in specs) + [*FADING_ATTENTION] * untied
@@ -122,7 +122,7 @@ def bmojo_lora_config(
 
 
 def _check_rows(targets: dict[str, nn.Linear]) -> None:
-    """Refuses DoRA where a target has a row of zeros (ValueError): divided by its length, 0, all is NaN.
+    """Refuse DoRA where a target has a row of zeros (ValueError): divided by its length, 0, all is NaN.
 
     The SSMs of a fresh graft are such: they start with nothing to say, with rows of zeros in in_proj.
     """

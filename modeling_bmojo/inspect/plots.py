@@ -120,7 +120,7 @@ def _log_range(values: torch.Tensor) -> tuple[float, float]:
 
 
 def _by_position(source: InnovationTrace | BMojoCache, layers: list[int], row: int, seen: int) -> torch.Tensor:
-    """Innovations `[layers, seen]`, NaN where a cache has none."""
+    """Return innovations `[layers, seen]`, NaN where a cache has none."""
     if isinstance(source, InnovationTrace):
         return source.innovations[[source.layers.index(layer) for layer in layers], row, :seen]
     values = torch.full((len(layers), seen), torch.nan, dtype=torch.float64)
@@ -140,7 +140,7 @@ def _kept_counts(cache: BMojoCache, layers: list[int], row: int) -> dict[int, in
 
 
 def _draw_kept(ax: Any, inks: dict[str, str], counts: dict[int, int], heights: torch.Tensor, layers: int) -> None:
-    """Dots on the kept tokens, as large as the share of layers that keep them."""
+    """Draw dots on the kept tokens, as large as the share of layers that keep them."""
     if not counts:
         return
     positions = list(counts)
@@ -163,7 +163,7 @@ def _drawable(text: str) -> str:
 def _name_tokens(
     ax: Any, tokenizer: Any, ids: list[int], counts: dict[int, int], heights: torch.Tensor, n: int
 ) -> None:
-    """Names the kept tokens that stand out most, at most one in each of n stretches of the text."""
+    """Name the kept the kept tokens that stand out most, at most one in each of n stretches of the text."""
     pieces = {p.first + offset: p for p in token_pieces(tokenizer, ids) for offset in range(p.count)}
     stretch = max(len(heights) / max(n, 1), 1)
     best: dict[int, int] = {}
@@ -223,7 +223,8 @@ def plot_memory_growth(
     measure: Sequence[int] | None = None,
     ax: Any = None,
 ) -> Any:
-    """Bytes of the memory against the length of the context: B'MOJO's and that of a Transformer of the same sizes.
+    """Return bytes of the memory against the length of the context: B'MOJO's and that of a Transformer of the same
+    sizes.
 
     Args:
         model_or_config: whose sizes. tokens: right end of the axis. dtype: default: the model's, or fp32.

@@ -303,7 +303,7 @@ class MemoryView:
         return "".join(parts)
 
     def _text_mark(self, token: ShownToken) -> tuple[bool, int]:
-        """Neighbours with the same mark share it: whether in the window, and the layers that keep a token."""
+        """Let neighbours with the same mark share it: whether in the window, and the layers that keep a token."""
         return token.state in ("window", "unread"), len(token.layers) if token.state == "kept" else 0
 
     def __str__(self) -> str:

@@ -98,7 +98,7 @@ def _note(cache: BMojoCache, layer: int, into: torch.Tensor) -> None:
 
 
 def held_tokens(cache: BMojoCache, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and innovations of the tokens that a layer holds, window and eidetic memory, by position."""
+    """Return positions and innovations of the tokens that a layer holds, window and eidetic memory, by position."""
     states = cache.layers[layer]
     own = states.memory.part(EideticMemory).own
     positions, innovations = states.positions[row, own].cpu(), states.innovations[row, own].cpu()
@@ -121,7 +121,8 @@ def place_of(layers: list[int], layer: int) -> int:
 
 
 def memory_bytes(config: BMojoConfig, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-    """Bytes of one sequence's memory after `tokens` tokens: of B'MOJO's cache, and of a Transformer's of these sizes.
+    """Return bytes of one sequence's memory after `tokens` tokens: of B'MOJO's cache, and of a Transformer's of these
+    sizes.
 
     Layers of type "full_attention" are counted without the room that their buffers keep for growing.
     """
@@ -136,7 +137,7 @@ def memory_bytes(config: BMojoConfig, tokens: int, dtype: torch.dtype = torch.fl
 
 
 def measure_bytes(model: nn.Module, lengths: Sequence[int]) -> list[int]:
-    """Bytes of the model's cache after reading as many random tokens as `lengths` say, in rising order."""
+    """Return bytes of the model's cache after reading as many random tokens as `lengths` say, in rising order."""
     cache, generator, read, found = BMojoCache(model.config), torch.Generator().manual_seed(0), 0, []
     with evaluating(model):
         for length in lengths:
