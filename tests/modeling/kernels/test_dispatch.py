@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from modeling_bmojo import BMojoConfig, dispatch_bmojo, explain_kernels, kernels_hub
+from modeling_bmojo.attention_ops import Whole
 from modeling_bmojo.dispatch_bmojo import (
     COVERED,
     ENVIRONMENT,
@@ -21,7 +22,7 @@ from modeling_bmojo.dispatch_bmojo import (
     Situation,
     choose,
 )
-from modeling_bmojo.kernels_attention import triton_attention_form
+from modeling_bmojo.kernels_attention import triton_attention_form, triton_block_attention
 from modeling_bmojo.kernels_cuda import KERNELS
 from modeling_bmojo.kernels_forms import triton_form
 from tests.modeling.kernels.dispatch_cases import (
@@ -463,3 +464,12 @@ def test_explain_tells_nobody_off(said, capsys):
 def test_explain_wants_a_model():
     with pytest.raises(ValueError, match=r"model_or_config=Linear: must be a B'MOJO model or BMojoConfig"):
         explain_kernels(torch.nn.Linear(1, 1))
+
+
+def test_the_triton_attention_refuses_keys_that_differ_per_head():
+    """They are the torch form's: an index `[B, n, G, K]`, and what a part offers ready made."""
+    refuse = triton_attention_form(triton_block_attention).refuse
+    query = torch.empty(1, 4, 4, 8)
+    assert refuse(query, [(None, (0, 3)), (None, torch.zeros(1, 1, 3))], 4, 1.0) is None
+    for offer in ((None, torch.zeros(1, 1, 2, 3)), Whole(query, query)):
+        assert "differ per head" in refuse(query, [offer], 4, 1.0)
