@@ -66,7 +66,7 @@ class EideticMemory(MemoryPart):
         past = self.recall(layer) if layer is not None and layer.started else None
         context = self._context(tokens, layer, past)
         if tokens.queries <= 0:  # nothing is beyond the window yet
-            self._commit(context, None, tokens, layer, past)
+            self._commit(context, None, tokens, layer)
             return Observed()
         slots, before = (0, tokens.front) if past is None else (self.slots, self.window)
         first = -slots - before
@@ -83,7 +83,7 @@ class EideticMemory(MemoryPart):
         offers = [(local, (1 - self.window, 0))]
         if self.slots:
             offers.append((everything, chosen.slots))
-        self._commit(context, chosen.expiry - first, tokens, layer, past)
+        self._commit(context, chosen.expiry - first, tokens, layer)
         out = Left(*context[:4], chosen.expiry) if tokens.wants_left else None
         return Observed(offers, left=out)
 
@@ -104,7 +104,9 @@ class EideticMemory(MemoryPart):
         new = Context(tokens.keys, tokens.values, positions, innovation, clocks)
         if past is None:
             return new
-        return Context(*(torch.cat([old.to(each), each], dim=1) for old, each in zip(past, new)))
+        joined = [torch.cat([old.to(each), each], dim=1) for old, each in zip(past[:4], new)]
+        clocks = torch.cat([past.clocks, clocks], dim=1) if self.ages_by_innovation else joined[2]
+        return Context(*joined, clocks)
 
     def _clocks(self, innovation: torch.Tensor, positions: torch.Tensor, layer: Any) -> torch.Tensor:
         """Return E `[R, T]` of the new tokens; a pad has that of the token before it."""
@@ -113,9 +115,7 @@ class EideticMemory(MemoryPart):
         return torch.cat([before[:, None], wide], dim=1).cumsum(dim=1)[:, 1:]
 
     @torch.no_grad()
-    def _commit(
-        self, context: Context, expiry: torch.Tensor | None, tokens: Tokens, layer: Any, past: Context | None
-    ) -> None:
+    def _commit(self, context: Context, expiry: torch.Tensor | None, tokens: Tokens, layer: Any) -> None:
         """Let the cache hold the window and the eidetic memory as they are after each row's last real token.
 
         Args:

@@ -20,6 +20,15 @@ from .memory_ops import key_innovation, prediction_error, widest
 from .states_bmojo import State, shift
 
 
+# What a test may judge by (`Innovation.signal`), and what `score` is given then.
+SIGNALS = {
+    "key": "keys without positions",
+    "output": "the fading memory's outputs",
+    "prediction": "the SSM's inputs, and what its state said of them",
+    None: "nothing",
+}
+
+
 class Innovation:
     """One test. Without parameters and without tensors of its own: what it remembers are states of the cache.
 

@@ -16,12 +16,11 @@ from transformers.cache_utils import CacheLayerMixin
 from .attention_ops import Whole
 from .configuration_bmojo import FADING_MEMORIES, INNOVATIONS, PARTS
 from .dispatch_bmojo import Kernels
+from .innovation_bmojo import SIGNALS
 from .parts_bmojo import LayerSpec, MemoryPart, Tokens
 from .states_bmojo import State
 
 
-# What an innovation test may judge by, see `Innovation.score`.
-SIGNALS = ("key", "output", "prediction", None)
 OF_THE_SSM = ("output", "prediction")
 # Names that mean something else on a cache's layer.
 OF_THE_CACHE = {

@@ -11,16 +11,11 @@ from typing import Any
 from ..config_rules_bmojo import LAYER_TYPES
 from ..configuration_bmojo import FADING_MEMORIES, INNOVATIONS, PARTS, BMojoConfig
 from ..fields_bmojo import is_int, own_fields
+from ..innovation_bmojo import SIGNALS
 from ..parts_bmojo import LayerSpec
 from ..states_bmojo import State
 
 
-SIGNALS = {
-    "key": "keys without positions",
-    "output": "the fading memory's outputs",
-    "prediction": "the SSM's inputs, and what its state said of them",
-    None: "nothing",
-}
 KINDS = {"model": "the model's dtype", "wide": "fp32 at least", "widest": "fp64 where there is one", "count": "int64"}
 
 
