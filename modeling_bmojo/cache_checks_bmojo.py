@@ -69,11 +69,15 @@ def _check_table(layer: BMojoCacheLayer, table: Table, expected: Table, optional
 
 
 def _check_grown(layer: BMojoCacheLayer, table: Table, columns: int) -> None:
-    growing = {name: state.grows + 1 for name, state in layer.memory.declared.items() if state.grows is not None}
-    sizes = {table[name][0][axis] for name, axis in growing.items() if name in table}
-    if sizes and (len(sizes) > 1 or min(sizes) < columns):
-        names = " and ".join(map(repr, growing))
-        raise ValueError(f"{names} have room for {sorted(sizes)} tokens but {columns} columns were read")
+    growing = {name: state for name, state in layer.memory.declared.items() if state.grows is not None and name in table}
+    strides: dict[int, dict[str, int]] = {}
+    for name, state in growing.items():
+        strides.setdefault(state.stride, {})[name] = table[name][0][state.grows + 1]
+    for stride, found in strides.items():
+        sizes = set(found.values())
+        if len(sizes) > 1 or min(sizes) < columns // stride:
+            names = " and ".join(map(repr, found))
+            raise ValueError(f"{names} have room for {sorted(sizes)} tokens but {columns} columns were read")
 
 
 @torch.no_grad()

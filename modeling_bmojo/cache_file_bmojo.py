@@ -33,6 +33,7 @@ from .files_bmojo import write_whole
 
 FORMAT = "bmojo-cache-6"
 FORMAT_5, FORMAT_4 = "bmojo-cache-5", "bmojo-cache-4"
+NOT_IN_FORMAT_4 = ("has_ssm", "blocks", "stored")
 DIGITS = 64
 READ_AT_ONCE = 1 << 20
 LARGEST_HEADER = 100_000_000  # safetensors' own limit
@@ -163,7 +164,7 @@ def _check_old_sizes(text: str | None, config: BMojoConfig) -> None:
     names |= {"conv_kernel": "ssm_conv_kernel"}
     for index, sizes in enumerate(found):
         spec = config.layer_spec(index)
-        wanted = {name: value for name, value in spec._asdict().items() if name != "has_ssm"}
+        wanted = {name: value for name, value in spec._asdict().items() if name not in NOT_IN_FORMAT_4}
         wanted |= {name: getattr(config, field) for name, field in names.items()}
         if spec.slots and config.innovation == "output":
             wanted["taps"] = config.innovation_taps

@@ -20,6 +20,7 @@ from .innovation_bmojo import ConstantInnovation, Innovation, KeyInnovation, Out
 from .kernels_forms import KERNEL_BACKENDS
 from .parts_bmojo import LayerSpec, MemoryPart
 from .register_bmojo import register_names
+from .storage_bmojo import Storage
 
 
 # What there is, one entry each: nothing else lists them.
@@ -28,7 +29,7 @@ INNOVATIONS: dict[str, type[Innovation]] = {
 }
 FADING_MEMORIES: dict[str, type[FadingMemory]] = {each.name: each for each in (SSDFadingMemory, S6FadingMemory)}
 # In the order in which they take tokens in: what a part lets go is for those behind it.
-PARTS: list[type[MemoryPart]] = [FadingTokens, EideticMemory, FullContext]
+PARTS: list[type[MemoryPart]] = [FadingTokens, EideticMemory, FullContext, Storage]
 
 DECAY_CLOCKS = ("tokens", "innovation")
 
@@ -69,6 +70,19 @@ class BMojoConfig(BackboneConfig):
         fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
         fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
             F of them reach F s tokens beyond the window; must divide `window_size`. 1 is the paper's form.
+        fading_mass: what a fading token is. False: one SSM output at every s-th position (the paper's form). True: the mean
+            key and value of s tokens that have left the window, which counts for as many tokens as are neither kept nor
+            fetched (log of their number on its score); the newest F blocks of s tokens, before them F of 2 s, F of 4 s
+            and so on, so that the whole past is there.
+        storage_size: K, stored tokens that every query fetches per key/value head (docs/model.md, "Storage"); 0 stores
+            nothing.
+        storage_candidates: C, stored tokens that the sketch names, of which exact scores choose K; `None`: all.
+        storage_sketch_size: r, bytes of a key's sketch, per key/value head; `None`: none, for `storage_candidates=None`.
+        storage_decay: lambda >= 0, what is added to a stored token's score, in the choice alone, per innovation since
+            the text began: old tokens are fetched less where much has changed since.
+        storage_limit: N, the newest stored tokens that are offered; `None`: all.
+        max_rope_distance: D_max, the largest distance that RoPE turns by in a `"bmojo"` layer: a token further away is
+            attended to as if at D_max. `None`: no limit.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
@@ -152,7 +166,14 @@ class BMojoConfig(BackboneConfig):
     innovation_taps: int = memory(4)
     fading_size: int = memory(1)
     fading_stride: int = memory(1)
+    fading_mass: bool = memory(False)
     tie_fading_projections: bool = memory(True)
+    storage_size: int = memory(0)
+    storage_candidates: int | None = memory(None)
+    storage_sketch_size: int | None = memory(None)
+    storage_decay: float = memory(0.0)
+    storage_limit: int | None = memory(None)
+    max_rope_distance: int | None = memory(None)
     memory_block_size: int = speed(64)
     kernel_backend: str = speed("auto", live=True)
 
@@ -230,7 +251,8 @@ class BMojoConfig(BackboneConfig):
         require_int(self, "eidetic_size", 0, "use 0 to switch the long-term eidetic memory off")
         require_int(self, "fading_size", 0, "use 0 to switch fading tokens off")
         require_int(self, "fading_stride", 1, "use 1 to make every SSM output a fading token")
-        if self.fading_size and self.window_size % self.fading_stride:
+        require_choice(self, "fading_mass", (True, False))
+        if self.fading_size and not self.fading_mass and self.window_size % self.fading_stride:
             reject(
                 "fading_stride",
                 self.fading_stride,
@@ -242,10 +264,17 @@ class BMojoConfig(BackboneConfig):
             test.check(self)
         for part in PARTS:
             part.check_config(self)
+        self._validate_distance()
         require_choice(self, "innovation", tuple(INNOVATIONS))
         require_choice(self, "kernel_backend", KERNEL_BACKENDS)
         require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")
         require_choice(self, "decay_clock", DECAY_CLOCKS)
+
+    def _validate_distance(self) -> None:
+        if self.max_rope_distance is None:
+            return
+        least = self.window_size - 1
+        require_int(self, "max_rope_distance", max(least, 0), f"the window alone spans {least}; null is no limit")
 
     def _validate_ssm(self) -> None:
         require_choice(self, "ssm_type", tuple(FADING_MEMORIES))
@@ -300,8 +329,10 @@ class BMojoConfig(BackboneConfig):
             kind=kind,
             window=self.window_size if kind in ("bmojo", "sliding_attention") else None,
             slots=self.eidetic_size if remembers else 0,
-            fading=self.fading_size if remembers else 0,
+            fading=self.fading_size if remembers and not self.fading_mass else 0,
             stride=self.fading_stride if remembers and self.fading_size else 1,
+            blocks=self.fading_size if remembers and self.fading_mass else 0,
+            stored=self.storage_size if remembers else 0,
             has_ssm=kind == "linear_attention" or (remembers and not (blind and self.fading_size == 0)),
         )
 

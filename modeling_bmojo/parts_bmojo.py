@@ -26,7 +26,8 @@ class LayerSpec(NamedTuple):
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
     slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
-    has_ssm: whether it has a fading memory.
+    has_ssm: whether it has a fading memory. blocks: fading tokens of each level that are means of `stride` tokens and more
+    (0: they are SSM outputs). stored: K, tokens that a query fetches from the storage.
     """
 
     kind: str
@@ -35,6 +36,8 @@ class LayerSpec(NamedTuple):
     fading: int
     stride: int
     has_ssm: bool
+    blocks: int = 0
+    stored: int = 0
 
     @property
     def has_attention(self) -> bool:

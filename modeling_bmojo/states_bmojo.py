@@ -9,16 +9,20 @@ Shapes: B rows, T new tokens, S entries of a buffer, C channels.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .memory_ops import widest
+
+
+GROWTH = 256  # entries by which a buffer grows at least
 
 
 class State(NamedTuple):
     """One state, a tensor `[B, *shape]`.
 
     kind: its dtype: "model" (that of the activations), "wide" (the same, fp32 at least), "widest" (fp64 where the
-    device has it), "count" (int64). fill: what it holds before the first token. grows: the axis of `shape` that follows
-    the text; None: none does. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is.
+    device has it), "count" (int64), "byte" (int8). fill: what it holds before the first token. grows: the axis of `shape`
+    that follows the text, one entry per `stride` tokens; None: none does. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is.
     """
 
     shape: tuple[int, ...]
@@ -27,11 +31,12 @@ class State(NamedTuple):
     grows: int | None = None
     saved: bool = True
     on_host: bool = False
+    stride: int = 1
 
     def dtype(self, model: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype for activations of dtype `model` on `device`."""
         wide = torch.promote_types(model, torch.float32)
-        kinds = {"model": model, "wide": wide, "widest": widest(device), "count": torch.int64}
+        kinds = {"model": model, "wide": wide, "widest": widest(device), "count": torch.int64, "byte": torch.int8}
         if self.kind not in kinds:
             raise ValueError(f"kind={self.kind!r} of a state: must be one of {list(kinds)}; pick one of them.")
         return kinds[self.kind]
@@ -40,6 +45,22 @@ class State(NamedTuple):
         """Return the state before the first token."""
         device = torch.device("cpu") if self.on_host and device.type != "meta" else device
         return torch.full((batch, *self.shape), self.fill, dtype=self.dtype(model, device), device=device)
+
+
+def grow(buffer: torch.Tensor, axis: int, upto: int) -> torch.Tensor:
+    """Return the buffer with room for `upto` entries along `axis`, zeros behind what it holds; itself if it has it."""
+    capacity = buffer.shape[axis]
+    if capacity >= upto:
+        return buffer
+    room = [0, 0] * (buffer.dim() - axis)
+    room[-1] = max(upto - capacity, GROWTH, capacity // 2)
+    return F.pad(buffer, room)
+
+
+def append(buffer: torch.Tensor, index: torch.Tensor, new: torch.Tensor) -> None:
+    """buffer[b, index[b, t]] = new[b, t], in place; `[B, S, ...]`, `[B, T]`, `[B, T, ...]`."""
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    buffer[rows, index] = new.detach().to(buffer.dtype)
 
 
 def take(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -90,4 +111,4 @@ def shift(history: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor | None
         history.copy_(torch.where((index >= 0)[..., None], fresh, older))
 
 
-__all__ = ["State", "read", "shift", "take", "write"]
+__all__ = ["State", "append", "grow", "read", "shift", "take", "write"]
