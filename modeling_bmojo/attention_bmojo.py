@@ -19,12 +19,14 @@ from .attention_ops import Whole, causal_attention, weights_by_position
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
+from .distance_bmojo import Far, rotate
 from .fading_bmojo import Prediction
 from .fading_tokens_bmojo import FadingTokens
 from .layer_memory_bmojo import LayerMemory
-from .layout_bmojo import Rows, to_columns, to_rows
+from .layout_bmojo import Rows, Turns, to_columns, to_rows
 from .linear_bmojo import listeners, project
 from .parts_bmojo import Tokens
+from .sketch_bmojo import KeySketch
 
 
 class BMojoRMSNorm(nn.Module):
@@ -42,23 +44,6 @@ class BMojoRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """RoPE on `[B, T, H, D]`; channels beyond R (partial RoPE) stay as they are.
-
-    Args:
-        rotary: cos and sin `[B, T, 1, R]` of the tokens' positions, the first half of sin negated; None: no positions.
-    """
-    if rotary is None:
-        return x
-    cos, sin = rotary
-    size = cos.shape[-1]
-    if size == x.shape[-1]:
-        return torch.addcmul(x * cos, x.roll(size // 2, dims=-1), sin)
-    turned = x[..., :size]
-    turned = torch.addcmul(turned * cos, turned.roll(size // 2, dims=-1), sin)
-    return torch.cat([turned, x[..., size:]], dim=-1)
 
 
 class BMojoAttention(nn.Module):
@@ -97,6 +82,8 @@ class BMojoAttention(nn.Module):
         else:
             sizes = (query_size, key_size) if self.norm_joins_heads else (size, size)
             self.q_norm, self.k_norm = (BMojoRMSNorm(each, config.rms_norm_eps) for each in sizes)
+        sketched = self.spec.stored > 0 and config.storage_sketch_size is not None
+        self.sketch = KeySketch(config) if sketched else None
 
     def accept_memory(self, memory: LayerMemory) -> None:
         """Read with this memory from now on."""
@@ -134,7 +121,8 @@ class BMojoAttention(nn.Module):
             rows.lengths,
             rows.rotary if self.use_rope else none,
         )
-        mixed = [self._mix(*group, cache, rows.columns, needs_grad) for group in groups]
+        turns = rows.turns if self.use_rope else None
+        mixed = [self._mix(*group, cache, rows.columns, needs_grad, turns) for group in groups]
         out = project(self.o_proj, to_columns(rows.layout, [part for part, _ in mixed]).flatten(2))
         if self.training and fading is not None and not self.spec.fading:
             out = out + _zero_anchor((fading,)).to(out.dtype)
@@ -158,7 +146,7 @@ class BMojoAttention(nn.Module):
             return predictions
         return [None] * len(rows.lengths)
 
-    def _mix(self, query, keys, values, signal, fading, lengths, rotary, cache, columns, needs_grad):
+    def _mix(self, query, keys, values, signal, fading, lengths, rotary, cache, columns, needs_grad, turns):
         """Attention of one group of mixer rows, which the cache takes in.
 
         Args:
@@ -179,17 +167,32 @@ class BMojoAttention(nn.Module):
                     f"innovation={self.memory.innovation.name!r}: scored {list(innovation.shape)} for tokens "
                     f"{list(keys.shape[:2])}; return one number per row and token."
                 )
+        sketches = None if self.sketch is None else self._sketches(query, keys, turns)
+        far = self._far(query, turns)
         query, keys = rotate(query, rotary), rotate(keys, rotary)
         counted = steps and cache.counts(lengths)
         fading_tokens = self._fading_tokens(fading, rotary, cache, steps, counted)
         front, block = self.memory.front(tokens, cache), self.block if self.spec.window else tokens
         how = (front, block, steps, counted, needs_grad, self.memory.takes_left)
+        how = (*how, self.scaling, sketches, far)
         new = Tokens(query, keys, values, innovation, lengths, fading_tokens, *how)
         offers = self.memory.observe(new, cache, self.kernels)
         out, weights = self._attend(query, keys, values, offers, front, columns)
         if self.training and fading is not None:
             out = out + _zero_anchor((*fading, *(fading_tokens or ()))).to(out.dtype)
         return out, weights
+
+    def _sketches(self, query, keys, turns: Turns | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sketches of keys and queries without positions (`KeySketch`)."""
+        with torch.no_grad():
+            turned = rotate(query, None if turns is None else turns.at_window)
+            return self.sketch.keys(keys), self.sketch.queries(turned, self.scaling)
+
+    def _far(self, query, turns: Turns | None) -> Far | None:
+        """Return what pairs beyond `max_rope_distance` need, of queries without positions."""
+        if turns is None or turns.at_limit is None or self.spec.kind != "bmojo":
+            return None
+        return Far(self.config.max_rope_distance, rotate(query, turns.at_limit), turns.turn, self.scaling)
 
     def _attend(self, query, keys, values, offers, front: int, columns: int | None):
         """One softmax per query over the offers; the first `front` queries see the tokens before them."""

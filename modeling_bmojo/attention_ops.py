@@ -13,6 +13,7 @@ Shapes: B batch, T queries, S keys of a set, H query heads, G key/value heads, R
 length, K keys offered to one block. Queries and keys stand on one axis of coordinates; the first query is at 0.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,16 @@ class BlockKeys(NamedTuple):
     end: torch.Tensor
     position: torch.Tensor
     bias: torch.Tensor | None = None
+
+
+class Lazy(NamedTuple):
+    """What is worked out for some blocks at a time, because all at once would be too much.
+
+    width: keys per block, at most. make: from a range of blocks to their `BlockKeys`, a list.
+    """
+
+    width: int
+    make: Callable[[slice], list[BlockKeys]]
 
 
 class Whole(NamedTuple):
@@ -125,7 +136,7 @@ def in_blocks(whole: Whole, queries: int, block: int) -> BlockKeys:
 
 def memory_attention(
     query: torch.Tensor,
-    sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole],
+    sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole | Lazy],
     block: int,
     scaling: float,
     dropout: float = 0.0,
@@ -139,24 +150,25 @@ def memory_attention(
             `[B, n, K]` (see `banded` and `gathered`); or what is offered already, by block or as it lies. block: L.
         Others and returns: see `block_attention`.
     """
-    tokens = query.shape[1]
-    blocks = -(-tokens // block)
-
-    def offered(each) -> BlockKeys:
-        if isinstance(each, BlockKeys):
-            return each
-        if isinstance(each, Whole):
-            return in_blocks(each, tokens, block)
-        keyset, choice = each
-        return gathered(keyset, choice) if isinstance(choice, torch.Tensor) else banded(keyset, *choice, blocks, block)
-
-    offers = [offered(each) for each in sets]
+    offers = [by_block(each, query.shape[1], block) for each in sets]
     return block_attention(query, offers, block, scaling, dropout, implementation, columns)
+
+
+def by_block(offer, tokens: int, block: int) -> BlockKeys | Lazy:
+    """Return what is offered to each block of `block` of the `tokens` queries."""
+    if isinstance(offer, BlockKeys | Lazy):
+        return offer
+    if isinstance(offer, Whole):
+        return in_blocks(offer, tokens, block)
+    keyset, choice = offer
+    if isinstance(choice, torch.Tensor):
+        return gathered(keyset, choice)
+    return banded(keyset, *choice, -(-tokens // block), block)
 
 
 def block_attention(
     query: torch.Tensor,
-    offers: list[BlockKeys],
+    offers: list[BlockKeys | Lazy],
     block: int,
     scaling: float,
     dropout: float = 0.0,
@@ -166,7 +178,7 @@ def block_attention(
     """One softmax per query over everything the sets offer to its block.
 
     Args:
-        query: `[B, T, H, D]`. offers: one `BlockKeys` per set, each for n = ceil(T / L) blocks. block: L.
+        query: `[B, T, H, D]`. offers: one per set, each for n = ceil(T / L) blocks. block: L.
         implementation: `"sdpa"` or `"eager"`.
         columns: if given (eager only), also return the weights by token position.
 
@@ -181,12 +193,12 @@ def block_attention(
     by_block = padded.unflatten(1, (blocks, block)).transpose(2, 3)  # [B, n, H, L, D]
     time = torch.arange(blocks * block, device=query.device).view(1, blocks, block, 1)
 
-    offered = sum(offer.begin.shape[-1] for offer in offers)
-    alike = all(offer.bias is None and offer.begin.dim() == 3 for offer in offers)
+    offered = sum(offer.width if isinstance(offer, Lazy) else offer.begin.shape[-1] for offer in offers)
+    alike = all(isinstance(offer, BlockKeys) and offer.bias is None and offer.begin.dim() == 3 for offer in offers)
     step = max(1, MASK_BUDGET // (batch * block * offered * (1 if alike else heads)))
     outputs, weights = [], []
     for lo in range(0, blocks, step):
-        part = [_some(offer, slice(lo, lo + step)) for offer in offers]
+        part = [each for offer in offers for each in _some(offer, slice(lo, min(lo + step, blocks)))]
         keys, values = (torch.cat([offer[i] for offer in part], dim=3).flatten(0, 1) for i in (0, 1))
         now = time[:, lo : lo + step]
         # The last block's empty places see everything: a softmax over nothing would send NaN into the gradients.
@@ -211,7 +223,14 @@ def block_attention(
     return out, torch.cat(weights, dim=1)[:, :tokens].transpose(1, 2)
 
 
-def _some(offer: BlockKeys, blocks: slice) -> BlockKeys:
+def _some(offer: BlockKeys | Lazy, blocks: slice) -> list[BlockKeys]:
+    if isinstance(offer, Lazy):
+        return offer.make(blocks)
+    return [some_blocks(offer, blocks)]
+
+
+def some_blocks(offer: BlockKeys, blocks: slice) -> BlockKeys:
+    """Return what is offered to a range of blocks."""
     return BlockKeys(*(None if value is None else value[:, blocks] for value in offer))
 
 

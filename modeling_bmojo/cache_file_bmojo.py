@@ -43,6 +43,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "I64": torch.int64,
+    "I8": torch.int8,
 }
 # States that a file may lack, by format: of these no text leaves any, or the format had none.
 OPTIONAL = {

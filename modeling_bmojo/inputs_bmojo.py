@@ -206,4 +206,5 @@ def build_rows(
                 ids = ids + cache.seen.to(device)[:, None]
         rotary.append(None if rotary_emb is None else rotary_emb(inputs_embeds, ids))
     weights_columns = past + columns if output_attentions else None
-    return Rows(layout, lengths, rotary, weights_columns), starts is not None
+    turns = None if rotary_emb is None else rotary_emb.turns(inputs_embeds, past + columns)
+    return Rows(layout, lengths, rotary, weights_columns, turns), starts is not None

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_ops import Whole
+from .attention_ops import BlockKeys, Lazy, Whole, by_block, some_blocks
 from .configuration_bmojo import FADING_MEMORIES, INNOVATIONS, PARTS
 from .dispatch_bmojo import Kernels
+from .distance_bmojo import with_distances
 from .innovation_bmojo import SIGNALS
 from .parts_bmojo import LayerSpec, MemoryPart, Tokens
 from .states_bmojo import State
@@ -53,7 +54,8 @@ class LayerMemory:
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         self.spec: LayerSpec = config.layer_spec(layer_idx)
         self.parts: list[MemoryPart] = [part(config, self.spec) for part in PARTS if part.belongs(config, self.spec)]
-        self.innovation = INNOVATIONS[config.innovation](config) if self.spec.slots else None
+        judged = self.spec.slots > 0 or (self.spec.stored > 0 and config.storage_decay > 0)
+        self.innovation = INNOVATIONS[config.innovation](config) if judged else None
         self.signal = None if self.innovation is None else self.innovation.signal
         self._check_signal()
         self.fading = FADING_MEMORIES[config.ssm_type] if self.spec.has_ssm else None
@@ -144,7 +146,22 @@ class LayerMemory:
                 left.append(observed.left)
         if tokens.steps and "positions" in self.declared:
             offers.insert(0, self._buffer(tokens, layer, full))
-        return offers
+        if tokens.far is None or tokens.queries <= 0:
+            return offers
+        return [each if isinstance(each, Lazy) else self._within_distance(each, tokens, layer) for each in offers]
+
+    def _within_distance(self, offer, tokens: Tokens, layer: Any) -> Lazy:
+        """Return the offer with distances of at most D_max."""
+        block = min(tokens.block, tokens.queries)
+        whole = by_block(offer, tokens.queries, block)
+        query, now = (value[:, tokens.front :] for value in (tokens.query, tokens.positions(layer)))
+        far = tokens.far._replace(query=tokens.far.query[:, tokens.front :])
+
+        def make(blocks: slice) -> list[BlockKeys]:
+            part = some_blocks(whole, blocks)
+            return [with_distances(part, far, query, now, blocks.start * block, block)]
+
+        return Lazy(whole.begin.shape[-1], make)
 
     def _buffer(self, tokens: Tokens, layer: Any, full: bool) -> Whole:
         """Return the key buffer after a step: its entries are exactly what the token sees."""

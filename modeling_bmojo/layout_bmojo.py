@@ -10,6 +10,7 @@ included: what others hook onto these modules finds each token where the user pu
 Shapes: B rows and T columns of the input, R and T' those of a group of mixer rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,19 +65,33 @@ class RowLayout(NamedTuple):
         return by_query.transpose(1, 2)
 
 
+class Turns(NamedTuple):
+    """RoPE at distances that are not the tokens' own.
+
+    turn: from positions to cos and sin `[..., R]` without scaling, the first half of sin negated. at_window, at_limit:
+    the tables `[R]` of the distances W and D_max, with the scaling of the tokens' own; None where nobody asks.
+    """
+
+    turn: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    at_window: tuple[torch.Tensor, torch.Tensor] | None
+    at_limit: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class Rows(NamedTuple):
     """The mixer rows of a forward call.
 
     layout: None if the input's rows are the mixer's rows as they stand.
     lengths: per group, `[R]` real tokens, or None if all are. rotary: per group, cos and sin `[R, T', 1, D]`, or None
         without positions.
-    columns: columns of the attention weights, None if they are not wanted.
+    columns: columns of the attention weights, None if they are not wanted. turns: what storage and far distances need,
+    or None.
     """
 
     layout: RowLayout | None
     lengths: list[torch.Tensor | None]
     rotary: list[tuple[torch.Tensor, torch.Tensor] | None]
     columns: int | None
+    turns: Turns | None = None
 
 
 def _with_zero(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -47,7 +47,7 @@ from .generation_bmojo import BMojoGenerationMixin
 from .inputs_bmojo import build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
 from .layer_memory_bmojo import LayerMemory
-from .layout_bmojo import Rows, sequence_starts
+from .layout_bmojo import Rows, Turns, sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
 from .peft_bmojo import NoPrompts
@@ -96,10 +96,35 @@ class BMojoRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[B, T, 1, D]` in x's dtype, for positions `[B, T]`; the first half of sin is negated."""
-        wide = widest(x.device)
-        angles = position_ids[..., None, None].to(wide) * self.inv_freq.to(device=x.device, dtype=wide)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
+        cos, sin = self.turn(position_ids[..., None], self.attention_scaling)
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    def turn(self, positions: torch.Tensor, scaling: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[..., D]` of positions `[...]`, as wide as the device has numbers; the first half of sin is
+        negated."""
+        wide = widest(positions.device)
+        angles = positions[..., None].to(wide) * self.inv_freq.to(device=positions.device, dtype=wide)
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+    def turns(self, x: torch.Tensor, longest: int) -> Turns | None:
+        """Return RoPE at the distances that storage and far tokens need; None if nobody asks.
+
+        Args:
+            x: whose dtype and device the tables have. longest: tokens of the longest row, read before or now.
+        """
+        config = self.config
+        limit = config.max_rope_distance
+        far = limit is not None and longest - 1 > limit
+        sketched = config.storage_size > 0 and config.storage_sketch_size is not None
+        if not (far or sketched):
+            return None
+
+        def table(distance: int) -> tuple[torch.Tensor, torch.Tensor]:
+            cos, sin = self.turn(torch.tensor(distance, device=x.device), self.attention_scaling)
+            return cos.to(x.dtype), sin.to(x.dtype)
+
+        return Turns(self.turn, table(config.window_size) if sketched else None, table(limit) if far else None)
 
 
 class BMojoMLP(nn.Module):

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from .attention_ops import BlockKeys, KeySet, Whole
+from .attention_ops import BlockKeys, KeySet, Lazy, Whole
 from .dispatch_bmojo import Kernels
+from .distance_bmojo import Far
 from .states_bmojo import State
 
 
@@ -58,7 +59,9 @@ class Tokens(NamedTuple):
     front: the first `front` queries see nothing but the new tokens before them, and no part offers them anything.
     block: L, queries that share what is offered to them. steps: one token, whose states are written in place.
     counted: of a step: a number, `layer.columns`, says what every row has read. needs_grad: a gradient is wanted.
-    wants_left: some part asks what the others let go.
+    wants_left: some part asks what the others let go. scaling: sigma, of the scores.
+    sketches: int8 `[R, T, G, r]` of the keys, and `[R, T, H, r]` what the queries ask them (`sketch_bmojo`); or None.
+    far: what pairs beyond `max_rope_distance` need, or None if there are none.
     """
 
     query: torch.Tensor
@@ -73,6 +76,9 @@ class Tokens(NamedTuple):
     counted: bool
     needs_grad: bool
     wants_left: bool
+    scaling: float = 1.0
+    sketches: tuple[torch.Tensor, torch.Tensor] | None = None
+    far: Far | None = None
 
     @property
     def queries(self) -> int:
@@ -115,7 +121,7 @@ class Observed(NamedTuple):
     hold tokens that the query sees. left: tokens that it lets go, or None.
     """
 
-    offers: "list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole]" = []
+    offers: "list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole | Lazy]" = []
     full: bool = True
     left: Left | None = None
 

@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from .memory_ops import NEVER
-
 
 STEPS = 1024  # of one nat
 PLACES = 1 << 26  # tokens that can be told apart among equals
@@ -84,7 +82,7 @@ def blocks_between(low: int, high: int, window: int, size: int, shown: int, devi
                 found.append((level, number, number * size, size, begin, end))
         level, age, size = level + 1, older, 2 * size
     table = torch.tensor(found, dtype=torch.int64, device=device).view(-1, 6)
-    return Blocks(*table.unbind(dim=1))
+    return Blocks(*table.t().contiguous())
 
 
 def inside(kept: torch.Tensor, blocks: Blocks, places: torch.Tensor) -> torch.Tensor:
@@ -94,4 +92,4 @@ def inside(kept: torch.Tensor, blocks: Blocks, places: torch.Tensor) -> torch.Te
     return counts[..., high] - counts[..., low]
 
 
-__all__ = ["NEVER", "Blocks", "blocks_between", "first_by", "inside", "pooled", "ranks"]
+__all__ = ["Blocks", "blocks_between", "first_by", "inside", "pooled", "ranks"]

@@ -1,0 +1,377 @@
+"""Storage: every token that has left the window, of which each query fetches the few that matter to it.
+
+    S_t = { s : expiry_s <= t }             stored for query t: neither in the window nor in the eidetic memory
+    candidates: the first C of S_t by the sketch;  fetched: the first K of those by exact scores (`storage_ops`)
+    blocks: the mean key and value of b 2^l tokens, with log(tokens of it that are not kept nor fetched) on the score
+
+Tokens are written where they are read: entry = position, nothing moves and nothing is overwritten, pads excepted. What
+a query is offered is a matter of masks. The choice carries no gradient, what is fetched does.
+
+Shapes: R rows (B in a cache), T new tokens, Q queries, S entries, H query heads, G key/value heads, D head dim, N
+blocks, n blocks of queries, L their length.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from .attention_ops import BlockKeys, Lazy
+from .distance_bmojo import correction, in_blocks_of, scores
+from .eidetic_bmojo import EideticMemory
+from .fields_bmojo import is_int, reject, require_int, require_number
+from .memory_ops import NEVER, widest
+from .parts_bmojo import MemoryPart, Observed, Tokens
+from .states_bmojo import State, append, grow, take
+from .storage_ops import Blocks, blocks_between, first_by, inside, pooled
+
+
+class Entries(NamedTuple):
+    """Everything that was read, entry = position.
+
+    keys, values: `[R, G, S, D]`. sketches: `[R, G, S, r]` or None. clocks: `[R, S]`, E of each token, or None.
+    mean_keys, mean_values: `[R, G, N', D]`, by `Blocks.node`, or None. expiry: `[R, S]`, the position from which on a
+    token is in none of the other memories, or None: W after it.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    sketches: torch.Tensor | None
+    clocks: torch.Tensor | None
+    mean_keys: torch.Tensor | None
+    mean_values: torch.Tensor | None
+    expiry: torch.Tensor | None
+
+
+class Storage(MemoryPart):
+    """Every token read, of which a query fetches K, and the mass of the others."""
+
+    bounded = True
+
+    def __init__(self, config, spec):
+        super().__init__(config, spec)
+        self.fetched, self.candidates = spec.stored, config.storage_candidates
+        self.limit, self.decay, self.sketch_size = config.storage_limit, config.storage_decay, config.storage_sketch_size
+        self.window, self.size, self.shown = spec.window, spec.stride, spec.blocks
+        self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.takes_left = spec.slots > 0
+
+    @classmethod
+    def check_config(cls, config):
+        require_int(config, "storage_size", 0, "use 0 to store nothing")
+        require_number(config, "storage_decay", 0, False, "use 0 for no forgetting")
+        size, candidates, sketch = config.storage_size, config.storage_candidates, config.storage_sketch_size
+        if candidates is not None and (not is_int(candidates) or candidates < size):
+            reject("storage_candidates", candidates, f"must be an integer >= storage_size={size}", "null is for all")
+        if sketch is not None and (not is_int(sketch) or not 1 <= sketch <= config.head_dim):
+            reject("storage_sketch_size", sketch, f"must lie in [1, head_dim={config.head_dim}]", "null is for none")
+        if size and candidates is not None and sketch is None:
+            reject("storage_candidates", candidates, "needs a sketch that names them", "set storage_sketch_size")
+        if config.storage_limit is not None:
+            require_int(config, "storage_limit", 1, "null is no limit; storage_size=0 stores nothing")
+        if config.fading_mass and config.fading_size and not size:
+            reject(
+                "fading_mass",
+                True,
+                "needs storage_size > 0: a mean misses the few tokens that carry most, so that alone it does harm",
+                "set storage_size, or fading_mass=False",
+            )
+        if config.fading_mass and config.fading_size and config.fading_stride < 2:
+            reject("fading_stride", config.fading_stride, "must be >= 2 with fading_mass", "a block has a mean; e.g. 16")
+
+    @classmethod
+    def belongs(cls, config, spec):
+        return spec.stored > 0
+
+    def states(self):
+        entry = State((self.heads, 0, self.head_dim), grows=1)
+        found = {"stored_keys": entry, "stored_values": entry}
+        if self.sketch_size:
+            found["sketches"] = State((self.heads, 0, self.sketch_size), "byte", grows=1)
+        if self.decay:
+            found |= {"surprise": State((), "widest"), "surprises": State((0,), "widest", grows=0)}
+        if self.shown:
+            # A tree of blocks has two nodes per block.
+            mean = State((self.heads, 0, self.head_dim), grows=1, stride=self.size // 2)
+            found |= {"mean_keys": mean, "mean_values": mean}
+        return found
+
+    def observe(self, tokens: Tokens, layer: Any, left, kernels) -> Observed:
+        entries = self._take_in(tokens, layer)
+        if tokens.queries <= 0:
+            return Observed()
+        positions = tokens.positions(layer)
+        now = positions[:, tokens.front :]
+        entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, entries.keys.shape[2]))
+        # Where the first query stands in the row that has read most, so that a number says what is offered at most.
+        last = positions.shape[1] + (0 if layer is None else layer.columns)
+        start = last - tokens.queries
+        block = min(tokens.block, tokens.queries)
+        width = max(last - self.window, 0) + (2 * self.shown + 2 if self.shown else 0)
+        even = tokens.lengths is None and (layer is None or layer.even)
+        make = functools.partial(self._offer, tokens, entries, now, start, even, block)
+        return Observed([Lazy(width, make)])
+
+    # Taking in -------------------------------------------------------------------------------------------------------
+    def _take_in(self, tokens: Tokens, layer: Any) -> Entries:
+        sketches = None if tokens.sketches is None else tokens.sketches[0].transpose(1, 2)
+        keys, values = tokens.keys.transpose(1, 2), tokens.values.transpose(1, 2)
+        clocks = self._clocks(tokens, layer)
+        if layer is not None:
+            self._write(tokens, layer, sketches, clocks)
+        means = (None, None)
+        if layer is None or not layer.started:
+            if self.shown:
+                means = self._tree(keys), self._tree(values)
+        else:
+            upto = layer.columns + keys.shape[2]
+            keys, values = self._joined(tokens, layer, upto)
+            sketches = None if sketches is None else layer.sketches[:, :, :upto]
+            clocks = None if clocks is None else layer.surprises[:, :upto]
+            if self.shown and tokens.needs_grad:
+                means = self._tree(keys), self._tree(values)
+            elif self.shown:
+                means = layer.mean_keys, layer.mean_values
+        return Entries(keys, values, sketches, clocks, *means, None)
+
+    def _joined(self, tokens: Tokens, layer: Any, upto: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values, differentiable in the new ones if a gradient is wanted."""
+        found = []
+        for stored, new in ((layer.stored_keys, tokens.keys), (layer.stored_values, tokens.values)):
+            part = stored[:, :, :upto].to(new.dtype)
+            if tokens.needs_grad:
+                rows, index = self._places(tokens, layer)
+                part = part.transpose(1, 2).index_put((rows, index), new).transpose(1, 2)
+            found.append(part)
+        return found[0], found[1]
+
+    @staticmethod
+    def _places(tokens: Tokens, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        index = layer.seen[:, None] + torch.arange(tokens.keys.shape[1], device=layer.seen.device)
+        return torch.arange(len(index), device=index.device)[:, None], index
+
+    def _clocks(self, tokens: Tokens, layer: Any) -> torch.Tensor | None:
+        """Return E `[R, T]` of the new tokens, summed in float64 from left to right; a pad has that before it."""
+        if not self.decay:
+            return None
+        pads = tokens.positions(layer) < 0
+        wide = tokens.innovation.to(widest(pads.device)).masked_fill(pads, 0.0)
+        before = wide.new_zeros(len(wide)) if layer is None else layer.surprise
+        return torch.cat([before[:, None], wide], dim=1).cumsum(dim=1)[:, 1:]
+
+    @torch.no_grad()
+    def _write(self, tokens: Tokens, layer: Any, sketches: torch.Tensor | None, clocks: torch.Tensor | None) -> None:
+        count = tokens.keys.shape[1]
+        upto = layer.columns + count
+        _, index = self._places(tokens, layer)
+        new = {"stored_keys": tokens.keys, "stored_values": tokens.values}
+        if sketches is not None:
+            new["sketches"] = sketches.transpose(1, 2)
+        for name, value in new.items():
+            setattr(layer, name, grow(getattr(layer, name), 2, upto))
+            append(getattr(layer, name).transpose(1, 2), index, value)
+        if clocks is not None:
+            layer.surprises = grow(layer.surprises, 1, upto)
+            append(layer.surprises, index, clocks)
+            layer.surprise.copy_(clocks[:, -1])
+        if self.shown:
+            self._extend_means(tokens, layer, upto)
+
+    # Means of blocks -------------------------------------------------------------------------------------------------
+    def _tree(self, entries: torch.Tensor) -> torch.Tensor:
+        """Means of all complete blocks of entries `[R, G, S, D]`, `[R, G, N', D]` by `Blocks.node`."""
+        whole = entries.shape[2] // self.size
+        wide = torch.promote_types(entries.dtype, torch.float32)
+        level = entries[:, :, : whole * self.size].unflatten(2, (whole, self.size)).to(wide).mean(dim=3)
+        nodes, found, height = [], [], 0
+        while level.shape[2]:
+            nodes.append(torch.arange(level.shape[2], device=level.device) * (2 << height) + (1 << height) - 1)
+            found.append(level.to(entries.dtype))
+            pairs = level.shape[2] // 2
+            level = found[-1][:, :, : 2 * pairs].unflatten(2, (pairs, 2)).to(wide).mean(dim=3)
+            height += 1
+        if not found:
+            return entries[:, :, :0]
+        tree = found[0].new_zeros(*entries.shape[:2], 2 * whole, entries.shape[3])
+        return tree.index_copy(2, torch.cat(nodes), torch.cat(found, dim=2))
+
+    def _extend_means(self, tokens: Tokens, layer: Any, upto: int) -> None:
+        """Write the means of the blocks that the new tokens complete, level by level."""
+        before, after = layer.seen, layer.seen + tokens.real()
+        layer.mean_keys, layer.mean_values = (
+            grow(value, 2, upto // (self.size // 2) + 2) for value in (layer.mean_keys, layer.mean_values)
+        )
+        size, level = self.size, 0
+        while size <= upto:
+            first, count = before // size, after // size - before // size
+            most = tokens.keys.shape[1] // size + 1
+            if layer.even and tokens.lengths is None:
+                most = upto // size - layer.columns // size
+            number = first[:, None] + torch.arange(most, device=first.device)
+            done = torch.arange(most, device=first.device) < count[:, None]
+            if most == 0:
+                break  # no block of a larger size either
+            pairs = (layer.stored_keys, layer.mean_keys), (layer.stored_values, layer.mean_values)
+            for stored, means in pairs:
+                place = number * (2 << level) + (1 << level) - 1
+                place = torch.where(done, place, means.shape[2] - 1)  # a place that belongs to nobody yet
+                if level == 0:
+                    parts = number[..., None] * size + torch.arange(size, device=number.device)
+                    source, limit = stored, stored.shape[2] - 1
+                else:
+                    half = 1 << (level - 1)
+                    parts = 2 * number[..., None] + torch.arange(2, device=number.device)
+                    parts, source, limit = parts * (2 * half) + half - 1, means, means.shape[2] - 1
+                found = take(source.transpose(1, 2), parts.clamp(max=limit).flatten(1)).unflatten(1, parts.shape[1:])
+                wide = torch.promote_types(found.dtype, torch.float32)
+                append(means.transpose(1, 2), place, found.to(wide).mean(dim=2))
+            size, level = 2 * size, level + 1
+
+    # What is offered -------------------------------------------------------------------------------------------------
+    def _expiry(self, tokens: Tokens, layer: Any, left: list, now: torch.Tensor, count: int) -> torch.Tensor | None:
+        """Return the position `[R, S]` from which on no other memory shows a token; None: W after its own."""
+        if not self.takes_left:
+            return None
+        expiry = torch.zeros(now.shape[0], count + 1, dtype=torch.int64, device=now.device)
+        if tokens.steps:
+            own = layer.positions[:, layer.memory.part(EideticMemory).own]
+            expiry.scatter_(1, torch.where(own < 0, count, own), NEVER)
+            return expiry[:, :-1]
+        seen = 0 if layer is None else layer.seen[:, None]
+        for each in left:
+            at = (each.out_at + seen + tokens.front).clamp(max=NEVER)
+            expiry.scatter_(1, torch.where(each.positions < 0, count, each.positions), at)
+        return expiry[:, :-1]
+
+    def _offer(
+        self, tokens: Tokens, entries: Entries, now: torch.Tensor, start: int, even: bool, block: int, blocks: slice
+    ) -> list[BlockKeys]:
+        """Return what the queries of some blocks are offered.
+
+        Args:
+            now: `[R, T - front]` positions, -1 for a pad. start: the position of the first query in the row that has
+                read most. even: in every row.
+        """
+        count, first = blocks.stop - blocks.start, blocks.start * block
+        queries = min(count * block, now.shape[1] - first)
+        place = tokens.front + first
+        query = in_blocks_of(tokens.query[:, : tokens.front + first + queries], place, 1, count * block)[:, 0]
+        positions = torch.nn.functional.pad(now[:, first : first + queries], (0, count * block - queries), value=-1)
+        upto = min(max(start + first + queries - self.window, 0), entries.keys.shape[2])
+        far = None
+        if tokens.far is not None:
+            far = in_blocks_of(tokens.far.query[:, : tokens.front + first + queries], place, 1, count * block)[:, 0]
+        offers = []
+        entry = torch.arange(upto, device=now.device)
+        age = positions[..., None] - entry
+        gone = age >= self.window  # [R, Q, S]
+        offered = gone
+        if entries.expiry is not None:
+            offered = offered & (entries.expiry[:, None, :upto] <= positions[..., None])
+        kept = gone & ~offered
+        if self.limit is not None:
+            offered = offered & (age < self.window + self.limit)
+        keys, values = entries.keys[:, :, :upto], entries.values[:, :, :upto]
+        exact, change = scores(query, keys, tokens.scaling), None
+        if far is not None:
+            distant = gone & (age > tokens.far.limit)
+            change = correction(tokens.far, query, far, keys, entry.expand(len(keys), -1), distant)
+            exact = exact + change.to(exact.dtype)
+        with torch.no_grad():
+            fetched = self._choose(tokens, entries, exact, offered, entry, place, count * block)
+        if upto:
+            zero = torch.zeros((), dtype=query.dtype, device=query.device) if change is None else change.to(query.dtype)
+            offers.append(self._block_keys(keys, values, entry, zero, fetched, count, query.shape[1]))
+        if self.shown:
+            low, high = start + first, start + first + queries
+            if not even:
+                low = int(torch.where(positions < 0, high, positions).min())
+            found = blocks_between(low, high, self.window, self.size, self.shown, now.device)
+            if len(found.node):
+                gone_too = fetched | kept[:, None]
+                offers.append(self._mass(tokens, entries, found, gone_too, query, far, positions, count))
+        return offers
+
+    def _choose(self, tokens, entries, exact, offered, entry, place, queries) -> torch.Tensor:
+        """Return which entries each query fetches, bool `[R, G, Q, S]`."""
+        upto = len(entry)
+        offered, bias = offered[:, None], None
+        if self.decay:
+            bias = (self.decay * entries.clocks[:, None, None, :upto]).to(torch.float64)
+        if self.candidates is not None and self.candidates < upto:
+            asked = in_blocks_of(tokens.sketches[1], place, 1, queries)[:, 0]
+            found = scores(asked, entries.sketches[:, :, :upto].to(asked.dtype), 1.0)
+            wanted = pooled(found, self.heads)
+            wanted = wanted if bias is None else wanted + bias
+            offered = first_by(wanted, offered, self.candidates, entry)
+        if self.fetched >= upto:
+            return offered.expand(-1, self.heads, -1, -1)
+        wanted = pooled(exact, self.heads)
+        return first_by(wanted if bias is None else wanted + bias, offered, self.fetched, entry)
+
+    @staticmethod
+    def _block_keys(keys, values, position, bias, seen, count: int, heads: int) -> BlockKeys:
+        """Return keys and values `[R, G, S, D]`, offered to `count` blocks alike.
+
+        Args:
+            position: `[S]`. bias: `[R, H, Q, S]` or a zero. seen: bool `[R, G, Q, S]`.
+        """
+        seen = seen.repeat_interleave(heads // seen.shape[1], dim=1) if bias.dim() else seen
+        bias = torch.where(seen, bias, -torch.inf).unflatten(2, (count, -1)).transpose(1, 2)
+        keys, values = (value[:, None].expand(-1, count, -1, -1, -1) for value in (keys, values))
+        position = position.expand(len(keys), count, -1)
+        return BlockKeys(keys, values, torch.zeros_like(position), torch.full_like(position, NEVER), position, bias)
+
+    def _mass(self, tokens, entries, blocks: Blocks, gone, query, far, positions, count: int) -> BlockKeys:
+        """Return the blocks, each with the log of how many of its tokens are not there themselves."""
+        node = blocks.node
+        keys, values = (value[:, :, node] for value in (entries.mean_keys, entries.mean_values))
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        now = positions[..., None]
+        shown = (blocks.begin <= now) & (now < blocks.end)
+        entry = torch.arange(gone.shape[-1], device=gone.device)
+        rest = blocks.size - inside(gone, blocks, entry)
+        bias = rest.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log().to(query.dtype)
+        if far is not None:
+            distant = shown & (now - blocks.first > tokens.far.limit)
+            change = correction(tokens.far, query, far, keys, blocks.first.expand(len(keys), -1), distant)
+            bias = bias.repeat_interleave(query.shape[1] // bias.shape[1], dim=1) + change.to(query.dtype)
+            rest = rest.repeat_interleave(query.shape[1] // rest.shape[1], dim=1)
+        seen = shown[:, None] & (rest > 0)
+        bias = torch.where(seen, bias, -torch.inf).unflatten(2, (count, -1)).transpose(1, 2)
+        keys, values = (value[:, None].expand(-1, count, -1, -1, -1) for value in (keys, values))
+        position = (blocks.first + blocks.size - 1).expand(len(keys), count, -1)
+        return BlockKeys(keys, values, torch.zeros_like(position), torch.full_like(position, NEVER), position, bias)
+
+    # What a file may hold, and comparing -----------------------------------------------------------------------------
+    def arrange(self, states):
+        seen = states["seen"]
+        for name in ("stored_keys", "stored_values", "sketches", "surprises"):
+            if name in states:
+                value, axis = states[name], 1 if name == "surprises" else 2
+                read = torch.arange(value.shape[axis], device=seen.device) < seen[:, None]
+                shape = (len(seen), *(1,) * (axis - 1), -1, *(1,) * (value.dim() - axis - 1))
+                states[name] = value.masked_fill(~read.view(shape), 0).narrow(axis, 0, int(seen.max()))
+        for name in ("mean_keys", "mean_values"):
+            if name in states:
+                value, most = states[name], 2 * (int(seen.max()) // self.size)
+                node = torch.arange(value.shape[2], device=seen.device)
+                level = _level(node)
+                ends = ((node >> (level + 1)) + 1) * (self.size << level)
+                done = ends <= seen[:, None]
+                states[name] = value.masked_fill(~done[:, None, :, None], 0)[:, :, :most]
+
+
+def _level(node: torch.Tensor) -> torch.Tensor:
+    """How many ones a node's number ends in: its level in the tree."""
+    level, rest = torch.zeros_like(node), node.clone()
+    for _ in range(62):
+        ones = rest & 1
+        level += ones
+        rest = torch.where(ones > 0, rest >> 1, 0)
+        if not bool(rest.any()):
+            break
+    return level
+
+
+__all__ = ["Storage"]
