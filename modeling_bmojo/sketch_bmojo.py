@@ -76,7 +76,7 @@ class KeySketch(nn.Module):
 
     @torch.no_grad()
     def queries(self, queries: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What x is the product of with z: `[R, T, H, r]` of queries `[R, T, H, D]`, turned as if at distance W."""
+        """Return what x is the product of with z: `[R, T, H, r]` of queries `[R, T, H, D]`, turned as if at distance W."""
         wide = _wide(queries)
         by_group = wide.unflatten(2, (self.query_projection.shape[0], -1))
         projection = self.query_projection.to(wide.dtype) * (self.scale.to(wide.dtype) * scaling)[:, None]
