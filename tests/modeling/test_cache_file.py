@@ -477,6 +477,13 @@ OTHER_VALUES = {
 }
 
 
+# What a field cannot be set without.
+NEEDED_BY = {
+    "fading_mass": dict(storage_size=3, fading_stride=5),
+    "storage_candidates": dict(storage_size=3, storage_sketch_size=2),
+}
+
+
 def fields_of_config():
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = {field.name for field in dataclasses.fields(BMojoConfig)} - inherited
@@ -506,7 +513,7 @@ def assert_refused(fields, other, name, tmp_path):
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_a_cache_of_a_model_with_other_results_is_refused(name, tmp_path):
     extra = {} if name != "ssm_type" else dict(ssm_num_groups=None, ssm_norm=None)
-    assert_refused(BACKBONE, {name: OTHER_VALUES[name], **extra}, name, tmp_path)
+    assert_refused({**BACKBONE, **NEEDED_BY.get(name, {})}, {name: OTHER_VALUES[name], **extra}, name, tmp_path)
 
 
 def test_a_cache_of_another_time_step_rank_is_refused(tmp_path):
