@@ -45,14 +45,15 @@ class KeySet(NamedTuple):
 class BlockKeys(NamedTuple):
     """What a set offers to each block.
 
-    keys, values: `[B, n, G, K, D]`. begin, end, position: `[B, n, K]`, or `[B, n, G, K]` where the heads differ.
-    bias: `[B, n, h, L, K]` with h = 1, G or H: added to each query's scores, -inf = unseen; None: zero.
+    keys, values: `[B, n, G, K, D]`. begin, end, position: `[B, n, K]`, or `[B, n, G, K]` where the heads differ; begin
+    and end None: the bias says it. bias: `[B, n, h, L, K]` with h = 1, G or H: added to each query's scores, -inf =
+    unseen; None: zero.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    begin: torch.Tensor
-    end: torch.Tensor
+    begin: torch.Tensor | None
+    end: torch.Tensor | None
     position: torch.Tensor
     bias: torch.Tensor | None = None
 
@@ -130,8 +131,7 @@ def in_blocks(whole: Whole, queries: int, block: int) -> BlockKeys:
         value.transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1) for value in (whole.keys, whole.values)
     )
     position = position[:, None].expand(-1, blocks, -1)
-    always = torch.zeros_like(position), torch.full_like(position, NEVER)
-    return BlockKeys(keys, values, *always, position, bias.unflatten(1, (blocks, block))[:, :, None])
+    return BlockKeys(keys, values, None, None, position, bias.unflatten(1, (blocks, block))[:, :, None])
 
 
 def memory_attention(
@@ -193,9 +193,9 @@ def block_attention(
     by_block = padded.unflatten(1, (blocks, block)).transpose(2, 3)  # [B, n, H, L, D]
     time = torch.arange(blocks * block, device=query.device).view(1, blocks, block, 1)
 
-    offered = sum(offer.width if isinstance(offer, Lazy) else offer.begin.shape[-1] for offer in offers)
+    offered = sum(offer.width if isinstance(offer, Lazy) else offer.keys.shape[3] for offer in offers)
     alike = all(isinstance(offer, BlockKeys) and offer.bias is None and offer.begin.dim() == 3 for offer in offers)
-    step = max(1, MASK_BUDGET // (batch * block * offered * (1 if alike else heads)))
+    step = max(1, MASK_BUDGET // max(batch * block * offered * (1 if alike else heads), 1))
     outputs, weights = [], []
     for lo in range(0, blocks, step):
         part = [each for offer in offers for each in _some(offer, slice(lo, min(lo + step, blocks)))]
@@ -211,10 +211,19 @@ def block_attention(
             visible = _biases(part, now, query, keys.shape[1])
             visible = visible if empty is None else visible.masked_fill(empty[:, :, None], 0.0)
         queries = by_block[:, lo : lo + step].flatten(0, 1)
-        out, weight = attend(queries, keys, values, visible.flatten(0, 1), scaling, dropout, implementation)
+        by_group = not alike and 1 < visible.shape[2] < heads
+        groups, visible = keys.shape[1], visible.flatten(0, 1)
+        if by_group:
+            # One mask per group of heads: the groups become rows, so that no mask is repeated for each head.
+            queries = queries.unflatten(1, (groups, -1)).flatten(0, 1)
+            keys, values, visible = (value.flatten(0, 1)[:, None] for value in (keys, values, visible))
+        out, weight = attend(queries, keys, values, visible, scaling, dropout, implementation)
+        if by_group:
+            out = out.unflatten(0, (-1, groups)).flatten(1, 2)
+            weight = None if weight is None else weight.unflatten(0, (-1, groups)).flatten(1, 2)
         outputs.append(out.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2))
         if columns is not None:
-            position = _positions(part, keys.shape[1]).flatten(0, 1)
+            position = _positions(part, groups).flatten(0, 1)
             dense = weights_by_position(weight, position, columns)
             weights.append(dense.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2))
     out = torch.cat(outputs, dim=1)[:, :tokens] if missing or len(outputs) > 1 else outputs[0]
@@ -235,24 +244,25 @@ def some_blocks(offer: BlockKeys, blocks: slice) -> BlockKeys:
 
 
 def _biases(part: list[BlockKeys], now: torch.Tensor, query: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return what is added to each query's scores, -inf for what it does not see: `[B, n, H, L, K]` over all sets.
+    """Return what is added to each query's scores, -inf for what it does not see: `[B, n, h, L, K]` over all sets; h is
+    1, G or H, as few as the sets need.
 
     Args:
         now: `[1, n, L, 1]` coordinates of the queries.
     """
-    heads = query.shape[2]
-
-    def by_head(value: torch.Tensor) -> torch.Tensor:
-        return value if value.shape[2] in (1, heads) else value.repeat_interleave(heads // groups, dim=2)
-
-    found = []
+    here, found = now[:, :, None], []
     for offer in part:
-        begin, end = (span[:, :, None] if span.dim() == 3 else span for span in (offer.begin, offer.end))
-        here = now[:, :, None]
-        unseen = (here < begin[..., None, :]) | (here >= end[..., None, :])  # [B, n, 1 or G, L, K]
-        bias = query.new_zeros(()) if offer.bias is None else by_head(offer.bias.to(query.dtype))
-        found.append(bias.masked_fill(by_head(unseen), -torch.inf).expand(-1, -1, heads, -1, -1))
-    return torch.cat(found, dim=-1)
+        bias = query.new_zeros(()) if offer.bias is None else offer.bias.to(query.dtype)
+        if offer.begin is not None:
+            begin, end = (span[:, :, None] if span.dim() == 3 else span for span in (offer.begin, offer.end))
+            unseen = (here < begin[..., None, :]) | (here >= end[..., None, :])  # [B, n, 1 or G, L, K]
+            if bias.dim() and bias.shape[2] > unseen.shape[2] > 1:
+                unseen = unseen.repeat_interleave(bias.shape[2] // groups, dim=2)
+            bias = torch.where(unseen, -torch.inf, bias)
+        found.append(bias)
+    most = max(bias.shape[2] for bias in found)
+    found = [bias.repeat_interleave(most // groups, dim=2) if 1 < bias.shape[2] < most else bias for bias in found]
+    return torch.cat([bias.expand(-1, -1, most, -1, -1) for bias in found], dim=-1)
 
 
 def _positions(part: list[BlockKeys], groups: int) -> torch.Tensor:
@@ -306,13 +316,15 @@ def attend(
     """Masked attention `[N, H, Q, D]` x `[N, G, K, D]`.
 
     Args:
-        visible: bool, broadcastable to `[N, Q, K]`; or numbers `[N, H, Q, K]` to add to the scores; None: all keys.
+        visible: bool, broadcastable to `[N, Q, K]`; or numbers `[N, H or 1, Q, K]` to add to the scores; None: all.
 
     Returns:
         `[N, H, Q, D]` and, with `"eager"`, the weights `[N, H, Q, K]`.
     """
     repeat, length = query.shape[1] // keys.shape[1], query.shape[2]
     by_head = visible is not None and visible.dim() == 4
+    if by_head and visible.shape[1] == 1 and (implementation != "sdpa" or query.device.type != "cpu" or length == 1):
+        visible = visible.expand(-1, query.shape[1], -1, -1)
     if implementation == "sdpa" and query.device.type == "cpu" and length > 1:
         # The CPU kernel shares the keys of a group by itself, and would turn a bool mask into this one.
         mask = visible

@@ -161,7 +161,7 @@ class LayerMemory:
             part = some_blocks(whole, blocks)
             return [with_distances(part, far, query, now, blocks.start * block, block)]
 
-        return Lazy(whole.begin.shape[-1], make)
+        return Lazy(whole.keys.shape[3], make)
 
     def _buffer(self, tokens: Tokens, layer: Any, full: bool) -> Whole:
         """Return the key buffer after a step: its entries are exactly what the token sees."""

@@ -264,33 +264,31 @@ class Storage(MemoryPart):
             far = in_blocks_of(tokens.far.query[:, : tokens.front + first + queries], place, 1, count * block)[:, 0]
         offers = []
         entry = torch.arange(upto, device=now.device)
-        age = positions[..., None] - entry
-        gone = age >= self.window  # [R, Q, S]
-        offered = gone
+        gone = offered = entry <= positions[..., None] - self.window  # [R, Q, S]
         if entries.expiry is not None:
             offered = offered & (entries.expiry[:, None, :upto] <= positions[..., None])
-        kept = gone & ~offered
+        kept = None if entries.expiry is None else gone & ~offered
         if self.limit is not None:
-            offered = offered & (age < self.window + self.limit)
+            offered = offered & (entry > positions[..., None] - self.window - self.limit)
         keys, values = entries.keys[:, :, :upto], entries.values[:, :, :upto]
         exact, change = scores(query, keys, tokens.scaling), None
         if far is not None:
-            distant = gone & (age > tokens.far.limit)
+            distant = gone & (entry < positions[..., None] - tokens.far.limit)
             change = correction(tokens.far, query, far, keys, entry.expand(len(keys), -1), distant)
             exact = exact + change.to(exact.dtype)
         with torch.no_grad():
             fetched = self._choose(tokens, entries, exact, offered, entry, place, count * block)
         if upto:
-            zero = torch.zeros((), dtype=query.dtype, device=query.device) if change is None else change.to(query.dtype)
-            offers.append(self._block_keys(keys, values, entry, zero, fetched, count, query.shape[1]))
+            bias = torch.zeros((), dtype=query.dtype, device=query.device) if change is None else change.to(query.dtype)
+            offers.append(_offered(keys, values, entry, bias, fetched, count))
         if self.shown:
             low, high = start + first, start + first + queries
             if not even:
                 low = int(torch.where(positions < 0, high, positions).min())
             found = blocks_between(low, high, self.window, self.size, self.shown, now.device)
             if len(found.node):
-                gone_too = fetched | kept[:, None]
-                offers.append(self._mass(tokens, entries, found, gone_too, query, far, positions, count))
+                there = fetched if kept is None else fetched | kept[:, None]
+                offers.append(self._mass(tokens, entries, found, there, query, far, positions, count))
         return offers
 
     def _choose(self, tokens, entries, exact, offered, entry, place, queries) -> torch.Tensor:
@@ -304,45 +302,25 @@ class Storage(MemoryPart):
             found = scores(asked, entries.sketches[:, :, :upto].to(asked.dtype), 1.0)
             wanted = pooled(found, self.heads)
             wanted = wanted if bias is None else wanted + bias
-            offered = first_by(wanted, offered, self.candidates, entry)
+            offered = first_by(wanted, offered, self.candidates)
         if self.fetched >= upto:
             return offered.expand(-1, self.heads, -1, -1)
         wanted = pooled(exact, self.heads)
-        return first_by(wanted if bias is None else wanted + bias, offered, self.fetched, entry)
+        return first_by(wanted if bias is None else wanted + bias, offered, self.fetched)
 
-    @staticmethod
-    def _block_keys(keys, values, position, bias, seen, count: int, heads: int) -> BlockKeys:
-        """Return keys and values `[R, G, S, D]`, offered to `count` blocks alike.
-
-        Args:
-            position: `[S]`. bias: `[R, H, Q, S]` or a zero. seen: bool `[R, G, Q, S]`.
-        """
-        seen = seen.repeat_interleave(heads // seen.shape[1], dim=1) if bias.dim() else seen
-        bias = torch.where(seen, bias, -torch.inf).unflatten(2, (count, -1)).transpose(1, 2)
-        keys, values = (value[:, None].expand(-1, count, -1, -1, -1) for value in (keys, values))
-        position = position.expand(len(keys), count, -1)
-        return BlockKeys(keys, values, torch.zeros_like(position), torch.full_like(position, NEVER), position, bias)
-
-    def _mass(self, tokens, entries, blocks: Blocks, gone, query, far, positions, count: int) -> BlockKeys:
+    def _mass(self, tokens, entries, blocks: Blocks, there, query, far, positions, count: int) -> BlockKeys:
         """Return the blocks, each with the log of how many of its tokens are not there themselves."""
-        node = blocks.node
-        keys, values = (value[:, :, node] for value in (entries.mean_keys, entries.mean_values))
-        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        keys, values = (value[:, :, blocks.node].to(query.dtype) for value in (entries.mean_keys, entries.mean_values))
         now = positions[..., None]
         shown = (blocks.begin <= now) & (now < blocks.end)
-        entry = torch.arange(gone.shape[-1], device=gone.device)
-        rest = blocks.size - inside(gone, blocks, entry)
-        bias = rest.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log().to(query.dtype)
+        rest = blocks.size - inside(there, blocks, self.size)  # [R, G, Q, N]
+        seen = shown[:, None] & (rest > 0)
+        bias = rest.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log()
         if far is not None:
             distant = shown & (now - blocks.first > tokens.far.limit)
             change = correction(tokens.far, query, far, keys, blocks.first.expand(len(keys), -1), distant)
             bias = bias.repeat_interleave(query.shape[1] // bias.shape[1], dim=1) + change.to(query.dtype)
-            rest = rest.repeat_interleave(query.shape[1] // rest.shape[1], dim=1)
-        seen = shown[:, None] & (rest > 0)
-        bias = torch.where(seen, bias, -torch.inf).unflatten(2, (count, -1)).transpose(1, 2)
-        keys, values = (value[:, None].expand(-1, count, -1, -1, -1) for value in (keys, values))
-        position = (blocks.first + blocks.size - 1).expand(len(keys), count, -1)
-        return BlockKeys(keys, values, torch.zeros_like(position), torch.full_like(position, NEVER), position, bias)
+        return _offered(keys, values, blocks.first + blocks.size - 1, bias, seen, count)
 
     # What a file may hold, and comparing -----------------------------------------------------------------------------
     def arrange(self, states):
@@ -361,6 +339,19 @@ class Storage(MemoryPart):
                 ends = ((node >> (level + 1)) + 1) * (self.size << level)
                 done = ends <= seen[:, None]
                 states[name] = value.masked_fill(~done[:, None, :, None], 0)[:, :, :most]
+
+
+def _offered(keys, values, position, bias, seen, count: int) -> BlockKeys:
+    """Return keys and values `[R, G, S, D]`, offered to `count` blocks of queries alike.
+
+    Args:
+        position: `[S]`. bias: `[R, G or H, Q, S]` or one number. seen: bool `[R, G, Q, S]`.
+    """
+    if bias.dim() and bias.shape[1] > seen.shape[1]:
+        seen = seen.repeat_interleave(bias.shape[1] // seen.shape[1], dim=1)
+    bias = torch.where(seen, bias, -torch.inf).unflatten(2, (count, -1)).transpose(1, 2)
+    keys, values = (value[:, None].expand(-1, count, -1, -1, -1) for value in (keys, values))
+    return BlockKeys(keys, values, None, None, position.expand(len(keys), count, -1), bias)
 
 
 def _level(node: torch.Tensor) -> torch.Tensor:

@@ -13,55 +13,59 @@ Shapes: R rows, Q queries, S entries, H query heads, G key/value heads, N blocks
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 STEPS = 1024  # of one nat
-PLACES = 1 << 26  # tokens that can be told apart among equals
-LARGEST_SCORE = 1 << 15  # in nats; what is beyond is equal
+LARGEST = (1 << 24) / STEPS  # nats of which float32 can tell the steps; what is beyond is equal
 
 
+@torch.no_grad()
 def pooled(scores: torch.Tensor, groups: int) -> torch.Tensor:
     """Return A `[R, G, Q, S]` of scores `[R, H, Q, S]`: how much any query head of the group wants a token."""
-    return scores.unflatten(1, (groups, -1)).logsumexp(dim=2)
+    heads = scores.unflatten(1, (groups, -1))
+    if heads.shape[2] == 1:
+        return heads[:, :, 0].clone()
+    most = heads.amax(dim=2 if scores.shape[3] == 0 else (2, 4), keepdim=True)
+    wanted = (heads - most).exp_().sum(dim=2).log_()
+    return wanted.add_(most[:, :, 0])
 
 
-def first_by(wanted: torch.Tensor, offered: torch.Tensor, count: int, places: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def first_by(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> torch.Tensor:
     """Return which entries are the first `count` by (A descending, place ascending): bool `[R, G, Q, S]`.
 
     Args:
-        wanted: A `[R, G, Q, S]`. offered: bool, broadcastable to it. places: `[S]` or `[R, 1, 1, S]`, of the entries.
+        wanted: A `[R, G, Q, S]`, overwritten. offered: bool, broadcastable to it.
     """
     if count >= wanted.shape[-1]:
         return offered.expand_as(wanted)
-    order = ranks(wanted, offered, places)
-    least = order.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    return (order >= least) & offered
-
-
-def ranks(wanted: torch.Tensor, offered: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Numbers `[R, G, Q, S]` that order entries as `first_by` says, no two equal; the lowest where none is offered."""
-    steps = (wanted.double() * STEPS).round_().clamp_(-LARGEST_SCORE * STEPS, LARGEST_SCORE * STEPS)
-    return steps.mul_(PLACES).sub_(places).masked_fill_(~offered, -torch.inf)
+    wanted = wanted.to(torch.promote_types(wanted.dtype, torch.float32))
+    wanted = wanted.mul_(STEPS).clamp_(-LARGEST * STEPS, LARGEST * STEPS).round_().float()
+    wanted = wanted.masked_fill_(~offered, -torch.inf)
+    least = wanted.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    chosen = wanted >= least.clamp(min=-2 * LARGEST * STEPS)
+    if torch.compiler.is_compiling() or bool((chosen.sum(dim=-1) > count).any()):
+        above = wanted > least
+        room = count - above.sum(dim=-1, keepdim=True)
+        chosen = above | (chosen & ((chosen & ~above).cumsum(dim=-1) <= room))
+    return chosen
 
 
 class Blocks(NamedTuple):
     """Blocks of all levels, `[N]` int64 each: level by level, from old to new.
 
-    level, number: which block. first: its first token. size: its tokens. begin, end: positions of the queries that it
-    is shown to, begin <= t < end.
+    node: where its mean lies: the place of a node of the tree over all blocks, from left to right. first: its first
+    token. size: its tokens. begin, end: positions of the queries that it is shown to, begin <= t < end.
+    levels: of each level in turn the number of its first block, and how many there are.
     """
 
-    level: torch.Tensor
-    number: torch.Tensor
+    node: torch.Tensor
     first: torch.Tensor
     size: torch.Tensor
     begin: torch.Tensor
     end: torch.Tensor
-
-    @property
-    def node(self) -> torch.Tensor:
-        """Where their means lie: the place of a node of the tree over all blocks, from left to right."""
-        return self.number * (2 << self.level) + (1 << self.level) - 1
+    levels: list[tuple[int, int]]
 
 
 def blocks_between(low: int, high: int, window: int, size: int, shown: int, device: torch.device) -> Blocks:
@@ -70,26 +74,45 @@ def blocks_between(low: int, high: int, window: int, size: int, shown: int, devi
     Args:
         window: W. size: b. shown: F per level.
     """
-    found: list[tuple[int, int, int, int, int, int]] = []
+    found: list[tuple[int, ...]] = []
+    levels: list[tuple[int, int]] = []
     level, age = 0, 0
     while size + age <= high:  # else not even the first block of the level is complete and beyond the window
         older = age + shown * size  # blocks whose last token is that much older than the window join the next level
         last = (high - window - age) // size  # blocks shown to some query before `high`
+        shown_here = []
         for number in range(max(0, (low - window - older) // size - 2), max(last, 0)):
             begin = (number + 1) * size - 1 + window + age
             end = (number // 2 + 1) * 2 * size - 1 + window + older
             if begin < high and end > low:
-                found.append((level, number, number * size, size, begin, end))
+                node = number * (2 << level) + (1 << level) - 1
+                shown_here.append((node, number * size, size, begin, end))
+                levels += [(number, 0)] if len(shown_here) == 1 else []
+        if shown_here:
+            levels[-1] = (levels[-1][0], len(shown_here))
+        else:
+            levels.append((0, 0))
+        found += shown_here
         level, age, size = level + 1, older, 2 * size
-    table = torch.tensor(found, dtype=torch.int64, device=device).view(-1, 6)
-    return Blocks(*table.t().contiguous())
+    table = torch.tensor(found, dtype=torch.int64, device=device).view(-1, 5)
+    return Blocks(*table.t().contiguous(), levels)
 
 
-def inside(kept: torch.Tensor, blocks: Blocks, places: torch.Tensor) -> torch.Tensor:
-    """Count the entries of each block that are kept: `[..., N]` of bool `[..., S]`, whose places `[S]` rise."""
-    counts = torch.nn.functional.pad(kept.to(torch.int32).cumsum(dim=-1, dtype=torch.int32), (1, 0))
-    low, high = (torch.searchsorted(places, bound) for bound in (blocks.first, blocks.first + blocks.size))
-    return counts[..., high] - counts[..., low]
+@torch.no_grad()
+def inside(kept: torch.Tensor, blocks: Blocks, size: int) -> torch.Tensor:
+    """Count the entries of each block that are kept: float `[..., N]` of bool `[..., S]`, entry = token.
+
+    Args:
+        size: b. Blocks that are not complete by entry S count what is there.
+    """
+    counts, found = kept.float(), []
+    for number, count in blocks.levels:
+        missing = -counts.shape[-1] % size
+        counts = F.pad(counts, (0, missing)).unflatten(-1, (-1, size)).sum(dim=-1)
+        size = 2
+        part = counts[..., number : number + count]
+        found.append(F.pad(part, (0, count - part.shape[-1])))
+    return torch.cat(found, dim=-1)
 
 
-__all__ = ["Blocks", "blocks_between", "first_by", "inside", "pooled", "ranks"]
+__all__ = ["Blocks", "blocks_between", "first_by", "inside", "pooled"]
