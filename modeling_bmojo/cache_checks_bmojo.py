@@ -69,7 +69,8 @@ def _check_table(layer: BMojoCacheLayer, table: Table, expected: Table, optional
 
 
 def _check_grown(layer: BMojoCacheLayer, table: Table, columns: int) -> None:
-    growing = {name: state for name, state in layer.memory.declared.items() if state.grows is not None and name in table}
+    declared = layer.memory.declared.items()
+    growing = {name: state for name, state in declared if state.grows is not None and name in table}
     strides: dict[int, dict[str, int]] = {}
     for name, state in growing.items():
         strides.setdefault(state.stride, {})[name] = table[name][0][state.grows + 1]

@@ -70,14 +70,14 @@ class BMojoConfig(BackboneConfig):
         fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
         fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
             F of them reach F s tokens beyond the window; must divide `window_size`. 1 is the paper's form.
-        fading_mass: what a fading token is. False: one SSM output at every s-th position (the paper's form). True: the mean
-            key and value of s tokens that have left the window, which counts for as many tokens as are neither kept nor
-            fetched (log of their number on its score); the newest F blocks of s tokens, before them F of 2 s, F of 4 s
-            and so on, so that the whole past is there.
+        fading_mass: what a fading token is. False: one SSM output at every s-th position (the paper's form). True: the
+            mean key and value of s tokens that have left the window, which counts for as many tokens as are neither
+            kept nor fetched (log of their number on its score); the newest F blocks of s tokens, before them F of 2 s,
+            F of 4 s and so on, so that the whole past is there.
         storage_size: K, stored tokens that every query fetches per key/value head (docs/model.md, "Storage"); 0 stores
             nothing.
         storage_candidates: C, stored tokens that the sketch names, of which exact scores choose K; `None`: all.
-        storage_sketch_size: r, bytes of a key's sketch, per key/value head; `None`: none, for `storage_candidates=None`.
+        storage_sketch_size: r, bytes of a key's sketch, per key/value head; `None`: none (with all as candidates).
         storage_decay: lambda >= 0, what is added to a stored token's score, in the choice alone, per innovation since
             the text began: old tokens are fetched less where much has changed since.
         storage_limit: N, the newest stored tokens that are offered; `None`: all.

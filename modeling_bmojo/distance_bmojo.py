@@ -2,8 +2,9 @@
 
     score(t, s) = sigma (R_d q_t) . k_s,   d = min(t - s, D_max)      q, k before RoPE, R_d RoPE's turn by d positions
 
-Queries and keys come turned to their positions, and R_t q . R_s k = R_(t - s) q . k. For far pairs both are turned back,
-q to D_max and k to 0, and the difference of the two scores is added as a bias to what the softmax forms by itself.
+Queries and keys come turned to their positions, and R_t q . R_s k = R_(t - s) q . k. For far pairs both are turned
+back, q to D_max and k to 0, and the difference of the two scores is added as a bias to what the softmax forms by
+itself.
 
 Shapes: R rows, T queries, H query heads, G key/value heads, D head dim, n blocks, L block length, K keys of a block.
 """
@@ -64,7 +65,7 @@ def correction(
     origin: torch.Tensor,
     distant: torch.Tensor,
 ) -> torch.Tensor:
-    """What makes the scores of far pairs those at D_max, `[..., H, L, K]`; zero elsewhere.
+    """Return what makes the scores of far pairs those at D_max, `[..., H, L, K]`; zero elsewhere.
 
     Args:
         query, far_query: `[..., H, L, D]`, at their positions and at D_max. keys: `[..., G, K, D]` at their positions.
@@ -96,7 +97,7 @@ def with_distances(
 
 
 def in_blocks_of(value: torch.Tensor, first: int, blocks: int, length: int) -> torch.Tensor:
-    """Queries first ... first + n L - 1 of `[R, T, H, D]` as `[R, n, H, L, D]`, zeros behind the last."""
+    """Return queries first ... first + n L - 1 of `[R, T, H, D]` as `[R, n, H, L, D]`, zeros behind the last."""
     part = value[:, first : first + blocks * length]
     missing = blocks * length - part.shape[1]
     if missing:

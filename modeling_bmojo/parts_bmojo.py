@@ -27,8 +27,8 @@ class LayerSpec(NamedTuple):
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
     slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
-    has_ssm: whether it has a fading memory. blocks: fading tokens of each level that are means of `stride` tokens and more
-    (0: they are SSM outputs). stored: K, tokens that a query fetches from the storage.
+    has_ssm: whether it has a fading memory. blocks: fading tokens of each level that are means of `stride` tokens and
+    more (0: they are SSM outputs). stored: K, tokens that a query fetches from the storage.
     """
 
     kind: str

@@ -68,15 +68,13 @@ class KeySketch(nn.Module):
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
         """z int8 `[R, T, G, r]` of keys `[R, T, G, D]` without positions."""
         wide = _wide(keys)
-        projection, center, scale = (
-            value.to(wide.dtype) for value in (self.key_projection, self.center, self.scale)
-        )
+        projection, center, scale = (value.to(wide.dtype) for value in (self.key_projection, self.center, self.scale))
         size = torch.einsum("btgd,gdr->btgr", wide - center, projection) / scale
         return size.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
 
     @torch.no_grad()
     def queries(self, queries: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What x is the product of with z: `[R, T, H, r]` of queries `[R, T, H, D]`, turned as if at distance W."""
+        """Return what gives x with z, `[R, T, H, r]`, of queries `[R, T, H, D]` turned as if at distance W."""
         wide = _wide(queries)
         by_group = wide.unflatten(2, (self.query_projection.shape[0], -1))
         projection = self.query_projection.to(wide.dtype) * (self.scale.to(wide.dtype) * scaling)[:, None]

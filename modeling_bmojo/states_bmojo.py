@@ -21,8 +21,9 @@ class State(NamedTuple):
     """One state, a tensor `[B, *shape]`.
 
     kind: its dtype: "model" (that of the activations), "wide" (the same, fp32 at least), "widest" (fp64 where the
-    device has it), "count" (int64), "byte" (int8). fill: what it holds before the first token. grows: the axis of `shape`
-    that follows the text, one entry per `stride` tokens; None: none does. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is.
+    device has it), "count" (int64), "byte" (int8). fill: what it holds before the first token. grows: the axis of
+    `shape` that follows the text, with at least one entry per `stride` tokens; None: none does. saved: it goes into the
+    cache's file. on_host: it stays on the CPU wherever the model is.
     """
 
     shape: tuple[int, ...]

@@ -51,7 +51,8 @@ class Storage(MemoryPart):
     def __init__(self, config, spec):
         super().__init__(config, spec)
         self.fetched, self.candidates = spec.stored, config.storage_candidates
-        self.limit, self.decay, self.sketch_size = config.storage_limit, config.storage_decay, config.storage_sketch_size
+        self.limit, self.decay = config.storage_limit, config.storage_decay
+        self.sketch_size = config.storage_sketch_size
         self.window, self.size, self.shown = spec.window, spec.stride, spec.blocks
         self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.takes_left = spec.slots > 0
@@ -77,7 +78,7 @@ class Storage(MemoryPart):
                 "set storage_size, or fading_mass=False",
             )
         if config.fading_mass and config.fading_size and config.fading_stride < 2:
-            reject("fading_stride", config.fading_stride, "must be >= 2 with fading_mass", "a block has a mean; e.g. 16")
+            reject("fading_stride", config.fading_stride, "must be >= 2 with fading_mass", "e.g. 16 tokens a block")
 
     @classmethod
     def belongs(cls, config, spec):

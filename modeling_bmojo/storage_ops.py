@@ -21,7 +21,7 @@ LARGEST_SCORE = 1 << 15  # in nats; what is beyond is equal
 
 
 def pooled(scores: torch.Tensor, groups: int) -> torch.Tensor:
-    """A `[R, G, Q, S]` of scores `[R, H, Q, S]`: how much any query head of the group wants a token."""
+    """Return A `[R, G, Q, S]` of scores `[R, H, Q, S]`: how much any query head of the group wants a token."""
     return scores.unflatten(1, (groups, -1)).logsumexp(dim=2)
 
 

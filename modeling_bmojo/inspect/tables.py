@@ -16,7 +16,13 @@ from ..parts_bmojo import LayerSpec
 from ..states_bmojo import State
 
 
-KINDS = {"model": "the model's dtype", "wide": "fp32 at least", "widest": "fp64 where there is one", "count": "int64", "byte": "int8"}
+KINDS = {
+    "model": "the model's dtype",
+    "wide": "fp32 at least",
+    "widest": "fp64 where there is one",
+    "count": "int64",
+    "byte": "int8",
+}
 
 
 class Size(int):

@@ -453,6 +453,13 @@ OTHER_VALUES = {
     "innovation_taps": 3,
     "fading_size": 3,
     "fading_stride": 5,
+    "fading_mass": True,
+    "storage_size": 7,
+    "storage_candidates": 90,
+    "storage_sketch_size": 2,
+    "storage_decay": 0.5,
+    "storage_limit": 300,
+    "max_rope_distance": 100,
     "tie_fading_projections": False,
     "ssm_type": "mamba",
     "ssm_num_heads": 8,
@@ -467,6 +474,13 @@ OTHER_VALUES = {
     "ssm_gated": False,
     "ssm_norm": False,
     "ssm_time_step_limit": [0.0, 0.5],
+}
+
+
+# What a field cannot be set without.
+NEEDED_BY = {
+    "fading_mass": dict(storage_size=3, fading_stride=5),
+    "storage_candidates": dict(storage_size=3, storage_sketch_size=2),
 }
 
 
@@ -499,7 +513,7 @@ def assert_refused(fields, other, name, tmp_path):
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_a_cache_of_a_model_with_other_results_is_refused(name, tmp_path):
     extra = {} if name != "ssm_type" else dict(ssm_num_groups=None, ssm_norm=None)
-    assert_refused(BACKBONE, {name: OTHER_VALUES[name], **extra}, name, tmp_path)
+    assert_refused({**BACKBONE, **NEEDED_BY.get(name, {})}, {name: OTHER_VALUES[name], **extra}, name, tmp_path)
 
 
 def test_a_cache_of_another_time_step_rank_is_refused(tmp_path):

@@ -1,0 +1,386 @@
+"""The storage equals its definition, full attention where nothing is left out, and itself however text is cut."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference
+from modeling_bmojo.storage_ops import blocks_between, first_by, inside
+from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
+from tests.oracles_storage import OracleStorage, first_of, shown_blocks
+from tests.tiny import SIZES
+
+
+EXACT = dict(rtol=1e-10, atol=1e-10)
+PLAIN = dict(storage_size=3, innovation="key", fading_size=0)
+SKETCHED = dict(PLAIN, storage_candidates=5, storage_sketch_size=3)
+MASS = dict(SKETCHED, fading_mass=True, fading_size=2, fading_stride=2)
+SETTINGS = {
+    "exact": PLAIN,
+    "no eidetic memory": dict(PLAIN, eidetic_size=0),
+    "sketch": SKETCHED,
+    "sketch decides": dict(SKETCHED, storage_candidates=3),
+    "mass": MASS,
+    "mass, blocks of 3": dict(MASS, fading_size=1, fading_stride=3, eidetic_size=0),
+    "limit": dict(MASS, storage_limit=7),
+    "decay": dict(MASS, storage_decay=0.7),
+    "decay without eidetic memory": dict(SKETCHED, storage_decay=0.7, eidetic_size=0),
+    "distance": dict(MASS, max_rope_distance=9),
+    "distance of the window": dict(MASS, max_rope_distance=4, fading_size=1),
+    "distance alone": dict(PLAIN, storage_size=0, max_rope_distance=6),
+    "no positions": dict(MASS, rope_parameters=None),
+    "everything": dict(MASS, storage_decay=0.3, storage_limit=20, max_rope_distance=8, qk_norm="head"),
+}
+SPLITS = [[40], [17, 23], [5, 1, 1, 20, 1, 12], [1] * 40]
+
+
+def build(dtype=torch.float64, **fields):
+    config = BMojoConfig(**{**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, **fields})
+    torch.manual_seed(0)
+    return randomize_(BMojoForCausalLM(config)).to(dtype).eval()
+
+
+def tokens(count=40, rows=2, seed=1):
+    return torch.randint(0, SIZES["vocab_size"], (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def read(model, ids, pieces=None, mask=None, cache=None):
+    cache, found, start = BMojoCache(model.config) if cache is None else cache, [], 0
+    with torch.no_grad():
+        for size in pieces or [ids.shape[1]]:
+            given = None if mask is None else mask[:, : start + size]
+            found.append(model(ids[:, start : start + size], attention_mask=given, cache=cache).logits)
+            start += size
+    return torch.cat(found, dim=1), cache
+
+
+# The definition ------------------------------------------------------------------------------------------------------
+def attention_of(model, ids, layer=0):
+    """Queries, keys and values of a layer without positions, and what its o_proj reads: `[T, heads, D]` of row 0."""
+    attention, found = model.model.layers[layer].self_attn, {}
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, out, name=name: found.update({name: (inputs[0], out)}))
+        for name, module in (("q", attention.q_proj), ("k", attention.k_proj), ("v", attention.v_proj))
+    ]
+    hooks.append(attention.o_proj.register_forward_hook(lambda _, inputs, out: found.update(o=(inputs[0], out))))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    q, k, v = (attention._heads(found[name][1][0]) for name in "qkv")
+    return attention.q_norm(q).detach(), attention.k_norm(k).detach(), v, attention._heads(found["o"][0][0])
+
+
+def oracle_of(model, query, keys, values):
+    config = model.config
+    innovations = oracle_key_innovation(keys)
+    sets, _ = oracle_eidetic(innovations.tolist(), config.window_size, config.eidetic_size)
+    sketch = model.model.layers[0].self_attn.sketch
+    if sketch is not None:
+        sketch = sketch.key_projection, sketch.query_projection, sketch.center, sketch.scale
+    return OracleStorage(
+        query,
+        keys,
+        values,
+        config.window_size,
+        [set(each) for each in sets],
+        config.storage_size,
+        config.storage_candidates,
+        sketch,
+        config.storage_decay,
+        innovations.cumsum(0),
+        config.storage_limit,
+        config.fading_size if config.fading_mass else 0,
+        config.fading_stride,
+        config.max_rope_distance,
+        1e4 if config.rope_parameters is None else config.rope_parameters["rope_theta"],
+        config.head_dim**-0.5,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "no positions"])
+def test_a_layer_is_what_the_definition_says(name):
+    model = build(**SETTINGS[name])
+    for seed in (1, 2):
+        query, keys, values, found = attention_of(model, tokens(33, 1, seed))
+        expected = oracle_of(model, query, keys, values).run()
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_a_layer_without_positions_is_what_the_definition_says():
+    model = build(**SETTINGS["no positions"])
+    query, keys, values, found = attention_of(model, tokens(33, 1))
+    oracle = oracle_of(model, query, keys, values)
+    oracle.turned = lambda x, position: x
+    torch.testing.assert_close(found, oracle.run(), **EXACT)
+
+
+def test_equal_tokens_are_fetched_oldest_first():
+    """One token repeated, no positions: all scores are equal, and the first K that left the window are fetched."""
+    model = build(**dict(PLAIN, rope_parameters=None, eidetic_size=0))
+    ids = torch.full((1, 20), 7)
+    out, weights = attention_of(model, ids), None
+    oracle = oracle_of(model, *out[:3])
+    oracle.turned = lambda x, position: x
+    torch.testing.assert_close(out[3], oracle.run(), **EXACT)
+    assert oracle.seen[-1] == {0, 1, 2}
+    weights = model(ids, use_cache=False, output_attentions=True).attentions[0]
+    assert (weights[0, 0, -1] > 0).nonzero().flatten().tolist() == [0, 1, 2, 15, 16, 17, 18, 19]
+
+
+# Full attention ------------------------------------------------------------------------------------------------------
+ALL = [
+    dict(storage_size=60, fading_size=0),
+    dict(storage_size=60, fading_size=0, eidetic_size=0),
+    dict(storage_size=60, storage_candidates=70, storage_sketch_size=2, fading_size=0),
+    dict(storage_size=60, fading_mass=True, fading_size=2, fading_stride=2),
+    dict(storage_size=60, fading_mass=True, fading_size=1, fading_stride=3, eidetic_size=0, max_rope_distance=39),
+]
+
+
+@pytest.mark.parametrize("fields", ALL, ids=str)
+@pytest.mark.parametrize("pieces", SPLITS, ids=lambda pieces: f"{len(pieces)} pieces")
+def test_a_storage_of_everything_is_full_attention(fields, pieces):
+    """transformers' Llama with the same weights."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: SIZES[name] for name in (*names, "num_key_value_heads")}
+    llama = randomize_(LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-6))).double().eval()
+    model, full = build(**fields), build(layer_types=["full_attention"] * 2)
+    for each in (model, full):
+        assert not each.load_state_dict(llama.state_dict(), strict=False).unexpected_keys
+    for count in (4, 5, 6, 40) if len(pieces) == 1 else (40,):
+        ids = tokens(count)
+        with torch.no_grad():
+            expected, exact = llama(ids).logits, full(ids, use_cache=False).logits
+        logits, _ = read(model, ids, pieces if count == 40 else None)
+        torch.testing.assert_close(logits, exact, **EXACT)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # Llama's angles are fp32 products
+
+
+# However the text is cut ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SETTINGS)
+def test_prefill_chunks_and_steps_agree(name):
+    model, ids = build(**SETTINGS[name]), tokens()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    for pieces in SPLITS:
+        torch.testing.assert_close(read(model, ids, pieces)[0], expected, **EXACT)
+    assert first_difference(model, ids) is None
+
+
+@pytest.mark.parametrize("name", ["sketch", "mass", "everything"])
+def test_the_block_size_changes_nothing(name):
+    ids, model = tokens(), build(**SETTINGS[name])
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for block in (1, 3, 64):
+            other = build(**SETTINGS[name], memory_block_size=block)
+            torch.testing.assert_close(other(ids, use_cache=False).logits, expected, **EXACT)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(sorted(SETTINGS)),
+    st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    st.data(),
+)
+def test_pads_take_no_part(name, pieces, data):
+    model, count = build(**SETTINGS[name]), sum(pieces)
+    ids = tokens(count, 3)
+    mask = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=3 * count, max_size=3 * count))).view(3, count)
+    mask[0] = 1
+    logits, _ = read(model, ids, pieces, mask)
+    for row in range(3):
+        real = mask[row].bool()
+        if real.any():
+            alone, _ = read(model, ids[row : row + 1, real])
+            torch.testing.assert_close(logits[row][real], alone[0], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["mass", "everything"])
+def test_packed_sequences_do_not_see_each_other(name):
+    model, ids = build(**SETTINGS[name]), tokens(40, 1)
+    positions = torch.cat([torch.arange(27), torch.arange(13)])[None]
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        first, second = (model(part, use_cache=False).logits for part in (ids[:, :27], ids[:, 27:]))
+    torch.testing.assert_close(packed, torch.cat([first, second], dim=1), **EXACT)
+
+
+def test_the_future_changes_nothing():
+    model, ids = build(**SETTINGS["everything"]), tokens(40, 1)
+    other = ids.clone()
+    other[:, 31:] = (other[:, 31:] + 7) % SIZES["vocab_size"]
+    with torch.no_grad():
+        a, b = (model(each, use_cache=False).logits for each in (ids, other))
+    torch.testing.assert_close(a[:, :31], b[:, :31], rtol=0, atol=1e-14)
+    assert not torch.allclose(a[:, 31:], b[:, 31:])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_attention_weights_sum_to_one_and_name_each_token_once(name):
+    model, ids = build(**SETTINGS[name]), tokens()
+    with torch.no_grad():
+        out = model(ids, use_cache=False, output_attentions=True)
+        plain = model(ids, use_cache=False).logits
+    torch.testing.assert_close(out.logits, plain, **EXACT)
+    for weights in out.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)), **EXACT)
+        assert (weights.triu(1) == 0).all()
+
+
+# Caches --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["exact", "mass", "everything"])
+def test_a_cache_keeps_all_of_it(name, tmp_path):
+    model, ids, more = build(**SETTINGS[name]), tokens(31), tokens(9, seed=3)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    _, cache = read(model, ids, [14, 17], mask)
+    cache.save(tmp_path / "cache")
+    copied = copy.deepcopy(cache)
+    expected, _ = read(model, more, [1] * 9, cache=cache)
+    loaded = BMojoCache.load(tmp_path / "cache", model.config)
+    torch.testing.assert_close(read(model, more, [4, 5], cache=loaded)[0], expected, **EXACT)
+    copied.batch_repeat_interleave(2)
+    copied.reorder_cache(torch.tensor([3, 3, 0, 0]))
+    copied.batch_select_indices(torch.tensor([0, 2]))
+    torch.testing.assert_close(read(model, more[[1, 0]], cache=copied)[0], expected[[1, 0]], **EXACT)
+    cache.reset()
+    assert cache.nbytes == 0
+    # Cut otherwise, the same states.
+    one, two = (read(model, ids, pieces, mask)[1] for pieces in ([31], [9, 1, 21]))
+    for a, b in zip(one.layers, two.layers):
+        for (key, left), right in zip(a.memory.arranged(a.states()).items(), b.memory.arranged(b.states()).values()):
+            torch.testing.assert_close(left, right, **EXACT, msg=key)
+
+
+def test_generate_with_beams_and_a_second_turn():
+    model, ids = build(**SETTINGS["mass"]), tokens(20)
+    options = dict(max_new_tokens=6, do_sample=False)
+    for beams in (1, 3):
+        cached = model.generate(ids, num_beams=beams, use_cache=True, **options)
+        assert torch.equal(cached, model.generate(ids, num_beams=beams, use_cache=False, **options))
+    first = model.generate(ids, return_dict_in_generate=True, **options)
+    again = torch.cat([first.sequences, tokens(5, seed=9)], dim=1)
+    cache = first.get("past_key_values") if first.get("past_key_values") is not None else first["cache"]
+    second = model.generate(again, cache=cache, **options)
+    assert torch.equal(second, model.generate(again, **options))
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["mass", "everything"])
+def test_gradients_flow_through_what_is_fetched(name):
+    """Against finite differences, in one direction of all parameters; the choice is the same on both sides."""
+    model, ids = build(**SETTINGS[name]).train(), tokens(24, 1)
+
+    def loss():  # in float64, where the model's own is in float32
+        return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+
+    loss().backward()
+    parameters = list(model.parameters())
+    assert all(value.grad is not None for value in parameters)
+    generator = torch.Generator().manual_seed(5)
+    ways = [torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in parameters]
+    slope, size, losses = sum((way * value.grad).sum() for way, value in zip(ways, parameters)), 1e-6, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for value, way in zip(parameters, ways):
+                value.add_(way, alpha=sign * size)
+            losses.append(loss())
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * size), slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["mass", "everything"])
+def test_gradient_checkpointing_and_a_cache_give_the_same_gradients(name):
+    ids, grads = tokens(24, 2), []
+    for way in ("plain", "checkpointing", "cache"):
+        model = build(**SETTINGS[name]).train()
+        if way == "checkpointing":
+            model.gradient_checkpointing_enable()
+        cache = None
+        if way == "cache":
+            cache = BMojoCache(model.config)
+        model(ids, labels=ids, cache=cache).loss.backward()
+        grads.append([value.grad for value in model.parameters()])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other):
+            torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_numbers(dtype):
+    model, ids = build(dtype, **SETTINGS["mass"]), tokens()
+    logits, cache = read(model, ids, [30, *[1] * 10])
+    wide, _ = read(build(**SETTINGS["mass"]), ids)
+    assert logits.dtype == dtype and logits.isfinite().all()
+    assert cache.layers[0].stored_keys.dtype == dtype and cache.layers[0].sketches.dtype == torch.int8
+    error = (logits.double() - wide).norm() / wide.norm()
+    assert error < (1e-2 if dtype == torch.float32 else 0.3)
+
+
+def test_a_saved_model_has_its_sketches(tmp_path):
+    model, ids = build(**SETTINGS["mass"]), tokens()
+    model.save_pretrained(tmp_path)
+    loaded = BMojoForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert sum("sketch" in name for name in model.state_dict()) == 4 * 2
+    torch.testing.assert_close(read(loaded, ids)[0], read(model, ids)[0], **EXACT)
+
+
+# Functions -----------------------------------------------------------------------------------------------------------
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.integers(1, 13), st.data())
+def test_ties_go_to_the_older(values, count, data):
+    offered = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
+    wanted = torch.tensor(values, dtype=torch.float32)
+    found = first_by(wanted.view(1, 1, 1, -1), offered.view(1, 1, 1, -1), count, torch.arange(len(values)))
+    expected = first_of({s: float(wanted[s]) for s in range(len(values)) if offered[s]}, count)
+    assert set(found.flatten().nonzero().flatten().tolist()) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 90), st.integers(1, 40), st.integers(1, 9), st.integers(2, 5), st.integers(1, 4))
+def test_blocks_are_those_of_the_definition(low, more, window, size, shown):
+    blocks = blocks_between(low, low + more, window, size, shown, torch.device("cpu"))
+    for t in range(low, low + more):
+        here = (blocks.begin <= t) & (t < blocks.end)
+        found = sorted(zip(blocks.first[here].tolist(), blocks.size[here].tolist()))
+        assert found == sorted(shown_blocks(t, window, size, shown))
+        # Every token that has left the window and whose block is complete is in exactly one of them.
+        covered = [s for first, count in found for s in range(first, first + count)]
+        assert covered == list(range(max(0, (t - window + 1) // size * size)))
+    assert len(set(blocks.node.tolist())) == len(blocks.node)
+
+
+def test_inside_counts_by_block():
+    blocks = blocks_between(0, 30, 4, 2, 2, torch.device("cpu"))
+    kept = torch.rand(2, 3, 30, generator=torch.Generator().manual_seed(0)) > 0.5
+    found = inside(kept, blocks, torch.arange(30))
+    for place, (first, size) in enumerate(zip(blocks.first.tolist(), blocks.size.tolist())):
+        assert torch.equal(found[..., place], kept[..., first : first + size].sum(-1).to(found.dtype))
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(storage_size=-1), r"storage_size=-1: must be an integer >= 0"),
+        (dict(storage_size=4, storage_candidates=3, storage_sketch_size=2), "storage_candidates=3: .* storage_size=4"),
+        (dict(storage_size=4, storage_candidates=8), r"storage_candidates=8: needs a sketch"),
+        (dict(storage_sketch_size=5), r"storage_sketch_size=5: must lie in \[1, head_dim=4\]"),
+        (dict(storage_size=1, storage_limit=0), r"storage_limit=0: must be an integer >= 1"),
+        (dict(storage_decay=-0.1), r"storage_decay=-0.1"),
+        (dict(fading_mass=True), r"fading_mass=True: needs storage_size > 0"),
+        (dict(fading_mass=True, storage_size=1), r"fading_stride=1: must be >= 2 with fading_mass"),
+        (dict(max_rope_distance=3), r"max_rope_distance=3: must be an integer >= 4"),
+    ],
+    ids=str,
+)
+def test_values_that_contradict_each_other(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(**fields)
