@@ -72,7 +72,7 @@ $(OTHER_VERSIONS:%=test-version-%): test-version-%: $(VENVS)/transformers-%/.hav
 	@$(VENVS)/transformers-$*/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(CORE_TESTS) $(ARGS)
 
 test-faults: $(HAVE_TEST)
-	@echo "==> test-faults: graft, align, finetune and restore, killed and without space at their file events"
+	@echo "==> test-faults: graft, align, finetune, restore and fit_storage, killed and without space at their file events"
 	@OMP_NUM_THREADS=1 $(PY) -m tests.faults $(ARGS)
 
 # Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.

@@ -261,7 +261,9 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     _supports_attention_backend = False
     _can_compile_fullgraph = False
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["scalars"]
+    _keep_in_fp32_modules_strict = ["scalars", "sketch"]
+    # A folder may hold sketches of keys, and its model be loaded without storage.
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.sketch\."]
     _can_record_outputs = {
         "hidden_states": BMojoDecoderLayer,
         "attentions": OutputRecorder(BMojoDecoderLayer, index=1),

@@ -24,6 +24,7 @@ from .files import read_json, write_json
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLE_FILE, PICKLE_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SKETCH = ".self_attn.sketch."  # in the name of every tensor of a sketch of keys
 BLOCK_BYTES = 32 * 2**20  # rows that are copied, cast and looked at together
 
 
@@ -52,6 +53,11 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def in_float32(name: str) -> bool:
+    """Whether a tensor of ours is float32 whatever the model's dtype: SSM scalars, sketches of keys."""
+    return ".scalars." in name or SKETCH in name
 
 
 def most_common_dtype(dtypes: Mapping[str, str]) -> str:

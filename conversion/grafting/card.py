@@ -1,5 +1,6 @@
 """The model card (README.md) of a grafted checkpoint: what was grafted from what, how to load it, what it costs."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 import yaml
 
 from modeling_bmojo import BMojoConfig, memory_bytes
+
+
+BEGIN, END = "<!-- sketches -->", "<!-- end of sketches -->"
 
 
 def source_bytes(config: BMojoConfig, source: Mapping[str, Any], dtype: torch.dtype, tokens: int) -> int:
@@ -47,6 +51,17 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     table = "\n".join(rows)
     counts = report["counts"]
     name = facts["name"]
+    stored, told = "", "The memory of a B'MOJO layer does not grow with the text."
+    if config.storage_size:
+        stored = f",\n- {config.storage_size} of all other tokens, chosen by each query for itself (storage)"
+        told = "What a query sees does not grow with the text; the storage does, by every token that was read."
+    fading = (
+        f"{config.fading_size} output(s) of a state space model, one every {config.fading_stride} tokens beyond the "
+        "window, that\n  sum up what came before"
+    )
+    if config.fading_mass and config.fading_size:
+        fading = f"means of blocks of {config.fading_stride} tokens and more, each with the weight of the tokens in it"
+    sketches = f"\n\n{sketches_told(report['sketches'])}" if report.get("sketches") else ""
     beyond = "it sees the window and the memories only"
     if len(layers) < count:
         beyond = "its B'MOJO layers see the window and the memories only, the others what they saw in the source"
@@ -57,10 +72,10 @@ Under one softmax, such a layer attends to
 
 - the last {config.window_size} tokens (window),
 - up to {config.eidetic_size} older tokens that the past could not predict (eidetic memory),
-- {config.fading_size} output(s) of a state space model, one every {config.fading_stride} tokens beyond the window, that
-  sum up what came before (fading memory).
+- {fading}
+  (fading memory){stored}.
 
-The memory of a B'MOJO layer does not grow with the text.
+{told}{sketches}
 
 It is a fresh graft: nothing was trained. Up to {report["identical_up_to"]:,} tokens its logits are those of the source;
 beyond that {beyond}. The new tensors are a starting point for training.
@@ -91,3 +106,21 @@ Memory of one sequence, all states, in {report["dtype"]}:
 |---|---|---|
 {table}
 """
+
+
+def sketches_told(facts: Mapping[str, Any]) -> str:
+    """Return the card's lines on the sketches of keys, between marks. facts: of the report."""
+    names = ", ".join(facts["texts"][:3]) + (" and others" if len(facts["texts"]) > 3 else "")
+    return (
+        f"{BEGIN}\nIts weights hold a sketch of {facts['size']} numbers per key, by which stored tokens are found; it "
+        f"was fitted on\n{facts['tokens']:,} tokens ({names}). Load it with `storage_size` and `storage_candidates` to "
+        f"use it.\n{END}"
+    )
+
+
+def with_sketches_told(card: str, facts: Mapping[str, Any]) -> str:
+    """Return a card that tells of the sketches, instead of earlier ones if it did."""
+    told = sketches_told(facts)
+    if BEGIN in card and END in card:
+        return re.sub(f"{BEGIN}.*?{END}", lambda match: told, card, count=1, flags=re.DOTALL)
+    return f"{card.rstrip()}\n\n## Storage\n\n{told}\n".lstrip()

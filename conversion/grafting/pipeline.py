@@ -23,7 +23,7 @@ from ..common.provenance import code_fingerprint, versions
 from ..common.running import meta_model, tensor_shapes
 from ..common.settings import DTYPES
 from ..common.staging import REPORT_FILE, check_output, check_space, is_settled, sole_writer, staged_folder
-from ..common.weights import LazyTensors, digest, open_weights, row_blocks
+from ..common.weights import SKETCH, LazyTensors, digest, in_float32, open_weights, row_blocks
 from .card import model_card
 from .check import check_against_source
 from .families import backbone_fields, bmojo_config_for, family_of, source_layer_types, source_window
@@ -38,6 +38,7 @@ from .report import (
     write_report,
 )
 from .settings import GraftSettings
+from .sketches import RULE, FittingText, choosing_exactly, fit, read_fitting_text, sketch_names
 from .sources import Source, open_config, open_source, source_files
 from .ssm_init import SSM_INITS
 
@@ -73,6 +74,18 @@ class Plan:
         """In which dtype each copied source tensor is written; the parts of one have the same."""
         return {piece.source: self.dtypes[name] for name, piece in self.pieces.items()}
 
+    @cached_property
+    def fitting_text(self) -> FittingText:
+        """The text that sketches of keys are fitted on (ValueError: see `read_fitting_text`)."""
+        return read_fitting_text(self.source.tokenizer(), self.config, self.settings.storage_text, "storage_text")
+
+    @cached_property
+    def sketches(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The sketches of keys and what the report says of them, fitted when first asked for; None: there are none."""
+        if not sketch_names(self.shapes):
+            return None
+        return fit(self.config, build_tensors(self, sketches=False), self.fitting_text)
+
 
 def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False) -> bool:
     """Write the checkpoint folder; False where an earlier one is kept.
@@ -97,6 +110,7 @@ def graft(settings: GraftSettings, overwrite: bool = False, reuse: bool = False)
         plan = prepare(settings, overwrite or reuse)
         if settings.layers == MEASURED:
             plan = with_measured_layers(plan)
+        _ = plan.sketches  # which holds the whole model: before anything is written
         with staged_folder(output) as folder:
             write_checkpoint(folder, plan)
     return True
@@ -150,6 +164,8 @@ def prepare(settings: GraftSettings, overwrite: bool = False) -> Plan:
     if Path(settings.source).exists():
         check_output(output, overwrite, sources=(Path(settings.source),))
     plan = plan_graft(settings, source)
+    if sketch_names(plan.shapes):
+        _ = plan.fitting_text  # refuses before the work
     size = sum(torch.Size(shape).numel() * plan.dtypes[name].itemsize for name, shape in plan.shapes.items())
     check_space(output, size + SIDE_FILES_BYTES)
     return plan
@@ -186,14 +202,16 @@ def with_measured_layers(plan: Plan) -> Plan:
     settings, source = plan.settings, plan.source
     count = source.config.num_hidden_layers
     plan_graft(settings, source, list(range(min(settings.measured_layers, count))))  # refuses before the work
-    ranking = measure_layers(plan.config, source, settings, lambda: build_tensors(plan))
+    config = choosing_exactly(plan.config)  # sketches would be fitted to layers that may not stay
+    ranking = measure_layers(config, source, settings, lambda: build_tensors(plan, sketches=False))
     chosen = plan_graft(settings, source, ranking["chosen"])
     chosen.ranking = ranking
     return chosen
 
 
 def initialised_tensors(config: BMojoConfig, shapes: dict[str, tuple[int, ...]], rule: str) -> dict[str, str]:
-    """Target tensors that the graft fills itself, with the rule: the fading memories, and untied fading projections."""
+    """Target tensors that the graft fills itself, with the rule: the fading memories, untied fading projections, and
+    sketches of keys."""
     found = {}
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
@@ -202,7 +220,7 @@ def initialised_tensors(config: BMojoConfig, shapes: dict[str, tuple[int, ...]],
                 found[name] = rule
             elif name.startswith(prefix + "self_attn.fading_"):
                 found[name] = f"a copy of {name.replace('fading_', '')}"
-    return found
+    return found | dict.fromkeys(sketch_names(shapes), RULE)
 
 
 def target_dtypes(
@@ -212,12 +230,12 @@ def target_dtypes(
     copies: dict[str, dict[str, Any]],
     shapes: dict[str, tuple[int, ...]],
 ) -> dict[str, torch.dtype]:
-    """Return the dtype of every target tensor: a copy keeps its own unless the settings name one; SSM scalars are
-    float32.
+    """Return the dtype of every target tensor: a copy keeps its own unless the settings name one; SSM scalars and
+    sketches are float32.
 
     Notes in `copies` which source tensors are cast.
     """
-    dtypes = {name: torch.float32 if ".scalars." in name else dtype for name in shapes}
+    dtypes = {name: torch.float32 if in_float32(name) else dtype for name in shapes}
     for name, piece in pieces_of(copies, shapes).items():
         own = source.dtypes[piece.source]
         if settings.dtype is None and own in DTYPES:
@@ -246,16 +264,22 @@ class TensorBuilder:
         return tensor
 
     def _initialised(self, name: str) -> torch.Tensor:
+        if SKETCH in name:
+            return self.plan.sketches[0][name]
         index = int(name.split(".")[2])
         if index != self._layer:
             self._layer, self._built = index, layer_init(self.plan, index)
         return self._built.pop(name)
 
 
-def build_tensors(plan: Plan) -> dict[str, torch.Tensor]:
-    """All target tensors in memory: for models that run without being written."""
+def build_tensors(plan: Plan, sketches: bool = True) -> dict[str, torch.Tensor]:
+    """All target tensors in memory: for models that run without being written. sketches: those of keys, too."""
     make = TensorBuilder(plan)
-    return {name: make(name) for name in tqdm(plan.shapes, desc="Reading the source", unit="tensor")}
+    names = [name for name in plan.shapes if SKETCH not in name]
+    found = {name: make(name) for name in tqdm(names, desc="Reading the source", unit="tensor")}
+    if sketches and len(names) < len(plan.shapes):
+        found |= fit(plan.config, found, plan.fitting_text)[0]
+    return found
 
 
 def copied_tensor(plan: Plan, name: str) -> torch.Tensor:
@@ -340,6 +364,7 @@ def build_report(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
         "ssm_init": plan.settings.ssm_init,
         "layers": [index for index, kind in enumerate(plan.config.layer_types) if kind == "bmojo"],
         "layer_ranking": plan.ranking,
+        "sketches": None if plan.sketches is None else plan.sketches[1],
         "identical_up_to": min(windows),
         "counts": {
             "copied": len(plan.copies) - dropped,

@@ -28,6 +28,8 @@ class GraftSettings:
         `measured_tokens` tokens of `measured_files` (null: Python's reference, its training part).
     dtype: of the written tensors; None keeps the source's. The SSM's scalars are always float32.
     ssm_init: how new SSM tensors start. smoother_tau: its shortest and longest time constant, in tokens.
+    storage_text: files that sketches of keys are fitted on, where `storage_sketch_size` is set (null: Python's
+        reference, its training part).
     seed: of the random part of the initialisation. max_shard_size: largest weights file, as `save_pretrained` takes it.
     check: reload the result and compare its logits with the source's before it replaces anything.
     allow_pickle: read pickled weights (`pytorch_model.bin`) of a source that has no safetensors.
@@ -44,6 +46,7 @@ class GraftSettings:
     measured_files: Annotated[list[str] | None, RULED] = None
     measured_tokens: Annotated[int, RULED] = 2048
     measured_texts: Annotated[int, RULED] = 2
+    storage_text: Annotated[list[str] | None, RULED] = None
     seed: int = 0
     max_shard_size: str = "2GB"
     check: bool = True
@@ -90,6 +93,9 @@ def _check(settings: GraftSettings) -> None:
         raise ValueError(f"smoother_tau={tau!r}: must be two numbers of tokens, [low, high].")
     check_shard_size(settings.max_shard_size)
     _check_measured(settings)
+    for name in ("measured_files", "storage_text"):
+        _check_files(name, getattr(settings, name))
+    _check_sketches(settings)
     check_fields(settings.ssm_init, SSM_INITS[settings.ssm_init].fields, settings.memory)
 
 
@@ -104,9 +110,26 @@ def _check_measured(settings: GraftSettings) -> None:
             f"layers={settings.layers!r}, measured_layers={settings.measured_layers!r}: layers: measured needs the "
             "number of layers to convert, and only it takes one."
         )
-    files = settings.measured_files
+
+
+def _check_sketches(settings: GraftSettings) -> None:
+    """Sketches are fitted where tokens are stored, and only they have a text."""
+    size, stored = (settings.memory.get(name) for name in ("storage_sketch_size", "storage_size"))
+    if size is not None and not stored:
+        raise ValueError(
+            f"storage_sketch_size={size!r}: with storage_size={stored or 0} nothing is stored and no sketch is fitted; "
+            "set storage_size, or fit the finished folder: python -m conversion.fit_storage."
+        )
+    if settings.storage_text is not None and size is None:
+        raise ValueError(
+            f"storage_text={settings.storage_text!r}: is what sketches of keys are fitted on, and storage_sketch_size "
+            "is null; set it, or remove the text."
+        )
+
+
+def _check_files(name: str, files: Any) -> None:
     if files is not None and not (isinstance(files, list) and files and all(type(item) is str for item in files)):
-        raise ValueError(f"measured_files={files!r}: must be a list of paths or patterns, e.g. ['books/*.txt'].")
+        raise ValueError(f"{name}={files!r}: must be a list of paths or patterns, e.g. ['books/*.txt'], or null.")
 
 
 def check_shard_size(size: str) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..common.running import assembled
-from ..common.weights import open_weights
+from ..common.weights import in_float32, open_weights
 from .adapters import merged_names
 from .student import Student
 
@@ -38,10 +38,7 @@ def merge_adapter(student: Student, folder: Path) -> Merged:
     weights = open_weights(student.folder, f"source={str(student.folder)!r}")
     model = assembled(
         config,
-        {
-            name: weights.rows(name).to(torch.float32 if ".scalars." in name else student.dtype)
-            for name in weights.shapes
-        },
+        {name: weights.rows(name).to(torch.float32 if in_float32(name) else student.dtype) for name in weights.shapes},
     )
     if model.all_tied_weights_keys:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)

@@ -20,8 +20,9 @@ from ..common.export import save_tokenizer, write_model
 from ..common.files import write_text
 from ..common.provenance import versions
 from ..common.running import meta_model
-from ..common.weights import digest
+from ..common.weights import digest, in_float32
 from ..grafting.report import CURRENT, dtype_name, write_report
+from ..grafting.sketches import sketch_names
 from .settings import TrainingSettings
 from .student import Student, initialised
 
@@ -69,7 +70,7 @@ def write_checkpoint(
     config, dtype = student.config, student.dtype
     tied = meta_model(config).all_tied_weights_keys
     whole = {
-        name: value.detach().to("cpu", torch.float32 if ".scalars." in name else dtype).contiguous()
+        name: value.detach().to("cpu", torch.float32 if in_float32(name) else dtype).contiguous()
         for name, value in tensors.items()
         if name not in tied
     }
@@ -131,7 +132,11 @@ def updated_report(
     if "identical_up_to" in updated:
         only_new = set(trained) <= initialised(report)
         updated["identical_up_to"] = min(updated["identical_up_to"], window) if only_new else 0
-    accounts = updated.setdefault("target_tensors", {})
+    # Sketches of keys are not in a model that is trained with storage_size=0.
+    accounts = {name: entry for name, entry in updated.get("target_tensors", {}).items() if name in tensors}
+    updated["target_tensors"] = accounts
+    if not sketch_names(tensors):
+        updated.pop("sketches", None)
     for name, value in tensors.items():
         account = accounts.setdefault(name, {"shape": list(value.shape)})
         account["dtype"] = dtype_name(value.dtype)

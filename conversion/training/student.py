@@ -13,7 +13,7 @@ from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from ..common.files import read_json
 from ..common.running import meta_model, tensor_shapes
 from ..common.staging import REPORT_FILE
-from ..common.weights import open_weights
+from ..common.weights import SKETCH, open_weights
 from ..grafting.report import changed_tensors, require_report
 from ..grafting.sources import HUB_ID, open_config, open_tokenizer
 from .four_bit import loading_options
@@ -104,6 +104,11 @@ def open_student(settings: TrainingSettings) -> Student:
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"source={settings.source!r}: does not load ({error}).") from error
+    if any(SKETCH in name for name in info["missing_keys"]):
+        raise ValueError(
+            f"source={settings.source!r}: has no sketches of keys, and storage_sketch_size="
+            f"{config.storage_sketch_size} asks for them; fit them first: python -m conversion.fit_storage."
+        )
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
         raise ValueError(
@@ -137,7 +142,9 @@ def _check_memory(folder: Path, memory: Mapping[str, Any]) -> None:
         tensor_shapes(meta_model(config))
         for config in (BMojoConfig.from_pretrained(folder), BMojoConfig.from_pretrained(folder, **memory))
     )
-    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    # A folder may hold sketches of keys that only a model with storage has; loading finds out.
+    names = [name for name in before.keys() | after.keys() if SKETCH not in name]
+    changed = [name for name in names if before.get(name) != after.get(name)]
     if changed:
         raise ValueError(
             f"memory={dict(memory)!r}: would change {len(changed)} tensors, such as {min(changed)}; fields that decide "

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from conversion import align, finetune, graft, restore
+from conversion import align, finetune, fit_storage, graft, restore
 from tests.conversion.graft_sources import W
 from tests.conversion.training_setup import QUIET, T, letters, tiny_graft
 
@@ -121,6 +121,11 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         earlier(finetune, tuned)(work)
         _stopped(work, tuned, step=1, program=finetune, extra=["--overwrite", "--set", "seed=8"])
 
+    def grafted_before(work: Path) -> None:
+        work.mkdir()
+        shutil.copytree(tiny_graft(), work / "out")
+
+    sketched = ["WORK/out", "--sketch-size", "4"]
     again = ["WORK/graft", "--max-shard-size", "40KB", *to]
     reuse, resume = then(grafted, ["--reuse"]), then(tuned, ["--resume"], ["--overwrite"])
     old = [earlier(graft, grafted), unfinished_of_others]
@@ -132,6 +137,7 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         Scenario("finetune over", old[1], finetune, [tuned, "--overwrite", *to], resume, share=2),
         Scenario("lora", nothing, finetune, [adapted, *to], then(adapted, *go_on), share=3),
         Scenario("restore", lambda work: shutil.copytree(tiny_graft(), work / "graft"), restore, again, [again]),
+        Scenario("fit storage", grafted_before, fit_storage, sketched, [sketched]),
     ]
 
 
