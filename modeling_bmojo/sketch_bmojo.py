@@ -36,6 +36,15 @@ class KeySketch(nn.Module):
         self.register_buffer("center", torch.zeros(heads, dim))
         self.register_buffer("scale", torch.full((heads, size), FIRST_SCALE))
 
+    def _apply(self, fn, recurse: bool = True):
+        """Let moves go through, but no narrower dtype, as of `model.half()`: the choice would change, c become zero."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if self._buffers[name].element_size() < value.element_size():
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
+
     @torch.no_grad()
     def initialise(self, config: BMojoConfig) -> None:
         """Fill P and U with random directions, orthogonal to each other: they serve until there are keys to fit."""
