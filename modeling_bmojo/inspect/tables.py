@@ -103,9 +103,11 @@ def part_table(config: BMojoConfig | None = None) -> str:
     """Return the parts of a layer's memory: which layers have them, where they keep tokens, their states.
 
     Args:
-        config: whose fields the parts are built by; None: the default configuration.
+        config: whose fields the parts are built by; None: the default configuration with a storage.
     """
-    config, rows = BMojoConfig() if config is None else config, []
+    if config is None:
+        config = BMojoConfig(storage_size=32, storage_candidates=256, storage_sketch_size=16)
+    rows = []
     for part in PARTS:
         specs = [Named(_of_kind(config, kind)).layer_spec(0) for kind in LAYER_TYPES]
         specs = [spec for spec in specs if part.belongs(config, spec)]
