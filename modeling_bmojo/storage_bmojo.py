@@ -23,7 +23,7 @@ from .fields_bmojo import is_int, reject, require_int, require_number
 from .memory_ops import NEVER, widest
 from .parts_bmojo import MemoryPart, Observed, Tokens
 from .states_bmojo import State, append, grow, take
-from .storage_ops import Blocks, blocks_between, first_by, inside, pooled
+from .storage_ops import Blocks, blocks_between, first_by, inside, inside_of, places_of_first, pooled
 
 
 class Entries(NamedTuple):
@@ -103,10 +103,13 @@ class Storage(MemoryPart):
             return Observed()
         positions = tokens.positions(layer)
         now = positions[:, tokens.front :]
-        entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, entries.keys.shape[2]))
+        if tokens.steps and not torch.compiler.is_compiling():
+            offers = self._step(tokens, layer, entries, now)
+            return Observed([Lazy(sum(each.keys.shape[3] for each in offers), lambda blocks: offers)])
         # Where the first query stands in the row that has read most, so that a number says what is offered at most.
         last = positions.shape[1] + (0 if layer is None else layer.columns)
         start = last - tokens.queries
+        entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, entries.keys.shape[2]))
         block = min(tokens.block, tokens.queries)
         width = max(last - self.window, 0) + (2 * self.shown + 2 if self.shown else 0)
         even = tokens.lengths is None and (layer is None or layer.even)
@@ -288,8 +291,90 @@ class Storage(MemoryPart):
             found = blocks_between(low, high, self.window, self.size, self.shown, now.device)
             if len(found.node):
                 there = fetched if kept is None else fetched | kept[:, None]
-                offers.append(self._mass(tokens, entries, found, there, query, far, positions, count))
+                inner = inside(there, found, self.size)
+                offers.append(self._mass(tokens, entries, found, inner, query, far, positions, count))
         return offers
+
+    # One token -------------------------------------------------------------------------------------------------------
+    def _step(self, tokens: Tokens, layer: Any, entries: Entries, now: torch.Tensor) -> list[BlockKeys]:
+        """Return what the only query is offered: the fetched tokens by themselves, without a look at the other keys.
+
+        Args:
+            now: `[R, 1]` positions, -1 for a pad.
+        """
+        upto = layer.columns + 1 - self.window
+        if upto <= 0:
+            return []
+        query, offers = tokens.query.transpose(1, 2), []  # [R, H, 1, D]
+        far = None if tokens.far is None else tokens.far.query.transpose(1, 2)
+        entry = torch.arange(upto, device=now.device)
+        offered = entry <= now[..., None] - self.window  # [R, 1, S]
+        held = None
+        if self.takes_left:
+            held = layer.positions[:, layer.memory.part(EideticMemory).own]
+            taken = torch.zeros(len(held), upto + 1, dtype=torch.bool, device=held.device)
+            taken.scatter_(1, torch.where((held < 0) | (held >= upto), upto, held), True)
+            offered = offered & ~taken[:, None, :-1]
+        if self.limit is not None:
+            offered = offered & (entry > now[..., None] - self.window - self.limit)
+        place, meant = entry.expand(len(now), self.heads, 1, -1), offered[:, None].expand(-1, self.heads, -1, -1)
+        if self.candidates is not None and self.candidates < upto:
+            asked = tokens.sketches[1].transpose(1, 2)
+            wanted = pooled(scores(asked, entries.sketches[:, :, :upto].to(asked.dtype), 1.0), self.heads)
+            place, meant = places_of_first(self._aged(wanted, entries, place), offered[:, None], self.candidates)
+        keys = self._at(entries.keys, place, upto).to(query.dtype)
+        if self.fetched < place.shape[-1]:
+            exact = scores(self._by_group(query), keys[:, :, None], tokens.scaling)
+            if far is not None:
+                exact = exact + self._change(tokens, query, far, keys, place, now)
+            wanted = pooled(exact.flatten(1, 2), self.heads)
+            among, meant = places_of_first(self._aged(wanted, entries, place), meant, self.fetched)
+            place = place.gather(-1, among)
+            keys = keys.gather(2, among[:, :, 0, :, None].expand(-1, -1, -1, keys.shape[-1]))
+        values = self._at(entries.values, place, upto).to(query.dtype)
+        bias = torch.zeros((), dtype=query.dtype, device=query.device)
+        seen = meant
+        if far is not None:
+            bias = self._change(tokens, query, far, keys, place, now).flatten(1, 2).to(query.dtype)
+            seen = seen.repeat_interleave(query.shape[1] // self.heads, dim=1)
+        bias = torch.where(seen, bias, -torch.inf)[:, None]
+        offers.append(BlockKeys(keys[:, None], values[:, None], None, None, place[:, None, :, 0], bias))
+        if self.shown:
+            low = layer.columns if layer.even and tokens.lengths is None else max(int(now.min()), 0)
+            found = blocks_between(low, layer.columns + 1, self.window, self.size, self.shown, now.device)
+            if len(found.node):
+                there = torch.where(meant, place, -1)
+                if held is not None:
+                    held = held[:, None, None].expand(-1, self.heads, 1, -1)
+                    there = torch.cat([there, held], dim=-1)
+                inner = inside_of(there, found)
+                offers.append(self._mass(tokens, entries, found, inner, query, far, now, 1))
+        return offers
+
+    def _aged(self, wanted: torch.Tensor, entries: Entries, place: torch.Tensor) -> torch.Tensor:
+        """Return A `[R, G, 1, S]` with the decay of the entries at `place`."""
+        if not self.decay:
+            return wanted
+        clocks = entries.clocks[:, None, None].expand(-1, self.heads, 1, -1).gather(-1, place)
+        return wanted + self.decay * clocks
+
+    def _by_group(self, query: torch.Tensor) -> torch.Tensor:
+        """`[R, H, 1, D]` to `[R, G, H / G, 1, D]`."""
+        return query.unflatten(1, (self.heads, -1))
+
+    def _change(self, tokens, query, far, keys, place, now) -> torch.Tensor:
+        """Return what `correction` says of gathered keys `[R, G, k, D]`, `[R, G, H / G, 1, k]`."""
+        place = place[:, :, 0]
+        distant = (place < now[..., None] - tokens.far.limit)[:, :, None]
+        own, other = self._by_group(query), self._by_group(far)
+        return correction(tokens.far, own, other, keys[:, :, None], place, distant)
+
+    @staticmethod
+    def _at(entries: torch.Tensor, place: torch.Tensor, upto: int) -> torch.Tensor:
+        """Entries `[R, G, S, D]` at places `[R, G, 1, k]`: `[R, G, k, D]`."""
+        if place.shape[-1] == upto:
+            return entries[:, :, :upto]
+        return entries.gather(2, place[:, :, 0, :, None].expand(-1, -1, -1, entries.shape[-1]))
 
     def _choose(self, tokens, entries, exact, offered, entry, place, queries) -> torch.Tensor:
         """Return which entries each query fetches, bool `[R, G, Q, S]`."""
@@ -308,12 +393,16 @@ class Storage(MemoryPart):
         wanted = pooled(exact, self.heads)
         return first_by(wanted if bias is None else wanted + bias, offered, self.fetched)
 
-    def _mass(self, tokens, entries, blocks: Blocks, there, query, far, positions, count: int) -> BlockKeys:
-        """Return the blocks, each with the log of how many of its tokens are not there themselves."""
+    def _mass(self, tokens, entries, blocks: Blocks, inner, query, far, positions, count: int) -> BlockKeys:
+        """Return the blocks, each with the log of how many of its tokens are not there themselves.
+
+        Args:
+            inner: `[R, G, Q, N]`, how many are.
+        """
         keys, values = (value[:, :, blocks.node].to(query.dtype) for value in (entries.mean_keys, entries.mean_values))
         now = positions[..., None]
         shown = (blocks.begin <= now) & (now < blocks.end)
-        rest = blocks.size - inside(there, blocks, self.size)  # [R, G, Q, N]
+        rest = blocks.size - inner
         seen = shown[:, None] & (rest > 0)
         bias = rest.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log()
         if far is not None:

@@ -10,6 +10,7 @@ of each level are shown, and two of them become one of the next level when they 
 Shapes: R rows, Q queries, S entries, H query heads, G key/value heads, N blocks.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -40,16 +41,40 @@ def first_by(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> torch.T
     """
     if count >= wanted.shape[-1]:
         return offered.expand_as(wanted)
+    return _chosen(_in_steps(wanted, offered), count)[0]
+
+
+@torch.no_grad()
+def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the entries that `first_by` chooses as places `[R, G, Q, k]`, rising, k = min(count, S), and which of the
+    places are meant, bool of the same shape: where fewer are offered, some are not."""
+    if count >= wanted.shape[-1]:
+        place = torch.arange(wanted.shape[-1], device=wanted.device).expand_as(wanted)
+        return place, offered.expand_as(wanted)
+    wanted = _in_steps(wanted, offered)
+    chosen, place = _chosen(wanted, count)
+    if place is None:
+        place = chosen.to(torch.uint8).topk(count, dim=-1, sorted=False).indices
+    place = place.sort(dim=-1).values
+    return place, chosen.gather(-1, place)
+
+
+def _in_steps(wanted: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
     wanted = wanted.to(torch.promote_types(wanted.dtype, torch.float32))
     wanted = wanted.mul_(STEPS).clamp_(-LARGEST * STEPS, LARGEST * STEPS).round_().float()
-    wanted = wanted.masked_fill_(~offered, -torch.inf)
-    least = wanted.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return wanted.masked_fill_(~offered, -torch.inf)
+
+
+def _chosen(wanted: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return which entries are chosen, and their places in any order; None for those if equals had to be told apart."""
+    values, place = wanted.topk(count, dim=-1, sorted=False)
+    least = values.amin(dim=-1, keepdim=True)
     chosen = wanted >= least.clamp(min=-2 * LARGEST * STEPS)
-    if torch.compiler.is_compiling() or bool((chosen.sum(dim=-1) > count).any()):
-        above = wanted > least
-        room = count - above.sum(dim=-1, keepdim=True)
-        chosen = above | (chosen & ((chosen & ~above).cumsum(dim=-1) <= room))
-    return chosen
+    if not torch.compiler.is_compiling() and not bool((chosen.sum(dim=-1) > count).any()):
+        return chosen, place
+    above = wanted > least
+    room = count - above.sum(dim=-1, keepdim=True)
+    return above | (chosen & ((chosen & ~above).cumsum(dim=-1) <= room)), None
 
 
 class Blocks(NamedTuple):
@@ -68,8 +93,9 @@ class Blocks(NamedTuple):
     levels: list[tuple[int, int]]
 
 
+@functools.lru_cache(maxsize=64)
 def blocks_between(low: int, high: int, window: int, size: int, shown: int, device: torch.device) -> Blocks:
-    """Return the blocks that queries at positions low ... high - 1 are shown.
+    """Return the blocks that queries at positions low ... high - 1 are shown. Every layer of a forward asks the same.
 
     Args:
         window: W. size: b. shown: F per level.
@@ -115,4 +141,11 @@ def inside(kept: torch.Tensor, blocks: Blocks, size: int) -> torch.Tensor:
     return torch.cat(found, dim=-1)
 
 
-__all__ = ["Blocks", "blocks_between", "first_by", "inside", "pooled"]
+@torch.no_grad()
+def inside_of(place: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Count the places of each block, float `[..., N]` of int64 `[..., k]`; a place below 0 is in none."""
+    here = (place[..., None] >= blocks.first) & (place[..., None] < blocks.first + blocks.size)
+    return here.sum(dim=-2).float()
+
+
+__all__ = ["Blocks", "blocks_between", "first_by", "inside", "inside_of", "places_of_first", "pooled"]

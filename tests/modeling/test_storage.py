@@ -130,6 +130,9 @@ def test_equal_tokens_are_fetched_oldest_first():
     assert oracle.seen[-1] == {0, 1, 2}
     weights = model(ids, use_cache=False, output_attentions=True).attentions[0]
     assert (weights[0, 0, -1] > 0).nonzero().flatten().tolist() == [0, 1, 2, 15, 16, 17, 18, 19]
+    for fields in (dict(PLAIN, eidetic_size=0), MASS):
+        model = build(**{**fields, "rope_parameters": None})
+        torch.testing.assert_close(read(model, ids, [1] * 20)[0], read(model, ids)[0], **EXACT)
 
 
 # Full attention ------------------------------------------------------------------------------------------------------
