@@ -15,15 +15,16 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .attention_ops import BlockKeys, Lazy
-from .distance_bmojo import correction, in_blocks_of, scores
+from .distance_bmojo import correction, scores
 from .eidetic_bmojo import EideticMemory
 from .fields_bmojo import is_int, reject, require_int, require_number
 from .memory_ops import NEVER, widest
 from .parts_bmojo import MemoryPart, Observed, Tokens
 from .states_bmojo import State, append, grow, take
-from .storage_ops import Blocks, blocks_between, first_by, inside, inside_of, places_of_first, pooled
+from .storage_ops import Blocks, blocks_between, inside, members, places_of_first, pooled
 
 
 class Entries(NamedTuple):
@@ -41,6 +42,19 @@ class Entries(NamedTuple):
     mean_keys: torch.Tensor | None
     mean_values: torch.Tensor | None
     expiry: torch.Tensor | None
+
+
+class Asking(NamedTuple):
+    """Queries of some blocks.
+
+    query: `[R, H, Q, D]`. far: the same at D_max, or None. sketched: `[R, H, Q, r]`, or None. positions: `[R, Q]`, -1
+    for a pad.
+    """
+
+    query: torch.Tensor
+    far: torch.Tensor | None
+    sketched: torch.Tensor | None
+    positions: torch.Tensor
 
 
 class Storage(MemoryPart):
@@ -103,9 +117,6 @@ class Storage(MemoryPart):
             return Observed()
         positions = tokens.positions(layer)
         now = positions[:, tokens.front :]
-        if tokens.steps and not torch.compiler.is_compiling():
-            offers = self._step(tokens, layer, entries, now)
-            return Observed([Lazy(sum(each.keys.shape[3] for each in offers), lambda blocks: offers)])
         # Where the first query stands in the row that has read most, so that a number says what is offered at most.
         last = positions.shape[1] + (0 if layer is None else layer.columns)
         start = last - tokens.queries
@@ -257,15 +268,23 @@ class Storage(MemoryPart):
                 read most. even: in every row.
         """
         count, first = blocks.stop - blocks.start, blocks.start * block
-        queries = min(count * block, now.shape[1] - first)
-        place = tokens.front + first
-        query = in_blocks_of(tokens.query[:, : tokens.front + first + queries], place, 1, count * block)[:, 0]
-        positions = torch.nn.functional.pad(now[:, first : first + queries], (0, count * block - queries), value=-1)
+        queries, length = min(count * block, now.shape[1] - first), count * block
+        positions = F.pad(now[:, first : first + queries], (0, length - queries), value=-1)
+
+        def part(value: torch.Tensor | None) -> torch.Tensor | None:
+            """`[R, T, H, ...]` to `[R, H, Q, ...]` of these queries."""
+            if value is None:
+                return None
+            value = value[:, tokens.front + first : tokens.front + first + queries].transpose(1, 2)
+            return F.pad(value, (0, 0, 0, length - queries)) if length > queries else value
+
+        asking = Asking(
+            part(tokens.query),
+            part(None if tokens.far is None else tokens.far.query),
+            part(None if tokens.sketches is None else tokens.sketches[1]),
+            positions,
+        )
         upto = min(max(start + first + queries - self.window, 0), entries.keys.shape[2])
-        far = None
-        if tokens.far is not None:
-            far = in_blocks_of(tokens.far.query[:, : tokens.front + first + queries], place, 1, count * block)[:, 0]
-        offers = []
         entry = torch.arange(upto, device=now.device)
         gone = offered = entry <= positions[..., None] - self.window  # [R, Q, S]
         if entries.expiry is not None:
@@ -273,143 +292,95 @@ class Storage(MemoryPart):
         kept = None if entries.expiry is None else gone & ~offered
         if self.limit is not None:
             offered = offered & (entry > positions[..., None] - self.window - self.limit)
-        keys, values = entries.keys[:, :, :upto], entries.values[:, :, :upto]
-        exact, change = scores(query, keys, tokens.scaling), None
-        if far is not None:
-            distant = gone & (entry < positions[..., None] - tokens.far.limit)
-            change = correction(tokens.far, query, far, keys, entry.expand(len(keys), -1), distant)
-            exact = exact + change.to(exact.dtype)
-        with torch.no_grad():
-            fetched = self._choose(tokens, entries, exact, offered, entry, place, count * block)
+        offers, place, meant = [], entry.expand(len(now), self.heads, -1), offered[:, None]
         if upto:
-            bias = torch.zeros((), dtype=query.dtype, device=query.device) if change is None else change.to(query.dtype)
-            offers.append(_offered(keys, values, entry, bias, fetched, count))
+            fetched, place, meant = self._fetch(tokens, entries, asking, meant, upto, count)
+            offers.append(fetched)
         if self.shown:
             low, high = start + first, start + first + queries
             if not even:
-                low = int(torch.where(positions < 0, high, positions).min())
+                low = max(int(torch.where(positions < 0, high, positions).min()), 0)
             found = blocks_between(low, high, self.window, self.size, self.shown, now.device)
             if len(found.node):
-                there = fetched if kept is None else fetched | kept[:, None]
-                inner = inside(there, found, self.size)
-                offers.append(self._mass(tokens, entries, found, inner, query, far, positions, count))
+                inner = meant.float() @ members(place, found)
+                if kept is not None:
+                    inner = inner + inside(kept, found, self.size)[:, None]
+                offers.append(self._mass(tokens, entries, found, inner, asking, count))
         return offers
 
-    # One token -------------------------------------------------------------------------------------------------------
-    def _step(self, tokens: Tokens, layer: Any, entries: Entries, now: torch.Tensor) -> list[BlockKeys]:
-        """Return what the only query is offered: the fetched tokens by themselves, without a look at the other keys.
+    def _fetch(
+        self, tokens: Tokens, entries: Entries, asking: Asking, offered: torch.Tensor, upto: int, count: int
+    ) -> tuple[BlockKeys, torch.Tensor, torch.Tensor]:
+        """Let each query choose. Only what some query has chosen is looked at further.
 
         Args:
-            now: `[R, 1]` positions, -1 for a pad.
-        """
-        upto = layer.columns + 1 - self.window
-        if upto <= 0:
-            return []
-        query, offers = tokens.query.transpose(1, 2), []  # [R, H, 1, D]
-        far = None if tokens.far is None else tokens.far.query.transpose(1, 2)
-        entry = torch.arange(upto, device=now.device)
-        offered = entry <= now[..., None] - self.window  # [R, 1, S]
-        held = None
-        if self.takes_left:
-            held = layer.positions[:, layer.memory.part(EideticMemory).own]
-            taken = torch.zeros(len(held), upto + 1, dtype=torch.bool, device=held.device)
-            taken.scatter_(1, torch.where((held < 0) | (held >= upto), upto, held), True)
-            offered = offered & ~taken[:, None, :-1]
-        if self.limit is not None:
-            offered = offered & (entry > now[..., None] - self.window - self.limit)
-        place, meant = entry.expand(len(now), self.heads, 1, -1), offered[:, None].expand(-1, self.heads, -1, -1)
-        if self.candidates is not None and self.candidates < upto:
-            asked = tokens.sketches[1].transpose(1, 2)
-            wanted = pooled(scores(asked, entries.sketches[:, :, :upto].to(asked.dtype), 1.0), self.heads)
-            place, meant = places_of_first(self._aged(wanted, entries, place), offered[:, None], self.candidates)
-        keys = self._at(entries.keys, place, upto).to(query.dtype)
-        if self.fetched < place.shape[-1]:
-            exact = scores(self._by_group(query), keys[:, :, None], tokens.scaling)
-            if far is not None:
-                exact = exact + self._change(tokens, query, far, keys, place, now)
-            wanted = pooled(exact.flatten(1, 2), self.heads)
-            among, meant = places_of_first(self._aged(wanted, entries, place), meant, self.fetched)
-            place = place.gather(-1, among)
-            keys = keys.gather(2, among[:, :, 0, :, None].expand(-1, -1, -1, keys.shape[-1]))
-        values = self._at(entries.values, place, upto).to(query.dtype)
-        bias = torch.zeros((), dtype=query.dtype, device=query.device)
-        seen = meant
-        if far is not None:
-            bias = self._change(tokens, query, far, keys, place, now).flatten(1, 2).to(query.dtype)
-            seen = seen.repeat_interleave(query.shape[1] // self.heads, dim=1)
-        bias = torch.where(seen, bias, -torch.inf)[:, None]
-        offers.append(BlockKeys(keys[:, None], values[:, None], None, None, place[:, None, :, 0], bias))
-        if self.shown:
-            low = layer.columns if layer.even and tokens.lengths is None else max(int(now.min()), 0)
-            found = blocks_between(low, layer.columns + 1, self.window, self.size, self.shown, now.device)
-            if len(found.node):
-                there = torch.where(meant, place, -1)
-                if held is not None:
-                    held = held[:, None, None].expand(-1, self.heads, 1, -1)
-                    there = torch.cat([there, held], dim=-1)
-                inner = inside_of(there, found)
-                offers.append(self._mass(tokens, entries, found, inner, query, far, now, 1))
-        return offers
+            offered: bool `[R, 1, Q, S]`. upto: S. count: blocks that the queries are in.
 
-    def _aged(self, wanted: torch.Tensor, entries: Entries, place: torch.Tensor) -> torch.Tensor:
-        """Return A `[R, G, 1, S]` with the decay of the entries at `place`."""
+        Returns:
+            what they are offered, the fetched places `[R, G, U]`, and which each query means, bool `[R, G, Q, U]`.
+        """
+        place, meant = None, offered.expand(-1, self.heads, -1, -1)
+        if self.candidates is not None and self.candidates < upto:
+            with torch.no_grad():
+                sketches = entries.sketches[:, :, :upto].to(asking.sketched.dtype)
+                wanted = self._aged(pooled(scores(asking.sketched, sketches, 1.0), self.heads), entries, place, upto)
+                place, meant = places_of_first(wanted, meant, self.candidates)
+        if self.fetched < (upto if place is None else place.shape[-1]):
+            with torch.no_grad():
+                keys = _at(entries.keys, place, upto).to(asking.query.dtype)
+                exact = scores(self._by_group(asking.query), keys[:, :, None], tokens.scaling)
+                if asking.far is not None:
+                    exact = exact + self._change(tokens, asking, keys, place)
+                wanted = self._aged(pooled(exact.flatten(1, 2), self.heads), entries, place, upto)
+                among, meant = places_of_first(wanted, meant, self.fetched)
+                place = among if place is None else place.gather(-1, among)
+        keys, values = (_at(value, place, upto).to(asking.query.dtype) for value in (entries.keys, entries.values))
+        if asking.far is None:
+            bias = torch.zeros((), dtype=keys.dtype, device=keys.device)
+        else:
+            bias = self._change(tokens, asking, keys, place).flatten(1, 2).to(keys.dtype)
+        if place is None:
+            place = torch.arange(upto, device=keys.device).expand(len(keys), self.heads, -1)
+        return _offered(keys, values, place, bias, meant, count), place, meant
+
+    def _aged(self, wanted: torch.Tensor, entries: Entries, place: torch.Tensor | None, upto: int) -> torch.Tensor:
+        """Return A `[R, G, Q, U]` with the decay of the entries at `place`."""
         if not self.decay:
             return wanted
-        clocks = entries.clocks[:, None, None].expand(-1, self.heads, 1, -1).gather(-1, place)
-        return wanted + self.decay * clocks
+        clocks = entries.clocks[:, None, :upto].expand(-1, self.heads, -1)
+        return wanted + self.decay * (clocks if place is None else clocks.gather(-1, place))[:, :, None]
 
     def _by_group(self, query: torch.Tensor) -> torch.Tensor:
-        """`[R, H, 1, D]` to `[R, G, H / G, 1, D]`."""
+        """`[R, H, Q, D]` to `[R, G, H / G, Q, D]`."""
         return query.unflatten(1, (self.heads, -1))
 
-    def _change(self, tokens, query, far, keys, place, now) -> torch.Tensor:
-        """Return what `correction` says of gathered keys `[R, G, k, D]`, `[R, G, H / G, 1, k]`."""
-        place = place[:, :, 0]
-        distant = (place < now[..., None] - tokens.far.limit)[:, :, None]
-        own, other = self._by_group(query), self._by_group(far)
+    def _change(self, tokens: Tokens, asking: Asking, keys: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
+        """Return what `correction` says of keys `[R, G, U, D]`, `[R, G, H / G, Q, U]`."""
+        if place is None:
+            place = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+        distant = place[:, :, None] < asking.positions[:, None, :, None] - tokens.far.limit
+        own, other = self._by_group(asking.query), self._by_group(asking.far)
         return correction(tokens.far, own, other, keys[:, :, None], place, distant)
 
-    @staticmethod
-    def _at(entries: torch.Tensor, place: torch.Tensor, upto: int) -> torch.Tensor:
-        """Entries `[R, G, S, D]` at places `[R, G, 1, k]`: `[R, G, k, D]`."""
-        if place.shape[-1] == upto:
-            return entries[:, :, :upto]
-        return entries.gather(2, place[:, :, 0, :, None].expand(-1, -1, -1, entries.shape[-1]))
-
-    def _choose(self, tokens, entries, exact, offered, entry, place, queries) -> torch.Tensor:
-        """Return which entries each query fetches, bool `[R, G, Q, S]`."""
-        upto = len(entry)
-        offered, bias = offered[:, None], None
-        if self.decay:
-            bias = (self.decay * entries.clocks[:, None, None, :upto]).to(torch.float64)
-        if self.candidates is not None and self.candidates < upto:
-            asked = in_blocks_of(tokens.sketches[1], place, 1, queries)[:, 0]
-            found = scores(asked, entries.sketches[:, :, :upto].to(asked.dtype), 1.0)
-            wanted = pooled(found, self.heads)
-            wanted = wanted if bias is None else wanted + bias
-            offered = first_by(wanted, offered, self.candidates)
-        if self.fetched >= upto:
-            return offered.expand(-1, self.heads, -1, -1)
-        wanted = pooled(exact, self.heads)
-        return first_by(wanted if bias is None else wanted + bias, offered, self.fetched)
-
-    def _mass(self, tokens, entries, blocks: Blocks, inner, query, far, positions, count: int) -> BlockKeys:
+    def _mass(self, tokens: Tokens, entries: Entries, blocks: Blocks, inner, asking: Asking, count: int) -> BlockKeys:
         """Return the blocks, each with the log of how many of its tokens are not there themselves.
 
         Args:
             inner: `[R, G, Q, N]`, how many are.
         """
-        keys, values = (value[:, :, blocks.node].to(query.dtype) for value in (entries.mean_keys, entries.mean_values))
-        now = positions[..., None]
+        dtype, now = asking.query.dtype, asking.positions[..., None]
+        keys, values = (value[:, :, blocks.node].to(dtype) for value in (entries.mean_keys, entries.mean_values))
         shown = (blocks.begin <= now) & (now < blocks.end)
         rest = blocks.size - inner
         seen = shown[:, None] & (rest > 0)
-        bias = rest.clamp(min=1).to(torch.promote_types(query.dtype, torch.float32)).log()
-        if far is not None:
+        bias = rest.clamp(min=1).to(torch.promote_types(dtype, torch.float32)).log()
+        if asking.far is not None:
             distant = shown & (now - blocks.first > tokens.far.limit)
-            change = correction(tokens.far, query, far, keys, blocks.first.expand(len(keys), -1), distant)
-            bias = bias.repeat_interleave(query.shape[1] // bias.shape[1], dim=1) + change.to(query.dtype)
-        return _offered(keys, values, blocks.first + blocks.size - 1, bias, seen, count)
+            origin = blocks.first.expand(len(keys), -1)
+            change = correction(tokens.far, asking.query, asking.far, keys, origin, distant)
+            bias = bias.repeat_interleave(asking.query.shape[1] // self.heads, dim=1) + change
+        position = (blocks.first + blocks.size - 1).expand(len(keys), self.heads, -1)
+        return _offered(keys, values, position, bias.to(dtype), seen, count)
 
     # What a file may hold, and comparing -----------------------------------------------------------------------------
     def arrange(self, states):
@@ -430,17 +401,24 @@ class Storage(MemoryPart):
                 states[name] = value.masked_fill(~done[:, None, :, None], 0)[:, :, :most]
 
 
+def _at(entries: torch.Tensor, place: torch.Tensor | None, upto: int) -> torch.Tensor:
+    """Return entries `[R, G, S, D]` at places `[R, G, U]`: `[R, G, U, D]`; None: the first `upto`."""
+    if place is None:
+        return entries[:, :, :upto]
+    return entries.gather(2, place[..., None].expand(-1, -1, -1, entries.shape[-1]))
+
+
 def _offered(keys, values, position, bias, seen, count: int) -> BlockKeys:
-    """Return keys and values `[R, G, S, D]`, offered to `count` blocks of queries alike.
+    """Return keys and values `[R, G, U, D]`, offered to `count` blocks of queries alike.
 
     Args:
-        position: `[S]`. bias: `[R, G or H, Q, S]` or one number. seen: bool `[R, G, Q, S]`.
+        position: `[R, G, U]`. bias: `[R, G or H, Q, U]` or one number. seen: bool `[R, G, Q, U]`.
     """
     if bias.dim() and bias.shape[1] > seen.shape[1]:
         seen = seen.repeat_interleave(bias.shape[1] // seen.shape[1], dim=1)
     bias = torch.where(seen, bias, -torch.inf).unflatten(2, (count, -1)).transpose(1, 2)
-    keys, values = (value[:, None].expand(-1, count, -1, -1, -1) for value in (keys, values))
-    return BlockKeys(keys, values, None, None, position.expand(len(keys), count, -1), bias)
+    keys, values, position = (value[:, None].expand(-1, count, *value.shape[1:]) for value in (keys, values, position))
+    return BlockKeys(keys, values, None, None, position, bias)
 
 
 def _level(node: torch.Tensor) -> torch.Tensor:

@@ -33,30 +33,29 @@ def pooled(scores: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def first_by(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> torch.Tensor:
-    """Return which entries are the first `count` by (A descending, place ascending): bool `[R, G, Q, S]`.
+def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which entries are the first `count` by (A descending, place ascending).
 
     Args:
         wanted: A `[R, G, Q, S]`, overwritten. offered: bool, broadcastable to it.
+
+    Returns:
+        `[R, G, U]` the places that any of the queries has chosen, rising, and which each of them means, bool
+        `[R, G, Q, U]`; where fewer are offered there are places that nobody means.
     """
     if count >= wanted.shape[-1]:
-        return offered.expand_as(wanted)
-    return _chosen(_in_steps(wanted, offered), count)[0]
-
-
-@torch.no_grad()
-def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the entries that `first_by` chooses as places `[R, G, Q, k]`, rising, k = min(count, S), and which of the
-    places are meant, bool of the same shape: where fewer are offered, some are not."""
-    if count >= wanted.shape[-1]:
-        place = torch.arange(wanted.shape[-1], device=wanted.device).expand_as(wanted)
+        place = torch.arange(wanted.shape[-1], device=wanted.device).expand_as(wanted)[:, :, 0]
         return place, offered.expand_as(wanted)
     wanted = _in_steps(wanted, offered)
     chosen, place = _chosen(wanted, count)
-    if place is None:
-        place = chosen.to(torch.uint8).topk(count, dim=-1, sorted=False).indices
-    place = place.sort(dim=-1).values
-    return place, chosen.gather(-1, place)
+    if wanted.shape[2] > 1:
+        some = chosen.any(dim=2)
+        most = int(some.sum(dim=-1).max())
+        place = some.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+    else:
+        place = chosen.to(torch.uint8).topk(count, dim=-1, sorted=False).indices if place is None else place
+        place = place[:, :, 0].sort(dim=-1).values
+    return place, chosen.gather(-1, place[:, :, None].expand(-1, -1, wanted.shape[2], -1))
 
 
 def _in_steps(wanted: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
@@ -142,10 +141,9 @@ def inside(kept: torch.Tensor, blocks: Blocks, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def inside_of(place: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """Count the places of each block, float `[..., N]` of int64 `[..., k]`; a place below 0 is in none."""
-    here = (place[..., None] >= blocks.first) & (place[..., None] < blocks.first + blocks.size)
-    return here.sum(dim=-2).float()
+def members(place: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Return which places `[..., U]` each block holds, 1 or 0 `[..., U, N]`; one below 0 is in none."""
+    return ((place[..., None] >= blocks.first) & (place[..., None] < blocks.first + blocks.size)).float()
 
 
-__all__ = ["Blocks", "blocks_between", "first_by", "inside", "inside_of", "places_of_first", "pooled"]
+__all__ = ["Blocks", "blocks_between", "inside", "members", "places_of_first", "pooled"]

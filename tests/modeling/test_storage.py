@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference
-from modeling_bmojo.storage_ops import blocks_between, first_by, inside
+from modeling_bmojo.storage_ops import blocks_between, inside, places_of_first
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
 from tests.tiny import SIZES
@@ -341,9 +341,11 @@ def test_a_saved_model_has_its_sketches(tmp_path):
 def test_ties_go_to_the_older(values, count, data):
     offered = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
     wanted = torch.tensor(values, dtype=torch.float32)
-    found = first_by(wanted.view(1, 1, 1, -1), offered.view(1, 1, 1, -1), count)
     expected = first_of({s: float(wanted[s]) for s in range(len(values)) if offered[s]}, count)
-    assert set(found.flatten().nonzero().flatten().tolist()) == expected
+    # One query, and two of which the other wants the opposite.
+    for both in (wanted.view(1, 1, 1, -1), torch.stack([wanted, -wanted]).view(1, 1, 2, -1)):
+        place, meant = places_of_first(both.clone(), offered.view(1, 1, 1, -1), count)
+        assert set(place[0, 0][meant[0, 0, 0]].tolist()) == expected
 
 
 @settings(max_examples=60, deadline=None)
