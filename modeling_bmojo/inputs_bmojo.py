@@ -108,6 +108,27 @@ def _check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, 
             )
 
 
+def _check_counted(given: list, lengths: list, cache: BMojoCache | None) -> None:
+    """Check that the positions of real tokens count them: distances beyond `max_rope_distance` are counted in tokens.
+
+    Args:
+        given: per group of mixer rows `[R, T]` positions or None. lengths: per group `[R]` real tokens, or None.
+    """
+    for ids, real in zip(given, lengths):
+        if ids is None:
+            continue
+        seen = 0 if cache is None or cache.seen is None else cache.seen.to(ids.device)[:, None]
+        column = torch.arange(ids.shape[1], device=ids.device)
+        wrong = ids != seen + column
+        wrong = wrong if real is None else wrong & (column < real[:, None])
+        if bool(wrong.any()):
+            row, place = (int(value) for value in wrong.nonzero()[0])
+            raise ValueError(
+                f"position_ids: token {place} of row {row} stands at {int(ids[row, place])}; beyond max_rope_distance "
+                "distances are counted in tokens, so positions must count each sequence from 0. Leave position_ids out."
+            )
+
+
 def _check_continues(cache: BMojoCache, mask: torch.Tensor | None, position_ids: torch.Tensor) -> None:
     """Check that a row that has read n tokens goes on at position n or later: one further back would be another
     sequence."""
@@ -207,4 +228,6 @@ def build_rows(
         rotary.append(None if rotary_emb is None else rotary_emb(inputs_embeds, ids))
     weights_columns = past + columns if output_attentions else None
     turns = None if rotary_emb is None else rotary_emb.turns(inputs_embeds, past + columns)
+    if turns is not None and turns.at_limit is not None and looks:
+        _check_counted(given, lengths, cache)
     return Rows(layout, lengths, rotary, weights_columns, turns), starts is not None

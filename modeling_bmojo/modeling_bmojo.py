@@ -272,7 +272,7 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     def __init__(self, config: BMojoConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         if not config.ssm_scalars_in_fp32:
-            self._keep_in_fp32_modules_strict = None
+            self._keep_in_fp32_modules_strict = ["sketch"]
 
     @classmethod
     def from_pretrained(cls, *args, config=None, distributed_config=None, **kwargs):

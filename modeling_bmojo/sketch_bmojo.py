@@ -13,9 +13,12 @@ Shapes: R rows, T tokens, H query heads, G key/value heads, D head dim, r sketch
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .configuration_bmojo import BMojoConfig
 
+
+logger = logging.get_logger("modeling_bmojo.sketches")
 
 LARGEST = 127  # of an int8
 FIRST_SCALE = 1 / 16  # before a fit: keys of up to 8 per channel are told apart
@@ -48,6 +51,10 @@ class KeySketch(nn.Module):
     @torch.no_grad()
     def initialise(self, config: BMojoConfig) -> None:
         """Fill P and U with random directions, orthogonal to each other: they serve until there are keys to fit."""
+        logger.warning_once(
+            "storage_sketch_size: the sketches of keys are random, and name the right tokens less often than fitted "
+            "ones; fit them with `python -m conversion.fit_storage FOLDER`."
+        )
         made = torch.linalg.qr(torch.randn(self.key_projection.shape, dtype=torch.float32))[0]
         init.copy_(self.key_projection, made)
         init.copy_(self.query_projection, made)

@@ -27,6 +27,9 @@ from .states_bmojo import State, append, grow, take
 from .storage_ops import Blocks, blocks_between, inside, members, places_of_first, pooled
 
 
+LARGEST_BLOCK = 1 << 20
+
+
 class Entries(NamedTuple):
     """Everything that was read, entry = position.
 
@@ -91,8 +94,9 @@ class Storage(MemoryPart):
                 "needs storage_size > 0: a mean misses the few tokens that carry most, so that alone it does harm",
                 "set storage_size, or fading_mass=False",
             )
-        if config.fading_mass and config.fading_size and config.fading_stride < 2:
-            reject("fading_stride", config.fading_stride, "must be >= 2 with fading_mass", "e.g. 16 tokens a block")
+        if config.fading_mass and config.fading_size and not 2 <= config.fading_stride <= LARGEST_BLOCK:
+            rule = f"must lie in [2, {LARGEST_BLOCK:,}] with fading_mass"
+            reject("fading_stride", config.fading_stride, rule, "e.g. 16 tokens a block")
 
     @classmethod
     def belongs(cls, config, spec):
@@ -106,8 +110,8 @@ class Storage(MemoryPart):
         if self.decay:
             found |= {"surprise": State((), "widest"), "surprises": State((0,), "widest", grows=0)}
         if self.shown:
-            # A tree of blocks has two nodes per block.
-            mean = State((self.heads, 0, self.head_dim), grows=1, stride=self.size // 2)
+            # A tree of blocks has two nodes per block: the block itself, and one that stands behind it.
+            mean = State((self.heads, 0, 2, self.head_dim), grows=1, stride=self.size)
             found |= {"mean_keys": mean, "mean_values": mean}
         return found
 
@@ -146,7 +150,7 @@ class Storage(MemoryPart):
             if self.shown and tokens.needs_grad:
                 means = self._tree(keys), self._tree(values)
             elif self.shown:
-                means = layer.mean_keys, layer.mean_values
+                means = layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3)
         return Entries(keys, values, sketches, clocks, *means, None)
 
     def _joined(self, tokens: Tokens, layer: Any, upto: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +218,7 @@ class Storage(MemoryPart):
         """Write the means of the blocks that the new tokens complete, level by level."""
         before, after = layer.seen, layer.seen + tokens.real()
         layer.mean_keys, layer.mean_values = (
-            grow(value, 2, upto // (self.size // 2) + 2) for value in (layer.mean_keys, layer.mean_values)
+            grow(value, 2, upto // self.size + 1) for value in (layer.mean_keys, layer.mean_values)
         )
         size, level = self.size, 0
         while size <= upto:
@@ -226,7 +230,8 @@ class Storage(MemoryPart):
             done = torch.arange(most, device=first.device) < count[:, None]
             if most == 0:
                 break  # no block of a larger size either
-            pairs = (layer.stored_keys, layer.mean_keys), (layer.stored_values, layer.mean_values)
+            trees = [value.flatten(2, 3) for value in (layer.mean_keys, layer.mean_values)]  # views
+            pairs = zip((layer.stored_keys, layer.stored_values), trees)
             for stored, means in pairs:
                 place = number * (2 << level) + (1 << level) - 1
                 place = torch.where(done, place, means.shape[2] - 1)  # a place that belongs to nobody yet
@@ -290,7 +295,7 @@ class Storage(MemoryPart):
         if entries.expiry is not None:
             offered = offered & (entries.expiry[:, None, :upto] <= positions[..., None])
         kept = None if entries.expiry is None else gone & ~offered
-        if self.limit is not None:
+        if self.limit is not None and self.limit < upto:
             offered = offered & (entry > positions[..., None] - self.window - self.limit)
         offers, place, meant = [], entry.expand(len(now), self.heads, -1), offered[:, None]
         if upto:
@@ -302,7 +307,7 @@ class Storage(MemoryPart):
                 low = max(int(torch.where(positions < 0, high, positions).min()), 0)
             found = blocks_between(low, high, self.window, self.size, self.shown, now.device)
             if len(found.node):
-                inner = meant.float() @ members(place, found)
+                inner = meant.double() @ members(place, found)
                 if kept is not None:
                     inner = inner + inside(kept, found, self.size)[:, None]
                 offers.append(self._mass(tokens, entries, found, inner, asking, count))
@@ -323,15 +328,17 @@ class Storage(MemoryPart):
         if self.candidates is not None and self.candidates < upto:
             with torch.no_grad():
                 sketches = entries.sketches[:, :, :upto].to(asking.sketched.dtype)
-                wanted = self._aged(pooled(scores(asking.sketched, sketches, 1.0), self.heads), entries, place, upto)
+                wanted = pooled(scores(asking.sketched, sketches, 1.0), self.heads)
+                wanted = self._aged(wanted, entries, asking, place, upto)
                 place, meant = places_of_first(wanted, meant, self.candidates)
         if self.fetched < (upto if place is None else place.shape[-1]):
             with torch.no_grad():
-                keys = _at(entries.keys, place, upto).to(asking.query.dtype)
-                exact = scores(self._by_group(asking.query), keys[:, :, None], tokens.scaling)
+                wide = torch.promote_types(asking.query.dtype, torch.float32)
+                keys = _at(entries.keys, place, upto).to(wide)
+                exact = scores(self._by_group(asking.query).to(wide), keys[:, :, None], tokens.scaling)
                 if asking.far is not None:
                     exact = exact + self._change(tokens, asking, keys, place)
-                wanted = self._aged(pooled(exact.flatten(1, 2), self.heads), entries, place, upto)
+                wanted = self._aged(pooled(exact.flatten(1, 2), self.heads), entries, asking, place, upto)
                 among, meant = places_of_first(wanted, meant, self.fetched)
                 place = among if place is None else place.gather(-1, among)
         keys, values = (_at(value, place, upto).to(asking.query.dtype) for value in (entries.keys, entries.values))
@@ -343,12 +350,14 @@ class Storage(MemoryPart):
             place = torch.arange(upto, device=keys.device).expand(len(keys), self.heads, -1)
         return _offered(keys, values, place, bias, meant, count), place, meant
 
-    def _aged(self, wanted: torch.Tensor, entries: Entries, place: torch.Tensor | None, upto: int) -> torch.Tensor:
+    def _aged(self, wanted, entries: Entries, asking: Asking, place: torch.Tensor | None, upto: int) -> torch.Tensor:
         """Return A `[R, G, Q, U]` with the decay of the entries at `place`."""
         if not self.decay:
             return wanted
+        # From the newest token that may be stored, so that what is far back alone runs into the end of the scores.
+        now = entries.clocks.gather(1, (asking.positions - self.window).clamp(min=0))[:, None, :, None]
         clocks = entries.clocks[:, None, :upto].expand(-1, self.heads, -1)
-        return wanted + self.decay * (clocks if place is None else clocks.gather(-1, place))[:, :, None]
+        return wanted + self.decay * ((clocks if place is None else clocks.gather(-1, place))[:, :, None] - now)
 
     def _by_group(self, query: torch.Tensor) -> torch.Tensor:
         """`[R, H, Q, D]` to `[R, G, H / G, Q, D]`."""
@@ -393,12 +402,12 @@ class Storage(MemoryPart):
                 states[name] = value.masked_fill(~read.view(shape), 0).narrow(axis, 0, int(seen.max()))
         for name in ("mean_keys", "mean_values"):
             if name in states:
-                value, most = states[name], 2 * (int(seen.max()) // self.size)
+                value, most = states[name].flatten(2, 3), int(seen.max()) // self.size
                 node = torch.arange(value.shape[2], device=seen.device)
                 level = _level(node)
                 ends = ((node >> (level + 1)) + 1) * (self.size << level)
                 done = ends <= seen[:, None]
-                states[name] = value.masked_fill(~done[:, None, :, None], 0)[:, :, :most]
+                states[name] = value.masked_fill(~done[:, None, :, None], 0).unflatten(2, (-1, 2))[:, :, :most]
 
 
 def _at(entries: torch.Tensor, place: torch.Tensor | None, upto: int) -> torch.Tensor:

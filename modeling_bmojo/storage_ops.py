@@ -24,12 +24,11 @@ LARGEST = (1 << 24) / STEPS  # nats of which float32 can tell the steps; what is
 @torch.no_grad()
 def pooled(scores: torch.Tensor, groups: int) -> torch.Tensor:
     """Return A `[R, G, Q, S]` of scores `[R, H, Q, S]`: how much any query head of the group wants a token."""
-    heads = scores.unflatten(1, (groups, -1))
+    heads = scores.to(torch.promote_types(scores.dtype, torch.float32)).unflatten(1, (groups, -1))
     if heads.shape[2] == 1:
         return heads[:, :, 0].clone()
-    most = heads.amax(dim=2 if scores.shape[3] == 0 else (2, 4), keepdim=True)
-    wanted = (heads - most).exp_().sum(dim=2).log_()
-    return wanted.add_(most[:, :, 0])
+    most = heads.amax(dim=2, keepdim=True)
+    return (heads - most).exp_().sum(dim=2).log_().add_(most[:, :, 0])
 
 
 @torch.no_grad()
@@ -92,13 +91,19 @@ class Blocks(NamedTuple):
     levels: list[tuple[int, int]]
 
 
-@functools.lru_cache(maxsize=64)
 def blocks_between(low: int, high: int, window: int, size: int, shown: int, device: torch.device) -> Blocks:
-    """Return the blocks that queries at positions low ... high - 1 are shown. Every layer of a forward asks the same.
+    """Return the blocks that queries at positions low ... high - 1 are shown.
 
     Args:
         window: W. size: b. shown: F per level.
     """
+    rows, levels = _rows_between(low, high, window, size, shown)
+    table = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 5)
+    return Blocks(*table.t().contiguous(), levels)
+
+
+@functools.lru_cache(maxsize=64)  # every layer of a forward asks the same; numbers, because tensors belong to a mode
+def _rows_between(low: int, high: int, window: int, size: int, shown: int) -> tuple[list, list]:
     found: list[tuple[int, ...]] = []
     levels: list[tuple[int, int]] = []
     level, age = 0, 0
@@ -119,8 +124,7 @@ def blocks_between(low: int, high: int, window: int, size: int, shown: int, devi
             levels.append((0, 0))
         found += shown_here
         level, age, size = level + 1, older, 2 * size
-    table = torch.tensor(found, dtype=torch.int64, device=device).view(-1, 5)
-    return Blocks(*table.t().contiguous(), levels)
+    return found, levels
 
 
 @torch.no_grad()
@@ -142,8 +146,9 @@ def inside(kept: torch.Tensor, blocks: Blocks, size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def members(place: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """Return which places `[..., U]` each block holds, 1 or 0 `[..., U, N]`; one below 0 is in none."""
-    return ((place[..., None] >= blocks.first) & (place[..., None] < blocks.first + blocks.size)).float()
+    """Return which places `[..., U]` each block holds, 1 or 0 `[..., U, N]`; one below 0 is in none. In
+    float64, which autocast leaves alone."""
+    return ((place[..., None] >= blocks.first) & (place[..., None] < blocks.first + blocks.size)).double()
 
 
 __all__ = ["Blocks", "blocks_between", "inside", "members", "places_of_first", "pooled"]

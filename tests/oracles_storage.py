@@ -75,7 +75,7 @@ class OracleStorage:
             heads = [score(t, s, h) for h in range(g * self.repeat, (g + 1) * self.repeat)]
             wanted[s] = float(torch.logsumexp(torch.stack(heads), dim=0))
             if self.decay:
-                wanted[s] += self.decay * float(self.surprise[s])
+                wanted[s] += self.decay * float(self.surprise[s] - self.surprise[t - self.window])
         return first_of(wanted, count)
 
     def fetch(self, t, g):

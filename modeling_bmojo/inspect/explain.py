@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..attention_ops import Lazy
 from ..configuration_bmojo import FADING_MEMORIES, BMojoConfig
 from ..dispatch_bmojo import ENVIRONMENT, OPERATIONS, PREFERENCE, Kernels, Situation, choose, environment
 from ..layer_memory_bmojo import LayerMemory
@@ -112,7 +113,8 @@ def _example(op: str, config: BMojoConfig, training: bool) -> tuple:
         if op == "memory_attention":
             query = torch.empty(1, 1, config.num_attention_heads, config.head_dim)
             dropout = config.attention_dropout if training else 0.0
-            return query, [], 1, 1.0, dropout, config._attn_implementation or "sdpa"
+            sets = [Lazy(0, list)] if config.storage_size else []
+            return query, sets, 1, 1.0, dropout, config._attn_implementation or "sdpa"
         # Of an operation that the model does not have, by one of the forms that do.
         forms = [FADING_MEMORIES[config.ssm_type], *FADING_MEMORIES.values()]
         form = next(form for form in forms if op in form.operations)

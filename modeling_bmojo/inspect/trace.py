@@ -4,6 +4,7 @@ A layer stores a token's innovation with the token, so reading at most W tokens 
 between misses none: no hook, no change of the model. `plots.py` draws what is measured here.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -124,16 +125,20 @@ def memory_bytes(config: BMojoConfig, tokens: int, dtype: torch.dtype = torch.fl
     """Return bytes of one sequence's memory after `tokens` tokens: of B'MOJO's cache, and of a Transformer's of these
     sizes.
 
-    Layers of type "full_attention" are counted without the room that their buffers keep for growing.
+    States that grow with the text (of "full_attention", of a storage) are counted without their room for growing.
     """
     cache, probe = BMojoCache(config), torch.empty(1, 1, 1, dtype=dtype, device="meta")
     per_layer = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize * tokens
     growing = 0
     for layer in cache.layers:
         layer.lazy_initialization(probe)
-        growing += layer.spec.kind == "full_attention"
+        for state in layer.memory.declared.values():
+            if state.grows is not None:
+                sizes = [size for axis, size in enumerate(state.shape) if axis != state.grows]
+                entry = math.prod(sizes) * state.dtype(dtype, torch.device("cpu")).itemsize
+                growing += tokens // state.stride * entry
     last_hidden = config.hidden_size * dtype.itemsize
-    return cache.nbytes + last_hidden + growing * per_layer, config.num_hidden_layers * per_layer
+    return cache.nbytes + last_hidden + growing, config.num_hidden_layers * per_layer
 
 
 def measure_bytes(model: nn.Module, lengths: Sequence[int]) -> list[int]:

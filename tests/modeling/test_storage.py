@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference
-from modeling_bmojo.storage_ops import blocks_between, inside, places_of_first
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference, memory_bytes
+from modeling_bmojo.storage_ops import blocks_between, inside, places_of_first, pooled
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
 from tests.tiny import SIZES
@@ -261,6 +261,25 @@ def test_a_cache_keeps_all_of_it(name, tmp_path):
             torch.testing.assert_close(left, right, **EXACT, msg=key)
 
 
+@pytest.mark.parametrize("stride", [2, 3, 4, 5])
+def test_a_cache_beyond_its_first_room_is_saved(stride, tmp_path):
+    model = build(torch.float32, **{**MASS, "fading_stride": stride})
+    for count in (257, 300):
+        _, cache = read(model, tokens(count))
+        cache.save(tmp_path / "cache")
+        loaded = BMojoCache.load(tmp_path / "cache", model.config)
+        more = tokens(3, seed=3)
+        assert torch.equal(read(model, more, cache=loaded)[0], read(model, more, cache=cache)[0])
+
+
+def test_bytes_of_a_storage_are_counted():
+    model = build(torch.float32, **SETTINGS["decay"])
+    measured = [read(model, tokens(count, 1))[1] for count in (20, 60)]
+    exact = [sum(value.nbytes for layer in cache.layers for value in layer.memory.arranged(layer.states()).values())
+             for cache in measured]  # fmt: skip
+    assert [memory_bytes(model.config, count)[0] for count in (20, 60)] == exact
+
+
 def test_generate_with_beams_and_a_second_turn():
     model, ids = build(**SETTINGS["mass"]), tokens(20)
     options = dict(max_new_tokens=6, do_sample=False)
@@ -314,6 +333,25 @@ def test_gradient_checkpointing_and_a_cache_give_the_same_gradients(name):
             torch.testing.assert_close(a, b, **EXACT)
 
 
+def test_training_after_inference_mode():
+    model, ids = build(**MASS), tokens(24)
+    with torch.inference_mode():
+        model(ids, use_cache=False)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+
+
+def test_positions_that_do_not_count_are_refused_beyond_the_distance():
+    model, ids = build(**SETTINGS["distance"]), tokens()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        given = model(ids, position_ids=torch.arange(40)[None], use_cache=False).logits
+        torch.testing.assert_close(given, expected, **EXACT)
+        model(ids[:, :9], position_ids=torch.arange(7, 16)[None])  # nothing is beyond it
+        with pytest.raises(ValueError, match="position_ids: token 0 of row 0 stands at 7"):
+            model(ids, position_ids=torch.arange(7, 47)[None])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_numbers(dtype):
     model, ids = build(dtype, **SETTINGS["mass"]), tokens()
@@ -346,6 +384,22 @@ def test_ties_go_to_the_older(values, count, data):
     for both in (wanted.view(1, 1, 1, -1), torch.stack([wanted, -wanted]).view(1, 1, 2, -1)):
         place, meant = places_of_first(both.clone(), offered.view(1, 1, 1, -1), count)
         assert set(place[0, 0][meant[0, 0, 0]].tolist()) == expected
+
+
+def test_scores_far_below_the_best_keep_their_order():
+    """What one query may not see, or what another entry has, does not make two entries equal."""
+    for dtype, gap in ((torch.float16, 22.0), (torch.float32, 120.0)):
+        scores = torch.tensor([gap, 0.0, 0.5, 1.0, 1.5, 2.0], dtype=dtype).view(1, 1, 1, -1).expand(1, 2, 1, -1)
+        place, meant = places_of_first(pooled(scores, 1), torch.ones(1, 1, 1, 6, dtype=torch.bool), 2)
+        assert place[0, 0].tolist() == [0, 5] and bool(meant.all())
+
+
+def test_decay_goes_on_beyond_what_scores_can_be():
+    """Whatever the decay, of a long text the newest stored tokens are fetched if it is strong."""
+    for decay in (1e2, 1e4):
+        model, ids = build(**{**PLAIN, "storage_decay": decay, "eidetic_size": 0}), tokens(40, 1)
+        weights = model(ids, use_cache=False, output_attentions=True).attentions[0]
+        assert (weights[0, 0, -1] > 0).nonzero().flatten().tolist()[:3] == [32, 33, 34]
 
 
 @settings(max_examples=60, deadline=None)
@@ -381,7 +435,7 @@ def test_inside_counts_by_block():
         (dict(storage_size=1, storage_limit=0), r"storage_limit=0: must be an integer >= 1"),
         (dict(storage_decay=-0.1), r"storage_decay=-0.1"),
         (dict(fading_mass=True), r"fading_mass=True: needs storage_size > 0"),
-        (dict(fading_mass=True, storage_size=1), r"fading_stride=1: must be >= 2 with fading_mass"),
+        (dict(fading_mass=True, storage_size=1), r"fading_stride=1: must lie in \[2, 1,048,576\] with fading_mass"),
         (dict(max_rope_distance=3), r"max_rope_distance=3: must be an integer >= 4"),
     ],
     ids=str,
