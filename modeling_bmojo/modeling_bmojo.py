@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .arguments_bmojo import built_fields, check_built, packing_lengths, refuse_unknown
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
+from .buffers_bmojo import WideBuffers
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
 from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
@@ -58,11 +59,12 @@ logger = logging.get_logger(__name__)
 MLP_BLOCK = 1024  # tokens of a prompt that pass an MLP at once on a CPU: its wide activations stay small
 
 
-class BMojoRotaryEmbedding(nn.Module):
+class BMojoRotaryEmbedding(WideBuffers):
     """RoPE tables for any of transformers' RoPE types (`rope_parameters["rope_type"]`).
 
-    Inverse frequencies are transformers' fp32 values. Their product with the position is float64: in fp32, an angle
-    of position 10,000,000 is wrong by up to half a radian.
+    Inverse frequencies are transformers' fp32 values, whatever the model's dtype: in fewer bits far tokens would turn
+    at random. Their product with the position is float64: in fp32, an angle of position 10,000,000 is wrong by up to
+    half a radian.
     """
 
     def __init__(self, config: BMojoConfig):
@@ -75,15 +77,6 @@ class BMojoRotaryEmbedding(nn.Module):
         inv_freq, self.attention_scaling = tables[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Let moves go through, but no narrower dtype, as of `model.bfloat16()`: far tokens would turn at random."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            if self._buffers[name].element_size() < value.element_size():
-                self._buffers[name] = value.to(self._buffers[name].device)
-        return self
 
     @staticmethod
     def compute_default_rope_parameters(config: BMojoConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:

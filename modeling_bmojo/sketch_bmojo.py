@@ -11,10 +11,10 @@ Shapes: R rows, T tokens, H query heads, G key/value heads, D head dim, r sketch
 """
 
 import torch
-from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
+from .buffers_bmojo import WideBuffers
 from .configuration_bmojo import BMojoConfig
 
 
@@ -24,8 +24,9 @@ LARGEST = 127  # of an int8
 FIRST_SCALE = 1 / 16  # before a fit: keys of up to 8 per channel are told apart
 
 
-class KeySketch(nn.Module):
-    """P, U, m and c of one layer, buffers: nothing trains them, everything saves them.
+class KeySketch(WideBuffers):
+    """P, U, m and c of one layer, buffers: nothing trains them, everything saves them. In fewer bits the choice would
+    change, and a small c become zero.
 
     Args:
         config: the model's configuration.
@@ -38,15 +39,6 @@ class KeySketch(nn.Module):
         self.register_buffer("query_projection", torch.zeros(heads, dim, size))
         self.register_buffer("center", torch.zeros(heads, dim))
         self.register_buffer("scale", torch.full((heads, size), FIRST_SCALE))
-
-    def _apply(self, fn, recurse: bool = True):
-        """Let moves go through, but no narrower dtype, as of `model.half()`: the choice would change, c become zero."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            if self._buffers[name].element_size() < value.element_size():
-                self._buffers[name] = value.to(self._buffers[name].device)
-        return self
 
     @torch.no_grad()
     def initialise(self, config: BMojoConfig) -> None:

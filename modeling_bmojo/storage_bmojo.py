@@ -126,7 +126,8 @@ class Storage(MemoryPart):
         start = last - tokens.queries
         entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, entries.keys.shape[2]))
         block = min(tokens.block, tokens.queries)
-        width = max(last - self.window, 0) + (2 * self.shown + 2 if self.shown else 0)
+        levels = (last // self.size).bit_length() if self.shown else 0
+        width = max(last - self.window, 0) + levels * (self.shown + 1)
         even = tokens.lengths is None and (layer is None or layer.even)
         make = functools.partial(self._offer, tokens, entries, now, start, even, block)
         return Observed([Lazy(width, make)])

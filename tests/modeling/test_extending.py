@@ -30,6 +30,7 @@ from modeling_bmojo.memory_ops import NEVER
 from modeling_bmojo.parts_bmojo import MemoryPart, Observed
 from modeling_bmojo.states_bmojo import State, take
 from tests.oracles import oracle_eidetic, randomize_
+from tests.reading import read, tokens
 from tests.tiny import SIZES
 
 
@@ -41,21 +42,6 @@ def build(config_class=BMojoConfig, **fields):
     config = config_class(**{**SIZES, "num_hidden_layers": 2, "window_size": 5, "eidetic_size": 3, **fields})
     torch.manual_seed(0)
     return randomize_(BMojoForCausalLM(config)).double().eval()
-
-
-def tokens(count=40, rows=2):
-    return torch.randint(0, SIZES["vocab_size"], (rows, count), generator=torch.Generator().manual_seed(1))
-
-
-def read(model, ids, pieces=None, mask=None, cache=None):
-    """Logits of all columns, read in pieces into a cache."""
-    cache, found, start = BMojoCache(model.config) if cache is None else cache, [], 0
-    with torch.no_grad():
-        for size in pieces or [ids.shape[1]]:
-            given = None if mask is None else mask[:, : start + size]
-            found.append(model(ids[:, start : start + size], attention_mask=given, cache=cache).logits)
-            start += size
-    return torch.cat(found, dim=1), cache
 
 
 def assert_it_works_everywhere(model, tmp_path):

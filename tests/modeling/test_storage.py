@@ -12,6 +12,7 @@ from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_diff
 from modeling_bmojo.storage_ops import blocks_between, inside, places_of_first, pooled
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
+from tests.reading import read, tokens
 from tests.tiny import SIZES
 
 
@@ -42,20 +43,6 @@ def build(dtype=torch.float64, **fields):
     config = BMojoConfig(**{**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, **fields})
     torch.manual_seed(0)
     return randomize_(BMojoForCausalLM(config)).to(dtype).eval()
-
-
-def tokens(count=40, rows=2, seed=1):
-    return torch.randint(0, SIZES["vocab_size"], (rows, count), generator=torch.Generator().manual_seed(seed))
-
-
-def read(model, ids, pieces=None, mask=None, cache=None):
-    cache, found, start = BMojoCache(model.config) if cache is None else cache, [], 0
-    with torch.no_grad():
-        for size in pieces or [ids.shape[1]]:
-            given = None if mask is None else mask[:, : start + size]
-            found.append(model(ids[:, start : start + size], attention_mask=given, cache=cache).logits)
-            start += size
-    return torch.cat(found, dim=1), cache
 
 
 # The definition ------------------------------------------------------------------------------------------------------
