@@ -73,7 +73,7 @@ class OracleStorage:
         wanted = {}
         for s in tokens:
             heads = [score(t, s, h) for h in range(g * self.repeat, (g + 1) * self.repeat)]
-            wanted[s] = float(torch.logsumexp(torch.stack(heads), dim=0))
+            wanted[s] = max(float(head) for head in heads)
             if self.decay:
                 wanted[s] += self.decay * float(self.surprise[s] - self.surprise[t - self.window])
         return first_of(wanted, count)
