@@ -15,7 +15,7 @@ heads, D head dim, W window, M eidetic slots, F fading tokens, L block length.
 import torch
 from torch import nn
 
-from .attention_ops import Whole, causal_attention, weights_by_position
+from .attention_ops import Seen, Whole, causal_attention, step_attention, weights_by_position
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
@@ -214,6 +214,8 @@ class BMojoAttention(nn.Module):
             if columns is not None and position is not None:
                 weights = weights_by_position(weights, position, columns)
             return out, weights
+        if all(isinstance(each, Seen) for each in offers) and not options["dropout"]:
+            return step_attention(query, offers, self.scaling, columns)
         block = min(self.block if self.spec.window else query.shape[1], query.shape[1])
         return self.kernels.run("memory_attention", query, offers, block, **options, columns=columns)
 

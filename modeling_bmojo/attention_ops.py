@@ -81,6 +81,19 @@ class Whole(NamedTuple):
     position: torch.Tensor | None = None
 
 
+class Seen(NamedTuple):
+    """What the one query of a step sees.
+
+    keys, values: `[B, G, S, D]`. bias: added to its scores, `[B, G, 1 or H / G, S]`, -inf = unseen; None: zero.
+    position: `[B, S]`, or `[B, G, S]` where the heads differ, as in `KeySet`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor | None
+    position: torch.Tensor
+
+
 def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> BlockKeys:
     """Offer block j the keys at coordinates j L + low ... j L + L - 1 + high (views of one padded copy)."""
     width = block + high - low
@@ -134,9 +147,17 @@ def in_blocks(whole: Whole, queries: int, block: int) -> BlockKeys:
     return BlockKeys(keys, values, None, None, position, bias.unflatten(1, (blocks, block))[:, :, None])
 
 
+def one_block(seen: Seen) -> BlockKeys:
+    """Offer the one block of a step what its query sees."""
+    keys, bias = seen.keys, seen.bias
+    bias = keys.new_zeros(1, 1, 1, 1, 1) if bias is None else bias.flatten(1, 2)[:, None, :, None]
+    position = seen.position if seen.position.dim() == 3 else seen.position[:, None].expand(-1, keys.shape[1], -1)
+    return BlockKeys(keys[:, None], seen.values[:, None], None, None, position[:, None], bias)
+
+
 def memory_attention(
     query: torch.Tensor,
-    sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole | Lazy],
+    sets: list[tuple[KeySet, tuple[int, int] | torch.Tensor] | BlockKeys | Whole | Lazy | Seen],
     block: int,
     scaling: float,
     dropout: float = 0.0,
@@ -160,6 +181,8 @@ def by_block(offer, tokens: int, block: int) -> BlockKeys | Lazy:
         return offer
     if isinstance(offer, Whole):
         return in_blocks(offer, tokens, block)
+    if isinstance(offer, Seen):
+        return one_block(offer)
     keyset, choice = offer
     if isinstance(choice, torch.Tensor):
         return gathered(keyset, choice)
@@ -302,6 +325,33 @@ def causal_attention(
         visible = torch.ones(1, query.shape[1], keys.shape[1], dtype=torch.bool, device=query.device).tril()
     out, weights = attend(q, k, v, visible, scaling, dropout, implementation)
     return out.transpose(1, 2), weights
+
+
+def step_attention(
+    query: torch.Tensor, sets: list[Seen], scaling: float, columns: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One softmax of a step's query over several sets, each read where it lies.
+
+    Args:
+        query: `[B, 1, H, D]`. columns: if given, also return the weights by token position.
+
+    Returns:
+        `[B, 1, H, D]`, and the weights `[B, H, 1, columns]` or None.
+    """
+    groups, sizes = sets[0].keys.shape[1], [each.keys.shape[2] for each in sets]
+    own = query[:, 0].unflatten(1, (groups, -1)) * scaling
+    found = [own @ each.keys.transpose(-1, -2) for each in sets]
+    found = [score if each.bias is None else score + each.bias for score, each in zip(found, sets)]
+    scores = torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype)
+    out = sum(part @ each.values for part, each in zip(weights.split(sizes, dim=-1), sets))
+    out = out.flatten(1, 2)[:, None]
+    if columns is None:
+        return out, None
+    each = [one.position if one.position.dim() == 3 else one.position[:, None] for one in sets]
+    position = torch.cat([one.expand(-1, groups, -1) for one in each], dim=-1)
+    return out, weights_by_position(weights.flatten(1, 2)[:, :, None], position, columns)
 
 
 def attend(

@@ -79,6 +79,19 @@ def correction(
     return difference.masked_fill(~distant[..., None, :, :], 0.0)
 
 
+def step_correction(
+    far: Far, query: torch.Tensor, far_query: torch.Tensor, keys: torch.Tensor, origin: torch.Tensor, now: int
+) -> torch.Tensor:
+    """Return `correction` for the one query of a step, at position `now`: `[B, G, H / G, S]`.
+
+    Args:
+        query, far_query: `[B, G, H / G, D]`. keys: `[B, G, S, D]` at their positions, origin `[B, G, S]`.
+    """
+    distant = ((now - origin > far.limit) & (origin >= 0))[:, :, None]
+    own, other = query[:, :, :, None], far_query[:, :, :, None]
+    return correction(far, own, other, keys[:, :, None], origin.clamp(min=0), distant)[:, :, :, 0]
+
+
 def with_distances(
     offer: BlockKeys, far: Far, query: torch.Tensor, positions: torch.Tensor, first: int, length: int
 ) -> BlockKeys:
@@ -105,4 +118,4 @@ def in_blocks_of(value: torch.Tensor, first: int, blocks: int, length: int) -> t
     return part.unflatten(1, (blocks, length)).transpose(2, 3)
 
 
-__all__ = ["Far", "correction", "in_blocks_of", "rotate", "scores", "with_distances"]
+__all__ = ["Far", "correction", "in_blocks_of", "rotate", "scores", "step_correction", "with_distances"]

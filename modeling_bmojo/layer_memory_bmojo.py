@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_ops import BlockKeys, Lazy, Whole, by_block, some_blocks
+from .attention_ops import BlockKeys, Lazy, Seen, Whole, by_block, some_blocks
 from .configuration_bmojo import FADING_MEMORIES, INNOVATIONS, PARTS
 from .dispatch_bmojo import Kernels
-from .distance_bmojo import with_distances
+from .distance_bmojo import step_correction, with_distances
 from .innovation_bmojo import SIGNALS
 from .parts_bmojo import LayerSpec, MemoryPart, Tokens
 from .states_bmojo import State
@@ -145,10 +145,12 @@ class LayerMemory:
             if observed.left is not None:
                 left.append(observed.left)
         if tokens.steps and "positions" in self.declared:
-            offers.insert(0, self._buffer(tokens, layer, full))
+            of_one = bool(offers) and all(isinstance(each, Seen) for each in offers)
+            offers.insert(0, (self._buffer_now if of_one else self._buffer)(tokens, layer, full))
         if tokens.far is None or tokens.queries <= 0:
             return offers
-        return [each if isinstance(each, Lazy) else self._within_distance(each, tokens, layer) for each in offers]
+        done = Lazy | Seen
+        return [each if isinstance(each, done) else self._within_distance(each, tokens, layer) for each in offers]
 
     def _within_distance(self, offer, tokens: Tokens, layer: Any) -> Lazy:
         """Return the offer with distances of at most D_max."""
@@ -172,6 +174,19 @@ class LayerMemory:
             # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
             visible = visible | (tokens.lengths <= 0)[:, None]
         return Whole(*layer.by_token(), visible[:, None], layer.positions)
+
+    def _buffer_now(self, tokens: Tokens, layer: Any, full: bool) -> Seen:
+        """Return the same for a step whose rows have all read as much, with distances of at most D_max."""
+        dtype, bias = tokens.query.dtype, None
+        keys, values = layer.keys.to(dtype), layer.values.to(dtype)
+        if not full:
+            bias = torch.where(layer.positions >= 0, 0.0, -torch.inf).to(dtype)[:, None, None]
+        if tokens.far is not None:
+            query, far = (value[:, 0].unflatten(1, (keys.shape[1], -1)) for value in (tokens.query, tokens.far.query))
+            origin = layer.positions[:, None].expand(-1, keys.shape[1], -1)
+            change = step_correction(tokens.far, query, far, keys, origin, layer.columns).to(dtype)
+            bias = change if bias is None else bias + change
+        return Seen(keys, values, bias, layer.positions)
 
     def arranged(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy of the states that do not tell how the text was cut when it was read (`MemoryPart.arrange`)."""

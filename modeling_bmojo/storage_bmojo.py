@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention_ops import BlockKeys, Lazy
+from .attention_ops import BlockKeys, Lazy, Seen
 from .distance_bmojo import correction, scores
 from .eidetic_bmojo import EideticMemory
 from .fields_bmojo import is_int, reject, require_int, require_number
@@ -25,6 +25,7 @@ from .memory_ops import NEVER, widest
 from .parts_bmojo import MemoryPart, Observed, Tokens
 from .states_bmojo import State, append, grow, take
 from .storage_ops import Blocks, blocks_between, inside, members, places_of_first, pooled
+from .storage_steps_bmojo import Step, at, blocks_now, fetch, mass
 
 
 LARGEST_BLOCK = 1 << 20
@@ -119,6 +120,8 @@ class Storage(MemoryPart):
         entries = self._take_in(tokens, layer)
         if tokens.queries <= 0:
             return Observed()
+        if tokens.counted and self.limit is None and not self.decay:
+            return Observed(self._offer_now(tokens, entries, layer))
         positions = tokens.positions(layer)
         now = positions[:, tokens.front :]
         # Where the first query stands in the row that has read most, so that a number says what is offered at most.
@@ -131,6 +134,23 @@ class Storage(MemoryPart):
         even = tokens.lengths is None and (layer is None or layer.even)
         make = functools.partial(self._offer, tokens, entries, now, start, even, block)
         return Observed([Lazy(width, make)])
+
+    def _offer_now(self, tokens: Tokens, entries: Entries, layer: Any) -> list[Seen]:
+        """Return what a step sees whose rows have all read `layer.columns` tokens before it."""
+        own, scaling = self._by_group(tokens.query.transpose(1, 2))[..., 0, :], tokens.scaling
+        sketched = None if tokens.sketches is None else tokens.sketches[1][:, 0].unflatten(1, (self.heads, -1))
+        far = tokens.far
+        if far is not None:
+            far = far.query[:, 0].unflatten(1, (self.heads, -1)), far
+        step = Step(own, far, sketched, scaling, layer.columns, self.window)
+        if step.stored == 0:
+            return []
+        kept = layer.positions[:, layer.memory.part(EideticMemory).own] if self.takes_left else None
+        seen, place = fetch(step, entries, kept, self.fetched, self.candidates)
+        if not self.shown or place is None:
+            return [seen]  # whatever is stored is there itself
+        blocks = blocks_now(step, self.size, self.shown)
+        return [seen, mass(step, entries, blocks, kept, place)] if len(blocks.node) else [seen]
 
     # Taking in -------------------------------------------------------------------------------------------------------
     def _take_in(self, tokens: Tokens, layer: Any) -> Entries:
@@ -183,19 +203,27 @@ class Storage(MemoryPart):
     def _write(self, tokens: Tokens, layer: Any, sketches: torch.Tensor | None, clocks: torch.Tensor | None) -> None:
         count = tokens.keys.shape[1]
         upto = layer.columns + count
-        _, index = self._places(tokens, layer)
+        index = slice(upto - 1, upto) if tokens.counted else self._places(tokens, layer)[1]
         new = {"stored_keys": tokens.keys, "stored_values": tokens.values}
         if sketches is not None:
             new["sketches"] = sketches.transpose(1, 2)
         for name, value in new.items():
             setattr(layer, name, grow(getattr(layer, name), 2, upto))
-            append(getattr(layer, name).transpose(1, 2), index, value)
+            self._put(getattr(layer, name), index, value)
         if clocks is not None:
             layer.surprises = grow(layer.surprises, 1, upto)
-            append(layer.surprises, index, clocks)
+            append(layer.surprises, self._places(tokens, layer)[1], clocks)
             layer.surprise.copy_(clocks[:, -1])
-        if self.shown:
+        if self.shown and not (tokens.counted and upto % self.size):
             self._extend_means(tokens, layer, upto)
+
+    @staticmethod
+    def _put(buffer: torch.Tensor, index: torch.Tensor | slice, new: torch.Tensor) -> None:
+        """Write new `[B, T, G, D]` into a buffer `[B, G, S, D]`."""
+        if isinstance(index, slice):
+            buffer[:, :, index] = new.detach().transpose(1, 2)
+        else:
+            append(buffer.transpose(1, 2), index, new)
 
     # Means of blocks -------------------------------------------------------------------------------------------------
     def _tree(self, entries: torch.Tensor) -> torch.Tensor:
@@ -335,14 +363,14 @@ class Storage(MemoryPart):
         if self.fetched < (upto if place is None else place.shape[-1]):
             with torch.no_grad():
                 wide = torch.promote_types(asking.query.dtype, torch.float32)
-                keys = _at(entries.keys, place, upto).to(wide)
+                keys = at(entries.keys, place, upto).to(wide)
                 exact = scores(self._by_group(asking.query).to(wide), keys[:, :, None], tokens.scaling)
                 if asking.far is not None:
                     exact = exact + self._change(tokens, asking, keys, place)
                 wanted = self._aged(pooled(exact.flatten(1, 2), self.heads), entries, asking, place, upto)
                 among, meant = places_of_first(wanted, meant, self.fetched)
                 place = among if place is None else place.gather(-1, among)
-        keys, values = (_at(value, place, upto).to(asking.query.dtype) for value in (entries.keys, entries.values))
+        keys, values = (at(value, place, upto).to(asking.query.dtype) for value in (entries.keys, entries.values))
         if asking.far is None:
             bias = torch.zeros((), dtype=keys.dtype, device=keys.device)
         else:
@@ -409,13 +437,6 @@ class Storage(MemoryPart):
                 ends = ((node >> (level + 1)) + 1) * (self.size << level)
                 done = ends <= seen[:, None]
                 states[name] = value.masked_fill(~done[:, None, :, None], 0).unflatten(2, (-1, 2))[:, :, :most]
-
-
-def _at(entries: torch.Tensor, place: torch.Tensor | None, upto: int) -> torch.Tensor:
-    """Return entries `[R, G, S, D]` at places `[R, G, U]`: `[R, G, U, D]`; None: the first `upto`."""
-    if place is None:
-        return entries[:, :, :upto]
-    return entries.gather(2, place[..., None].expand(-1, -1, -1, entries.shape[-1]))
 
 
 def _offered(keys, values, position, bias, seen, count: int) -> BlockKeys:

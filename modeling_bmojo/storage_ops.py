@@ -48,6 +48,30 @@ def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> 
     return place, chosen.gather(-1, place[:, :, None].expand(-1, -1, wanted.shape[2], -1))
 
 
+@torch.no_grad()
+def chosen_places(
+    wanted: torch.Tensor, count: int, place: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Choose for one query, as `places_of_first` does for many, in any order.
+
+    Args:
+        wanted: `[R, G, U]` in steps, -inf = not offered. place: `[R, G, U]`, of which entries; None: of the first U.
+
+    Returns:
+        the first `count` places `[R, G, count]`, and which of them are chosen, bool; None: all.
+    """
+    value, among = wanted.topk(count + 1, dim=-1)
+    if not bool((value[..., count - 1] == value[..., count]).any()):
+        among = among[..., :count]
+        return among if place is None else place.gather(-1, among), None
+    if place is not None:  # of equals the older one is chosen
+        place, order = place.sort(dim=-1)
+        wanted = wanted.gather(-1, order)
+    chosen = _chosen(wanted, count)
+    among = _places(chosen)
+    return among if place is None else place.gather(-1, among), chosen.gather(-1, among)
+
+
 def in_steps(wanted: torch.Tensor) -> torch.Tensor:
     """Return A in the steps in which it is compared, float32; overwrites it."""
     wanted = wanted.to(torch.promote_types(wanted.dtype, torch.float32))
@@ -160,4 +184,4 @@ def members(place: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     return ((place[..., None] >= blocks.first) & (place[..., None] < blocks.first + blocks.size)).double()
 
 
-__all__ = ["Blocks", "blocks_between", "inside", "members", "places_of_first", "pooled"]
+__all__ = ["Blocks", "blocks_between", "chosen_places", "in_steps", "inside", "members", "places_of_first", "pooled"]

@@ -1,0 +1,160 @@
+"""A single token's query to the storage: the same choice as in `storage_bmojo`, in as few operations as it takes.
+
+Every row has read the same number of tokens, which is a number here: what is offered is a slice, and masks are needed
+only where the eidetic memory keeps some of it. Of what is stored, entries come as `storage_bmojo.Entries`.
+
+Shapes: B rows, S stored tokens, C candidates, K fetched, G key/value heads, n query heads of each, D head dim, N blocks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .attention_ops import Seen
+from .distance_bmojo import Far, step_correction
+from .storage_ops import blocks_between, chosen_places, in_steps
+
+
+class Step(NamedTuple):
+    """What a step asks with.
+
+    query: `[B, G, n, D]`. far: the same at D_max, and D_max; or None. sketched: `[B, G, n, r]` or None. scaling: sigma.
+    now: the token's position. window: W.
+    """
+
+    query: torch.Tensor
+    far: tuple[torch.Tensor, Far] | None
+    sketched: torch.Tensor | None
+    scaling: float
+    now: int
+    window: int
+
+    @property
+    def stored(self) -> int:
+        """Return how many tokens have left the window."""
+        return max(self.now - self.window + 1, 0)
+
+
+class BlocksNow(NamedTuple):
+    """The blocks that one query is shown, from old to new, `[N]` each; no two of them share a token.
+
+    node: where its mean lies. first: its first token. end: behind its last. size: its tokens, float32 at least.
+    """
+
+    node: torch.Tensor
+    first: torch.Tensor
+    end: torch.Tensor
+    size: torch.Tensor
+
+
+def blocks_now(step: Step, size: int, shown: int) -> BlocksNow:
+    """Return the blocks that a step's query is shown (size b, F shown per level)."""
+    wide = torch.promote_types(step.query.dtype, torch.float32)
+    mode = torch.is_inference_mode_enabled()
+    return _blocks_now(step.now, step.window, size, shown, step.query.device, wide, mode)
+
+
+@functools.lru_cache(maxsize=4)  # every layer asks the same; tensors made in inference mode stay there
+def _blocks_now(now, window, size, shown, device: torch.device, wide: torch.dtype, mode: bool) -> BlocksNow:
+    found = blocks_between(now, now + 1, window, size, shown, device)
+    shown_now = (found.begin <= now) & (now < found.end)
+    order = found.first[shown_now].argsort()
+    node, first, tokens = (value[shown_now][order] for value in (found.node, found.first, found.size))
+    return BlocksNow(node, first, first + tokens, tokens.to(wide))
+
+
+@torch.no_grad()
+def fetch(
+    step: Step, stored, kept: torch.Tensor | None, fetched: int, candidates: int | None
+) -> tuple[Seen, torch.Tensor | None]:
+    """Return what the query fetches, and its places `[B, G, K]`; None: all that is stored.
+
+    Args:
+        stored: `Entries`. kept: `[B, M]` positions in the eidetic memory, others than stored ones count for nothing;
+            None: it keeps none. fetched: K. candidates: C, None: all.
+    """
+    count, place, meant = step.stored, None, None
+    if candidates is not None and candidates < count:
+        sketches = stored.sketches[:, :, :count].to(step.sketched.dtype)
+        wanted = in_steps((step.sketched @ sketches.transpose(-1, -2)).amax(dim=2))
+        place, meant = chosen_places(_without(wanted, kept), candidates)
+    if fetched < (count if place is None else place.shape[-1]):
+        keys = at(stored.keys, place, count)
+        wide = torch.promote_types(step.query.dtype, torch.float32)
+        exact = (step.query.to(wide) @ keys.to(wide).transpose(-1, -2)) * step.scaling
+        if step.far is not None:
+            exact = exact + _change(step, keys, _place(place, keys))
+        wanted = in_steps(exact.amax(dim=2))
+        wanted = _without(wanted, kept) if place is None else wanted
+        wanted = wanted if meant is None else wanted.masked_fill_(~meant, -torch.inf)
+        place, meant = chosen_places(wanted, fetched, place)
+    elif place is None and kept is not None:
+        zeros = torch.zeros(len(kept), 1, count, device=kept.device)
+        meant = _without(zeros, kept) == 0
+    keys, values = (at(value, place, count).to(step.query.dtype) for value in (stored.keys, stored.values))
+    bias = None if meant is None else torch.where(meant, 0.0, -torch.inf)[:, :, None].to(keys.dtype)
+    if step.far is not None:
+        change = _change(step, keys, _place(place, keys)).to(keys.dtype)
+        bias = change if bias is None else bias + change
+    seen = Seen(keys, values, bias, _place(place, keys))
+    return seen, place if place is None or meant is None else torch.where(meant, place, -1)
+
+
+@torch.no_grad()
+def mass(step: Step, stored, blocks: BlocksNow, kept: torch.Tensor | None, place: torch.Tensor) -> Seen:
+    """Return the blocks, each with the log of how many of its tokens are neither kept nor fetched.
+
+    Args:
+        place: `[B, G, K]` what is fetched, -1 for none.
+    """
+    if kept is not None:
+        place = torch.cat([place, kept[:, None].expand(-1, place.shape[1], -1)], dim=-1)
+    last = len(blocks.first)
+    number = torch.bucketize(place.contiguous(), blocks.first, right=True) - 1
+    number = torch.where(place < blocks.end[number.clamp(min=0)], number, last).where(number >= 0, last)
+    inside = blocks.size.new_zeros(*place.shape[:2], last + 1)
+    inside.scatter_add_(-1, number, inside.new_ones(()).expand(number.shape))
+    bias = (blocks.size - inside[..., :last]).log_()[:, :, None]  # log 0: not there
+    keys, values = (value.index_select(2, blocks.node) for value in (stored.mean_keys, stored.mean_values))
+    keys, values = keys.to(step.query.dtype), values.to(step.query.dtype)
+    if step.far is not None:
+        bias = bias + _change(step, keys, blocks.first.expand(*keys.shape[:2], -1))
+    return Seen(keys, values, bias.to(keys.dtype), (blocks.end - 1).expand(*keys.shape[:2], -1))
+
+
+def at(entries: torch.Tensor, place: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Return entries `[B, G, S, D]` at places `[B, G, U]`: `[B, G, U, D]`; None: the first `count`."""
+    if place is None:
+        return entries[:, :, :count]
+    if not entries.is_contiguous():
+        return entries.gather(2, place[..., None].expand(-1, -1, -1, entries.shape[-1]))
+    rows, heads, size, dim = entries.shape
+    # As one long list: ten times as fast as gather, which asks for every number where it lies.
+    first = torch.arange(0, rows * heads * size, size, device=place.device).view(rows, heads, 1)
+    return entries.view(-1, dim).index_select(0, (place + first).flatten()).view(*place.shape, dim)
+
+
+def _place(place: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
+    if place is not None:
+        return place
+    return torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+
+
+def _without(wanted: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Return wanted `[B, G, S]` with -inf for tokens that are kept."""
+    if kept is None:
+        return wanted
+    count = wanted.shape[-1]
+    room = torch.nn.functional.pad(wanted, (0, 1))
+    index = torch.where((kept >= 0) & (kept < count), kept, count)[:, None].expand(-1, wanted.shape[1], -1)
+    return room.scatter_(2, index, -torch.inf)[..., :count]
+
+
+def _change(step: Step, keys: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+    """Return what makes the scores of far pairs those at D_max, `[B, G, n, S]`; keys are at origin `[B, G, S]`."""
+    far_query, far = step.far
+    return step_correction(far, step.query, far_query, keys, origin, step.now)
+
+
+__all__ = ["BlocksNow", "Step", "blocks_now", "fetch", "mass"]
