@@ -77,7 +77,7 @@ class KeySketch(WideBuffers):
         """z int8 `[R, T, G, r]` of keys `[R, T, G, D]` without positions."""
         wide = _wide(keys)
         projection, center, scale = (value.to(wide.dtype) for value in (self.key_projection, self.center, self.scale))
-        size = torch.einsum("btgd,gdr->btgr", wide - center, projection) / scale
+        size = ((wide - center).transpose(1, 2) @ projection).transpose(1, 2) / scale
         return size.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
 
     @torch.no_grad()
@@ -86,7 +86,8 @@ class KeySketch(WideBuffers):
         wide = _wide(queries)
         by_group = wide.unflatten(2, (self.query_projection.shape[0], -1))
         projection = self.query_projection.to(wide.dtype) * (self.scale.to(wide.dtype) * scaling)[:, None]
-        return torch.einsum("btgnd,gdr->btgnr", by_group, projection).flatten(2, 3)
+        asked = by_group.transpose(1, 2).flatten(2, 3) @ projection
+        return asked.unflatten(2, by_group.shape[1:4:2]).transpose(1, 2).flatten(2, 3)
 
     def extra_repr(self) -> str:
         return f"heads, head_dim, size = {tuple(self.key_projection.shape)}"

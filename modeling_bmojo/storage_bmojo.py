@@ -160,6 +160,11 @@ class Storage(MemoryPart):
         if layer is not None:
             self._write(tokens, layer, sketches, clocks)
         means = (None, None)
+        if tokens.counted and self.limit is None and not self.decay:
+            if self.shown:
+                means = layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3)
+            kept = (getattr(layer, name, None) for name in ("stored_keys", "stored_values", "sketches"))
+            return Entries(*kept, None, *means, None)
         if layer is None or not layer.started:
             if self.shown:
                 means = self._tree(keys), self._tree(values)
