@@ -374,7 +374,8 @@ class Storage(MemoryPart):
                     exact = exact + self._change(tokens, asking, keys, place)
                 wanted = self._aged(pooled(exact.flatten(1, 2), self.heads), entries, asking, place, upto)
                 among, meant = places_of_first(wanted, meant, self.fetched)
-                place = among if place is None else place.gather(-1, among)
+                if among is not None:
+                    place = among if place is None else place.gather(-1, among)
         keys, values = (at(value, place, upto).to(asking.query.dtype) for value in (entries.keys, entries.values))
         if asking.far is None:
             bias = torch.zeros((), dtype=keys.dtype, device=keys.device)

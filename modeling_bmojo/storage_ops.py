@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 
 STEPS = 1024  # of one nat
+WORTH_MOVING = 0.7  # of the entries: where more are meant they are read where they lie
 LARGEST = (1 << 24) / STEPS  # nats of which float32 can tell the steps; what is beyond is equal
 
 
@@ -30,7 +31,7 @@ def pooled(scores: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return which entries are the first `count` by (A descending, place ascending).
 
     Args:
@@ -38,13 +39,17 @@ def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> 
 
     Returns:
         `[R, G, U]` the places that any of the queries has chosen, rising, and which each of them means, bool
-        `[R, G, Q, U]`; where fewer are offered there are places that nobody means.
+        `[R, G, Q, U]`; where fewer are offered there are places that nobody means. None for the places: those of all
+        entries (most were chosen by some query, or all are).
     """
     if count >= wanted.shape[-1]:
-        place = torch.arange(wanted.shape[-1], device=wanted.device).expand_as(wanted)[:, :, 0]
-        return place, offered.expand_as(wanted)
+        return None, offered.expand_as(wanted)
     chosen = _chosen(in_steps(wanted).masked_fill_(~offered, -torch.inf), count)
-    place = _places(chosen.any(dim=2))
+    some = chosen.view(torch.uint8).amax(dim=2)  # any(), twenty times as fast
+    most = int(some.sum(dim=-1).max())
+    if most > WORTH_MOVING * wanted.shape[-1]:
+        return None, chosen
+    place = _places(some.bool(), most)
     return place, chosen.gather(-1, place[:, :, None].expand(-1, -1, wanted.shape[2], -1))
 
 
@@ -68,7 +73,7 @@ def chosen_places(
         place, order = place.sort(dim=-1)
         wanted = wanted.gather(-1, order)
     chosen = _chosen(wanted, count)
-    among = _places(chosen)
+    among = _places(chosen, count)
     return among if place is None else place.gather(-1, among), chosen.gather(-1, among)
 
 
@@ -98,9 +103,9 @@ def _least_of_first(wanted: torch.Tensor, count: int) -> torch.Tensor:
     return wanted.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
 
 
-def _places(some: torch.Tensor) -> torch.Tensor:
-    """Return where bool `[R, G, S]` is true, `[R, G, U]` rising; rows that have fewer go on with false places."""
-    count, most = some.shape[-1], int(some.sum(dim=-1).max())
+def _places(some: torch.Tensor, most: int) -> torch.Tensor:
+    """Return where bool `[R, G, S]` is true, `[R, G, most]` rising; rows that have fewer go on with false places."""
+    count = some.shape[-1]
     # The true ones first, the false ones behind them, each in its order.
     true = some.cumsum(dim=-1)
     rank = torch.where(some, true, true[..., -1:] + (~some).cumsum(dim=-1)) - 1

@@ -127,12 +127,18 @@ def at(entries: torch.Tensor, place: torch.Tensor | None, count: int) -> torch.T
     """Return entries `[B, G, S, D]` at places `[B, G, U]`: `[B, G, U, D]`; None: the first `count`."""
     if place is None:
         return entries[:, :, :count]
-    if not entries.is_contiguous():
-        return entries.gather(2, place[..., None].expand(-1, -1, -1, entries.shape[-1]))
     rows, heads, size, dim = entries.shape
-    # As one long list: ten times as fast as gather, which asks for every number where it lies.
-    first = torch.arange(0, rows * heads * size, size, device=place.device).view(rows, heads, 1)
-    return entries.view(-1, dim).index_select(0, (place + first).flatten()).view(*place.shape, dim)
+    # As one long list of vectors: ten times as fast as gather, which asks for every number where it lies.
+    if entries.is_contiguous():
+        flat, own = entries.view(-1, dim), (heads * size, size, 1)
+    elif entries.transpose(1, 2).is_contiguous():
+        flat, own = entries.transpose(1, 2).reshape(-1, dim), (heads * size, 1, heads)
+    else:
+        return entries.gather(2, place[..., None].expand(-1, -1, -1, dim))
+    row = torch.arange(rows, device=place.device).view(-1, 1, 1) * own[0]
+    head = torch.arange(heads, device=place.device).view(-1, 1) * own[1]
+    index = torch.add(row + head, place, alpha=own[2])
+    return flat.index_select(0, index.flatten()).view(*place.shape, dim)
 
 
 def _place(place: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference, memory_bytes
-from modeling_bmojo.storage_ops import blocks_between, inside, places_of_first, pooled
+from modeling_bmojo.storage_ops import blocks_between, chosen_places, in_steps, inside, places_of_first, pooled
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
 from tests.reading import read, tokens
@@ -370,7 +370,15 @@ def test_ties_go_to_the_older(values, count, data):
     # One query, and two of which the other wants the opposite.
     for both in (wanted.view(1, 1, 1, -1), torch.stack([wanted, -wanted]).view(1, 1, 2, -1)):
         place, meant = places_of_first(both.clone(), offered.view(1, 1, 1, -1), count)
+        place = torch.arange(len(values)).view(1, 1, -1) if place is None else place
         assert set(place[0, 0][meant[0, 0, 0]].tolist()) == expected
+    if count < len(values):  # a step's form, of the first entries and of entries in another order
+        steps = in_steps(wanted.view(1, 1, -1).clone()).masked_fill_(~offered, -torch.inf)
+        order = torch.tensor(data.draw(st.permutations(range(len(values))))).view(1, 1, -1)
+        for values_of, where in ((steps, None), (steps.gather(-1, order), order)):
+            place, meant = chosen_places(values_of.clone(), count, where)
+            place = place if meant is None else place[meant][None, None]
+            assert set(place[0, 0].tolist()) == expected
 
 
 def test_scores_far_below_the_best_keep_their_order():
