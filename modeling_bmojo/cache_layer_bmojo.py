@@ -15,12 +15,15 @@ innovation test and its fading memory declare (docs/cache.md lists them):
 `[B, T, G, D]`, like everywhere else in this package.
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from .layer_memory_bmojo import LayerMemory
 from .parts_bmojo import LayerSpec
+from .states_bmojo import State
 
 
 COMMON = ("seen", "pads", "last_hidden")  # states of the layer itself; the others are declared by its memories
@@ -49,6 +52,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.even = True  # no pad was ever read, so that `seen` is `columns` in every row
         self.unfinished = False  # first layer only: whoever wrote to the layers has not come to an end
         self.device: torch.device | None = None
+        self.pages = None  # where a cache has a directory: the entries of the states that lie there
+        self.store: Any = None  # that directory; the first layer starts it, with the batch size and dtype
+        self.index = layer_idx
         for name in self.names:
             setattr(self, name, None)
 
@@ -66,8 +72,12 @@ class BMojoCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate every state for the batch size, dtype and device of `key_states` `[B, ...]`."""
         batch, dtype, self.device = key_states.shape[0], key_states.dtype, key_states.device
+        if self.store is not None:
+            found = self.store.start(batch, dtype) if self.index == 0 else self.store.layers
+            self.pages = found[self.index]
         for name, state in self.memory.declared.items():
-            setattr(self, name, state.new(batch, dtype, self.device))
+            if not self.paged(state):
+                setattr(self, name, state.new(batch, dtype, self.device))
         self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
@@ -89,6 +99,19 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Every allocated state by name."""
         return {name: value for name in self.names if (value := getattr(self, name)) is not None}
 
+    def paged(self, state: State) -> bool:
+        """Whether a state's entries lie in pages."""
+        return self.pages is not None and state.pages is not None
+
+    def paged_fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the states that may lie in pages: name of the field and shape of an entry."""
+        declared = self.memory.declared.items()
+        return {
+            name: (state.pages, tuple(size for axis, size in enumerate(state.shape) if axis != state.grows))
+            for name, state in declared
+            if state.pages is not None
+        }
+
     def saves(self, name: str) -> bool:
         """Whether a state goes into the cache's file."""
         return name not in self.memory.declared or self.memory.declared[name].saved
@@ -98,7 +121,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         batch, device = len(states["seen"]), states["seen"].device
         model = self.memory.dtype({name: value.dtype for name, value in states.items()})
         unsaved = {
-            name: state.new(batch, model, device) for name, state in self.memory.declared.items() if name not in states
+            name: state.new(batch, model, device)
+            for name, state in self.memory.declared.items()
+            if name not in states and not self.paged(state)
         }
         for name, value in (unsaved | states).items():
             stays = name in self.memory.declared and self.memory.declared[name].on_host
@@ -160,7 +185,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Forget everything; the next input may have another batch size, dtype or device."""
         for name in self.states():
             setattr(self, name, None)
-        self.columns, self.even, self.is_initialized = 0, True, False
+        self.columns, self.even, self.is_initialized, self.pages = 0, True, False, None
 
     def _map(self, function) -> None:
         for name, value in {name: function(value) for name, value in self.states().items()}.items():
@@ -181,13 +206,22 @@ class BMojoCacheLayer(CacheLayerMixin):
             self.to(self.device)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
         self._map(lambda value: value.index_select(0, beam_idx.to(value.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
         self._map(lambda value: value.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(indices)
         self._map(lambda value: value[indices.to(value.device)])
+
+    def _select(self, index: torch.Tensor) -> None:
+        if self.pages is not None:
+            index = index.nonzero().flatten() if index.dtype == torch.bool else index
+            self.pages.select(index.cpu())
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove == 0:

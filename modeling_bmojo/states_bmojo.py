@@ -23,7 +23,8 @@ class State(NamedTuple):
     kind: its dtype: "model" (that of the activations), "wide" (the same, fp32 at least), "widest" (fp64 where the
     device has it), "count" (int64), "byte" (int8). fill: what it holds before the first token. grows: the axis of
     `shape` that follows the text, with at least one entry per `stride` tokens; None: none does. saved: it goes into the
-    cache's file. on_host: it stays on the CPU wherever the model is.
+    cache's file. on_host: it stays on the CPU wherever the model is. pages: where a cache has a directory, its entries
+    lie there, as the field of this name of the layer's pages; None: they do not.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +34,7 @@ class State(NamedTuple):
     saved: bool = True
     on_host: bool = False
     stride: int = 1
+    pages: str | None = None
 
     def dtype(self, model: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype for activations of dtype `model` on `device`."""

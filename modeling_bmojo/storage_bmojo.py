@@ -25,7 +25,7 @@ from .memory_ops import NEVER, widest
 from .parts_bmojo import MemoryPart, Observed, Tokens
 from .states_bmojo import State, append, grow, take
 from .storage_ops import Blocks, blocks_between, inside, members, places_of_first, pooled
-from .storage_steps_bmojo import Step, at, blocks_now, fetch, mass
+from .storage_steps_bmojo import Paged, Step, at, blocks_now, fetch, mass
 
 
 LARGEST_BLOCK = 1 << 20
@@ -34,13 +34,13 @@ LARGEST_BLOCK = 1 << 20
 class Entries(NamedTuple):
     """Everything that was read, entry = position.
 
-    keys, values: `[R, G, S, D]`. sketches: `[R, G, S, r]` or None. clocks: `[R, S]`, E of each token, or None.
+    keys, values: `[R, G, S, D]`, or where they are read from. sketches: `[R, G, S, r]` or None. clocks: `[R, S]`, E of each token, or None.
     mean_keys, mean_values: `[R, G, N', D]`, by `Blocks.node`, or None. expiry: `[R, S]`, the position from which on a
     token is in none of the other memories, or None: W after it.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: "torch.Tensor | Paged"
+    values: "torch.Tensor | Paged"
     sketches: torch.Tensor | None
     clocks: torch.Tensor | None
     mean_keys: torch.Tensor | None
@@ -105,7 +105,7 @@ class Storage(MemoryPart):
 
     def states(self):
         entry = State((self.heads, 0, self.head_dim), grows=1)
-        found = {"stored_keys": entry, "stored_values": entry}
+        found = {"stored_keys": entry._replace(pages="keys"), "stored_values": entry._replace(pages="values")}
         if self.sketch_size:
             found["sketches"] = State((self.heads, 0, self.sketch_size), "byte", grows=1)
         if self.decay:
@@ -127,7 +127,7 @@ class Storage(MemoryPart):
         # Where the first query stands in the row that has read most, so that a number says what is offered at most.
         last = positions.shape[1] + (0 if layer is None else layer.columns)
         start = last - tokens.queries
-        entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, entries.keys.shape[2]))
+        entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, last))
         block = min(tokens.block, tokens.queries)
         levels = (last // self.size).bit_length() if self.shown else 0
         width = max(last - self.window, 0) + levels * (self.shown + 1)
@@ -163,8 +163,8 @@ class Storage(MemoryPart):
         if tokens.counted and self.limit is None and not self.decay:
             if self.shown:
                 means = layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3)
-            kept = (getattr(layer, name, None) for name in ("stored_keys", "stored_values", "sketches"))
-            return Entries(*kept, None, *means, None)
+            sketches = layer.sketches if self.sketch_size else None
+            return Entries(*self._kept(layer), sketches, None, *means, None)
         if layer is None or not layer.started:
             if self.shown:
                 means = self._tree(keys), self._tree(values)
@@ -179,11 +179,20 @@ class Storage(MemoryPart):
                 means = layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3)
         return Entries(keys, values, sketches, clocks, *means, None)
 
+    @staticmethod
+    def _kept(layer: Any) -> "tuple[torch.Tensor | Paged, torch.Tensor | Paged]":
+        """Return keys and values of all that was read, in the layer's tensors or in its pages."""
+        if layer.pages is not None:
+            return Paged(layer.pages, "keys", layer.seen.device), Paged(layer.pages, "values", layer.seen.device)
+        return layer.stored_keys, layer.stored_values
+
     def _joined(self, tokens: Tokens, layer: Any, upto: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values, differentiable in the new ones if a gradient is wanted."""
+        if layer.pages is not None and not tokens.needs_grad:
+            return self._kept(layer)
         found = []
-        for stored, new in ((layer.stored_keys, tokens.keys), (layer.stored_values, tokens.values)):
-            part = stored[:, :, :upto].to(new.dtype)
+        for stored, new in zip(self._kept(layer), (tokens.keys, tokens.values)):
+            part = at(stored, None, upto).to(new.device, new.dtype)
             if tokens.needs_grad:
                 rows, index = self._places(tokens, layer)
                 part = part.transpose(1, 2).index_put((rows, index), new).transpose(1, 2)
@@ -210,6 +219,10 @@ class Storage(MemoryPart):
         upto = layer.columns + count
         index = slice(upto - 1, upto) if tokens.counted else self._places(tokens, layer)[1]
         new = {"stored_keys": tokens.keys, "stored_values": tokens.values}
+        if layer.pages is not None:
+            uneven = tokens.lengths is not None or not layer.even
+            layer.pages.write(layer.seen if uneven else layer.columns, keys=tokens.keys, values=tokens.values)
+            new = {}
         if sketches is not None:
             new["sketches"] = sketches.transpose(1, 2)
         for name, value in new.items():
@@ -265,18 +278,21 @@ class Storage(MemoryPart):
             if most == 0:
                 break  # no block of a larger size either
             trees = [value.flatten(2, 3) for value in (layer.mean_keys, layer.mean_values)]  # views
-            pairs = zip((layer.stored_keys, layer.stored_values), trees)
-            for stored, means in pairs:
+            for stored, means in zip(self._kept(layer), trees):
                 place = number * (2 << level) + (1 << level) - 1
                 place = torch.where(done, place, means.shape[2] - 1)  # a place that belongs to nobody yet
                 if level == 0:
                     parts = number[..., None] * size + torch.arange(size, device=number.device)
-                    source, limit = stored, stored.shape[2] - 1
+                    source, limit = stored, upto - 1
                 else:
                     half = 1 << (level - 1)
                     parts = 2 * number[..., None] + torch.arange(2, device=number.device)
                     parts, source, limit = parts * (2 * half) + half - 1, means, means.shape[2] - 1
-                found = take(source.transpose(1, 2), parts.clamp(max=limit).flatten(1)).unflatten(1, parts.shape[1:])
+                parts = parts.clamp(max=limit)
+                if isinstance(source, Paged):
+                    found = source.tokens(parts.flatten(1)).unflatten(1, parts.shape[1:])
+                else:
+                    found = take(source.transpose(1, 2), parts.flatten(1)).unflatten(1, parts.shape[1:])
                 wide = torch.promote_types(found.dtype, torch.float32)
                 append(means.transpose(1, 2), place, found.to(wide).mean(dim=2))
             size, level = 2 * size, level + 1
@@ -323,7 +339,7 @@ class Storage(MemoryPart):
             part(None if tokens.sketches is None else tokens.sketches[1]),
             positions,
         )
-        upto = min(max(start + first + queries - self.window, 0), entries.keys.shape[2])
+        upto = max(start + first + queries - self.window, 0)
         entry = torch.arange(upto, device=now.device)
         gone = offered = entry <= positions[..., None] - self.window  # [R, Q, S]
         if entries.expiry is not None:

@@ -31,7 +31,9 @@ def pooled(scores: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def places_of_first(wanted: torch.Tensor, offered: torch.Tensor, count: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+def places_of_first(
+    wanted: torch.Tensor, offered: torch.Tensor, count: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return which entries are the first `count` by (A descending, place ascending).
 
     Args:

@@ -7,7 +7,7 @@ Shapes: B rows, S stored tokens, C candidates, K fetched, G key/value heads, n q
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,27 @@ class Step(NamedTuple):
     def stored(self) -> int:
         """Return how many tokens have left the window."""
         return max(self.now - self.window + 1, 0)
+
+
+class Paged(NamedTuple):
+    """Entries that lie in pages: read as `at` says, wherever those are.
+
+    pages: `Pages` of the layer. name: which field. device: where what is read goes.
+    """
+
+    pages: Any
+    name: str
+    device: torch.device
+
+    def tokens(self, place: torch.Tensor) -> torch.Tensor:
+        """Return the entries of tokens `[B, U]`, of all heads: `[B, U, G, D]`."""
+        return self.pages.read(self.name, place)
+
+    def at(self, place: torch.Tensor | None, count: int) -> torch.Tensor:
+        """Return `at` of them."""
+        if place is None:
+            return self.pages.dense(self.name, count).to(self.device)
+        return self.pages.read(self.name, place)
 
 
 class BlocksNow(NamedTuple):
@@ -123,8 +144,10 @@ def mass(step: Step, stored, blocks: BlocksNow, kept: torch.Tensor | None, place
     return Seen(keys, values, bias.to(keys.dtype), (blocks.end - 1).expand(*keys.shape[:2], -1))
 
 
-def at(entries: torch.Tensor, place: torch.Tensor | None, count: int) -> torch.Tensor:
+def at(entries: torch.Tensor | Paged, place: torch.Tensor | None, count: int) -> torch.Tensor:
     """Return entries `[B, G, S, D]` at places `[B, G, U]`: `[B, G, U, D]`; None: the first `count`."""
+    if isinstance(entries, Paged):
+        return entries.at(place, count)
     if place is None:
         return entries[:, :, :count]
     rows, heads, size, dim = entries.shape
