@@ -88,8 +88,7 @@ class Pages:
         """
         pool, page = self.pool, self.pool.page
         if pool.failure is not None:
-            failure, pool.failure = pool.failure, None
-            raise failure
+            pool.report()
         values, count = self._checked(new)
         firsts = [first] * len(self.table) if isinstance(first, int) else first.tolist()
         for b, (begin, end) in enumerate(zip(firsts, self.ends)):
@@ -143,8 +142,8 @@ class Pages:
             row = self.table[b]
             for name in self.fields:
                 pool.contents(name, fresh).copy_(pool.contents(name, row[i]))
-            pool.release([row[i]])
-            row[i] = fresh
+            old, row[i] = row[i], fresh
+            pool.release([old])
             self.epoch += (i + 1) * page <= self.ends[b]
             self._settled[b] = min(self._settled[b], i)
         own = taken[len(copies) :]
@@ -300,6 +299,16 @@ class Pages:
         self._begin([[] for _ in range(batch)], [0] * batch)
         self.epoch += 1
 
+    def adopt(self, table: list[list[int]], ends: list[int]) -> None:
+        """Let the rows be these pages, counted already, with so many entries each; what was before is forgotten."""
+        empty = [row for row in table if not row] if any(table) else []
+        for row, page in zip(empty, self.pool.take(len(empty))):  # a row that is read beside others has a page
+            row.append(page)
+            for name in self.fields:
+                self.pool.contents(name, page).zero_()
+        self._begin(table, ends)
+        self._clips = True
+
     # Copies ----------------------------------------------------------------------------------------------------------
     def copy(self) -> "Pages":
         """Return Pages of their own that share all pages with these; both may go on writing.
@@ -352,13 +361,7 @@ class Pages:
         else:
             joined = cls(head.fields, 0, head.page)
             tables = [row for each in several for row in _moved_pages(each, joined.pool)]
-        tables = [list(row) for row in tables]
-        empty = [row for row in tables if not row] if any(tables) else []
-        for row, page in zip(empty, joined.pool.take(len(empty))):  # a row that is read beside others has a page
-            row.append(page)
-            for name in head.fields:
-                joined.pool.contents(name, page).zero_()
-        joined._begin(tables, [end for each in several for end in each.ends])
+        joined.adopt([list(row) for row in tables], [end for each in several for end in each.ends])
         return joined
 
 

@@ -133,6 +133,12 @@ class Pool:
         place = page - self.shift
         return self.references[place] == 1 and self.fixed[place] <= entry
 
+    def report(self) -> None:
+        """Raise, once, what went wrong behind the caller's back."""
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
     def settle(self, pages: list[int]) -> None:
         """Be told of pages that are full and will hardly be written again."""
 
