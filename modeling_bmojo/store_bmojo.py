@@ -12,7 +12,6 @@ long as the directory is open.
 
 import contextlib
 import errno
-import hashlib
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +27,15 @@ from .store_manifest_bmojo import (
     OURS,
     RECORD,
     Manifest,
+    check_origin,
     check_pages,
+    check_states,
     described_fields,
     file_prefix,
     read_index,
     read_manifest,
+    sha256_of,
+    typed,
     write_manifest,
 )
 
@@ -87,10 +90,10 @@ class Directory:
                 directory = cls(path, keeper, Manifest(facts, fingerprint, page, manifest.serial), fields)
                 directory._remove_strays()
                 return directory
-            _check_origin(manifest, fields, facts, fingerprint if check_weights else None, dtype)
+            check_origin(manifest, fields, facts, fingerprint if check_weights else None, dtype)
             tables, sums = read_index(path, manifest)
             check_pages(path, manifest, tables, sums)
-            _check_states(path, *manifest.states)
+            check_states(path, *manifest.states)
             manifest.fingerprint = fingerprint
             directory = cls(path, keeper, manifest, fields)
             directory._restore(tables, sums)
@@ -209,7 +212,7 @@ class Directory:
                 ends=[[] if each is None else list(each.ends) for each in self.layers],
                 open=open_pages,
                 index=index,
-                states=(os.path.basename(states), _sha256(states)),
+                states=(os.path.basename(states), sha256_of(states)),
             )
             self._to_disk(self.path)
             write_manifest(self.path, manifest)
@@ -329,45 +332,6 @@ class Directory:
         raise ValueError(
             f"storage={self.path!r}: a directory has one writer, so it is neither copied nor pickled; copy its pages."
         )
-
-
-def _check_origin(manifest: Manifest, fields, facts: str, fingerprint: str | None, dtype: torch.dtype | None) -> None:
-    """Raise ValueError unless entries of a manifest are those of this cache; fingerprint None: of any weights."""
-    _same(manifest.facts, facts, "facts")
-    if fingerprint is not None:
-        _same(manifest.fingerprint, fingerprint, "weights (check_weights=False takes them), fingerprint")
-    kind = getattr(torch, manifest.dtype)
-    if dtype is not None and kind != dtype:
-        raise ValueError(f"it holds entries of dtype {kind}, which must be {dtype}, the cache's")
-    if manifest.layer_fields() != typed(fields, kind):
-        raise ValueError(f"its layers hold {manifest.layer_fields()}, which must be {typed(fields, kind)}")
-
-
-def _check_states(path: str, name: str, digest: str) -> None:
-    if not os.path.isfile(os.path.join(path, name)):
-        raise ValueError(f"{name}, which {MANIFEST} names, is not there")
-    if _sha256(os.path.join(path, name)) != digest:
-        raise ValueError(f"{name} was damaged or changed after it was written: its sha256 differs")
-
-
-def typed(fields: Sequence[Mapping[str, Field]], dtype: torch.dtype) -> list[dict[str, Field]]:
-    """Return fields with `dtype` where they have none."""
-    return [{name: Field(tuple(shape), kind or dtype) for name, (shape, kind) in each.items()} for each in fields]
-
-
-def _same(theirs: str, ours: str, name: str) -> None:
-    if theirs != ours:
-        at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
-        near = slice(max(at - 40, 0), at + 40)
-        raise ValueError(f"it was written with other {name}: ...{theirs[near]!r}, which must be ...{ours[near]!r}")
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 __all__ = ["Directory"]

@@ -222,6 +222,45 @@ def _opened(folder: str, name: str, least: int) -> int:
     return file
 
 
+def check_origin(manifest: Manifest, fields, facts: str, fingerprint: str | None, dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless entries of a manifest are those of this cache; fingerprint None: of any weights."""
+    _same(manifest.facts, facts, "facts")
+    if fingerprint is not None:
+        _same(manifest.fingerprint, fingerprint, "weights (check_weights=False takes them), fingerprint")
+    kind = getattr(torch, manifest.dtype)
+    if dtype is not None and kind != dtype:
+        raise ValueError(f"it holds entries of dtype {kind}, which must be {dtype}, the cache's")
+    if manifest.layer_fields() != typed(fields, kind):
+        raise ValueError(f"its layers hold {manifest.layer_fields()}, which must be {typed(fields, kind)}")
+
+
+def check_states(path: str, name: str, digest: str) -> None:
+    if not os.path.isfile(os.path.join(path, name)):
+        raise ValueError(f"{name}, which {MANIFEST} names, is not there")
+    if sha256_of(os.path.join(path, name)) != digest:
+        raise ValueError(f"{name} was damaged or changed after it was written: its sha256 differs")
+
+
+def typed(fields: Sequence[Mapping[str, Field]], dtype: torch.dtype) -> list[dict[str, Field]]:
+    """Return fields with `dtype` where they have none."""
+    return [{name: Field(tuple(shape), kind or dtype) for name, (shape, kind) in each.items()} for each in fields]
+
+
+def _same(theirs: str, ours: str, name: str) -> None:
+    if theirs != ours:
+        at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
+        near = slice(max(at - 40, 0), at + 40)
+        raise ValueError(f"it was written with other {name}: ...{theirs[near]!r}, which must be ...{ours[near]!r}")
+
+
+def sha256_of(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def file_prefix(layer: int) -> str:
     """Return what the names of a layer's files begin with."""
     return f"layer-{layer:03d}."
@@ -232,10 +271,14 @@ __all__ = [
     "OURS",
     "RECORD",
     "Manifest",
+    "check_origin",
     "check_pages",
+    "check_states",
     "described_fields",
     "file_prefix",
     "read_index",
     "read_manifest",
+    "sha256_of",
+    "typed",
     "write_manifest",
 ]

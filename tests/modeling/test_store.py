@@ -276,6 +276,57 @@ def test_killed_at_random_moments_it_holds_the_last_sync(tmp_path, children):
     assert len(moments) > 10
 
 
+def test_pads_written_over_after_a_sync_are_what_they_were(store):
+    """What the manifest sums stays as it is on disk, in full pages and in the open one, until the next sync."""
+    directory = opened(store)
+    length = 3 * P + 5
+    pads = {f: torch.full((1, 20 * P + 6, G, D), -1.0) for f in ("keys", "values")}
+    for pages in (directory.layers[0], directory.layers[2]):
+        pages.write(length, **{f: pads[f] for f in pages.fields})
+    directory.sync(note("pads"))
+    feed(directory, 20 * P + 6, firsts=[length])
+    twin = store.parent / "twin"
+    shutil.copytree(store, twin)
+    with opened(twin) as other:
+        assert other.layers[0].lengths == (length + 20 * P + 6,)
+        keys = other.layers[0].dense("keys", length + 20 * P + 6)
+        assert bool((keys[:, :, length:] == -1).all())
+        other.layers[0].cut([length]), other.layers[2].cut([length])
+        holds(other.layers, [length])
+    holds(directory.layers, [length + 20 * P + 6])
+    directory.sync(note("real"))
+    directory.close()
+    with opened(store) as directory:
+        holds(directory.layers, [length + 20 * P + 6])
+
+
+def test_what_came_after_the_last_sync_is_gone(store):
+    """The rest of the open page is zeros, and files of a sync that did not come to its end are removed."""
+    for name in ("states-7", "index-9"):
+        (store / name).write_text("stray")
+    with opened(store) as directory:
+        assert bool((directory.layers[0].dense("keys", 4 * P)[:, :, 3 * P + 5 :] == 0).all())
+        assert {"states-7", "index-9"}.isdisjoint(os.listdir(store))
+    new = store.parent / "new"
+    opened(new).close()
+    (new / "states-1").write_text("stray")
+    opened(new).close()
+    assert sorted(os.listdir(new)) == ["store.json", "store.lock"]
+
+
+def test_free_pages_of_a_directory_are_found_when_it_is_opened(store):
+    """Ten texts one after the other, each in an opening of its own, need no more room than two."""
+    sizes = []
+    for n in range(10):
+        with opened(store) as directory:
+            directory.start(1, torch.float32)
+            feed(directory, 30 * P, rows=(n,))
+            directory.sync(note(""))
+            holds(directory.layers, [30 * P], rows=(n,))
+        sizes.append(os.path.getsize(store / "layer-000.keys"))
+    assert max(sizes) <= 2 * sizes[0]
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 def test_one_flipped_bit_is_refused_wherever_it_counts(store):
     """Every file but the lock, 40 places each; behind what was synced nothing counts."""
@@ -310,6 +361,7 @@ def test_one_flipped_bit_is_refused_wherever_it_counts(store):
     ],
 )
 def test_what_another_model_wrote_is_refused(store, change, what):
+    (store / "store.lock").unlink()  # as in a copy of a directory
     before = snapshot(store)
     with pytest.raises(ValueError, match=what):
         opened(store, **change)
