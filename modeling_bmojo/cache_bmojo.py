@@ -4,6 +4,7 @@ A transformers `Cache` of one `BMojoCacheLayer` per layer, which can be looked a
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
 from .eidetic_bmojo import EideticMemory
 from .parts_bmojo import LayerSpec
+from .pools_bmojo import Field
+from .store_bmojo import Directory
+from .weights_bmojo import weights_fingerprint
 
 
 LAYOUT = "parts"  # of a pickled cache: how its states lie in its layers
@@ -39,6 +43,13 @@ class BMojoCache(Cache):
         config: the model's configuration, as it is now; its layer types and sizes say what each layer holds. Tensors
             are allocated at the first forward, when batch size, dtype and device are known. Or the items of several
             caches, joined along the rows, as `nn.DataParallel` gathers them.
+        storage: a directory for the keys and values of a storage (`storage_size` > 0), new or as `sync` left it: then
+            the cache goes on where that was. None: they are in memory, like everything else.
+        check_weights: whether a directory that other weights wrote, or this model with another adapter, is refused.
+
+    Raises:
+        ValueError: no configuration of this kind, nothing to store, or a directory that is refused: not a storage, of
+            another model, damaged, or in use. OSError: if it cannot be read or written.
 
     Example:
 
@@ -52,8 +63,15 @@ class BMojoCache(Cache):
     ```
     """
 
-    def __init__(self, config: BMojoConfig | Iterable[tuple]):
+    def __init__(
+        self,
+        config: BMojoConfig | Iterable[tuple],
+        storage: str | os.PathLike | None = None,
+        check_weights: bool = True,
+    ):
         self._layout = LAYOUT
+        self.directory: Directory | None = None
+        self.check_weights, self._claimed = check_weights, False
         if isinstance(config, Iterator | list | tuple):
             self.facts, layers = joined(config)
             super().__init__(layers=layers)
@@ -62,6 +80,44 @@ class BMojoCache(Cache):
             raise ValueError(f"config={type(config).__name__}: must be a BMojoConfig; pass model.config.")
         super().__init__(layers=[BMojoCacheLayer(config, i) for i in range(config.num_hidden_layers)])
         self.facts = facts_of(config)
+        if storage is not None:
+            self._open(storage, config)
+
+    def _open(self, path: str | os.PathLike, config: BMojoConfig) -> None:
+        """Let the storage lie in a directory, and go on where that one was synced."""
+        fields = [{name: Field(shape, None) for name, shape in layer.paged_fields().values()} for layer in self.layers]
+        if not any(fields):
+            raise ValueError(
+                f"storage={os.fspath(path)!r}: nothing to store, because storage_size={config.storage_size}; set "
+                "storage_size > 0 (from_pretrained(..., storage_size=64)), or leave storage=None."
+            )
+        self.directory = Directory.open(path, fields, facts=config.model_type)
+        try:
+            if self.directory.states is not None:
+                contents = self._synced(config)
+            for layer in self.layers:
+                layer.store = self.directory
+            if self.directory.states is not None:
+                for layer, pages, states in zip(self.layers, self.directory.layers, contents.layers):
+                    layer.pages = pages
+                    layer.restore(states, contents.columns)
+        except BaseException:
+            self.directory.close()
+            raise
+
+    def _synced(self, config: BMojoConfig) -> Contents:
+        """Return the states of the directory's last sync."""
+        try:
+            return read_cache(self.directory.states, config, self.layers, self._elsewhere())
+        except ValueError as error:
+            text = str(error).rpartition("; give a file")[0] or str(error)
+            raise ValueError(
+                f"storage={self.directory.path!r}: {text}; give the directory that this model wrote, or a new one."
+            ) from error
+
+    def _elsewhere(self) -> frozenset[str]:
+        """Return the states that lie in the directory."""
+        return frozenset(name for layer in self.layers for name in layer.paged_fields())
 
     # --- what a forward asks ----------------------------------------------------------------------------------------
 
@@ -99,6 +155,13 @@ class BMojoCache(Cache):
                 f"{CACHE_NAME} has batch size {self.batch_size} but the input has {batch} rows; use one cache per "
                 "batch, or batch_repeat_interleave / batch_select_indices to change it."
             )
+
+    def claim(self, model: torch.nn.Module) -> None:
+        """Raise ValueError if what the cache's directory holds was written by other weights than `model`'s. Looks once
+        per cache, at the first forward."""
+        if self.directory is not None and not self._claimed:
+            self.directory.claim(weights_fingerprint(model), self.check_weights)
+            self._claimed = True
 
     def check_mask(self, mask: torch.Tensor) -> None:
         """Check what a mask says about the columns that were read before.
@@ -149,8 +212,13 @@ class BMojoCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Return bytes of all states."""
+        """Return bytes of all states in memory; what lies in a directory is counted by `storage_nbytes` alone."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def storage_nbytes(self) -> int:
+        """Return bytes of the keys and values of stored tokens, in memory or in the cache's directory."""
+        return sum(layer.stored_nbytes for layer in self.layers)
 
     def remembered(self, layer_idx: int, row: int = 0) -> list[RememberedToken]:
         """Return the tokens that a layer's eidetic memory holds for a row of the batch, by position.
@@ -236,11 +304,42 @@ class BMojoCache(Cache):
             if self.layers[0].unfinished or self.get_seq_length() != columns:
                 raise ValueError(f"path={os.fspath(path)!r}: the cache was written to while it was saved; save a copy.")
 
-        layers = [
-            {name: value.detach().cpu().contiguous() for name, value in layer.states().items() if layer.saves(name)}
-            for layer in self.layers
-        ]
+        layers = [_on_host(layer, layer.states() | layer.paged_states()) for layer in self.layers]
         write_cache(path, Contents(columns, layers), self.facts, self.layers, still)
+
+    def sync(self) -> None:
+        """Make durable in the cache's directory all that was read so far: `BMojoCache(config, storage=...)` goes on
+        from here, in another process too, whatever happens to this one.
+
+        Raises:
+            ValueError: if the cache has no directory or is empty, a forward stopped halfway, or the states cannot be
+                those of a cache. OSError: if the disk does not take it; the last sync counts then.
+        """
+        if self.directory is None:
+            raise ValueError("storage=None: the cache has no directory to sync; save(path) writes it to a file.")
+        if not self.layers[0].is_initialized:
+            raise ValueError("the cache is empty: run the model with cache=cache before syncing it.")
+        self._require_finished()
+        contents = Contents(self.get_seq_length(), [_on_host(layer, layer.states()) for layer in self.layers])
+
+        def write(path: str) -> None:
+            write_cache(path, contents, self.facts, self.layers, lambda: None, self._elsewhere())
+
+        self.directory.sync(write)
+
+    def close(self) -> None:
+        """Let go of the directory, so that others may open it; what was not synced is lost. Without one: nothing."""
+        if self.directory is not None:
+            self.directory.close()
+
+    def __deepcopy__(self, memo: dict) -> "BMojoCache":
+        """Return a copy, which shares what lies in a directory and keeps in memory what it reads itself."""
+        if self.directory is not None:
+            memo[id(self.directory)] = None
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     @classmethod
     def load(
@@ -276,7 +375,14 @@ class BMojoCache(Cache):
             ValueError: if a forward stopped halfway.
         """
         self._require_finished()
+        if self.directory is not None:
+            raise ValueError(f"storage={self.directory.path!r}: caches with a directory cannot be joined; use one.")
         return items_of(self.facts, self.layers)
+
+
+def _on_host(layer: BMojoCacheLayer, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the states that go into a file, on the CPU."""
+    return {name: value.detach().cpu().contiguous() for name, value in states.items() if layer.saves(name)}
 
 
 class _OtherCaches:

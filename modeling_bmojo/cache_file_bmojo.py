@@ -61,20 +61,25 @@ class Contents(NamedTuple):
 
 
 def write_cache(
-    path: str | os.PathLike, contents: Contents, facts: dict[str, Any], layers: list[BMojoCacheLayer], still
+    path: str | os.PathLike,
+    contents: Contents,
+    facts: dict[str, Any],
+    layers: list[BMojoCacheLayer],
+    still,
+    elsewhere: frozenset[str] = frozenset(),
 ) -> None:
     """Write a cache's file.
 
     Args:
         contents: states on the CPU, contiguous. layers: what declares them. still: called at the end, raises if they
-            have changed meanwhile.
+            have changed meanwhile. elsewhere: states that are kept in another place, not in this file.
 
     Raises:
         ValueError: if the states cannot be those of a cache, or the folder does not exist. OSError: see `write_whole`.
     """
     tables = [{name: (list(value.shape), value.dtype) for name, value in states.items()} for states in contents.layers]
     try:
-        check_tables(layers, tables, contents.columns, OPTIONAL[FORMAT])
+        check_tables(layers, tables, contents.columns, OPTIONAL[FORMAT] | elsewhere)
         check_values(layers, contents.layers, contents.columns, pads_known=True)
     except ValueError as error:
         raise ValueError(f"the cache is not saved: {error}; reset() it and read the text again.") from error
@@ -98,7 +103,12 @@ def write_cache(
     write_whole(path, write)
 
 
-def read_cache(path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoCacheLayer]) -> Contents:
+def read_cache(
+    path: str | os.PathLike,
+    config: BMojoConfig,
+    layers: list[BMojoCacheLayer],
+    elsewhere: frozenset[str] = frozenset(),
+) -> Contents:
     """Read what `write_cache` wrote, for a model of `config` and its `layers`; on the CPU, nothing mapped to the file.
 
     Raises:
@@ -110,7 +120,7 @@ def read_cache(path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoC
             raise ValueError(f"{where}: there is no such file; give one that BMojoCache.save wrote.")
         before, failure = _identity(path), None
         try:
-            contents = _read(path, config, layers)
+            contents = _read(path, config, layers, elsewhere)
         except (SafetensorError, ValueError, RuntimeError) as error:
             failure = error
         # Where another save replaced the file meanwhile, it was read partly from one and partly from the other (then
@@ -133,7 +143,9 @@ def _identity(path: str | os.PathLike) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read(path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoCacheLayer]) -> Contents:
+def _read(
+    path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoCacheLayer], elsewhere: frozenset[str]
+) -> Contents:
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata = file.metadata() or {}
         written = metadata.get("format")
@@ -147,7 +159,7 @@ def _read(path: str | os.PathLike, config: BMojoConfig, layers: list[BMojoCacheL
         check_written(undescribed(metadata.get("facts")), config, complete=written != FORMAT_4)
         if written == FORMAT_4:
             _check_old_sizes(metadata.get("specs"), config)
-        return _states(file, layers, columns, written)
+        return _states(file, layers, columns, written, elsewhere)
 
 
 def _check_old_sizes(text: str | None, config: BMojoConfig) -> None:
@@ -181,7 +193,7 @@ def _columns(text: str) -> int:
     return int(text)
 
 
-def _states(file, declared: list[BMojoCacheLayer], columns: int, written: str) -> Contents:
+def _states(file, declared: list[BMojoCacheLayer], columns: int, written: str, elsewhere: frozenset[str]) -> Contents:
     """Return the states of an open file, checked before and after they are loaded."""
     names: list[dict[str, str]] = [{} for _ in declared]
     for full in file.keys():  # noqa: SIM118 (not a dict)
@@ -191,7 +203,7 @@ def _states(file, declared: list[BMojoCacheLayer], columns: int, written: str) -
         names[int(layer)][name] = full
     heads_last = written == FORMAT_4
     tables = [{name: _entry(file, full, name, heads_last) for name, full in layer.items()} for layer in names]
-    check_tables(declared, tables, columns, OPTIONAL[written])
+    check_tables(declared, tables, columns, OPTIONAL[written] | elsewhere)
     # Copies: what safetensors gives is mapped to the file, and would follow whatever is written into it later.
     layers = [{name: file.get_tensor(full).clone() for name, full in layer.items()} for layer in names]
     if heads_last:

@@ -112,6 +112,22 @@ class BMojoCacheLayer(CacheLayerMixin):
             if state.pages is not None
         }
 
+    def paged_states(self) -> dict[str, torch.Tensor]:
+        """Return copies of the states that lie in pages, as a cache without a directory would hold them."""
+        if self.pages is None:
+            return {}
+        declared = self.memory.declared
+        sizes = [getattr(self, n).shape[s.grows + 1] for n, s in declared.items() if self._grows_by_token(n, s)]
+        found = {}
+        for name, (field, _) in self.paged_fields().items():
+            value = self.pages.dense(field, max(sizes, default=self.columns))
+            read = torch.arange(value.shape[2]) < self.seen.cpu()[:, None]
+            found[name] = value.masked_fill(~read[:, None, :, None], 0)
+        return found
+
+    def _grows_by_token(self, name: str, state: State) -> bool:
+        return state.grows is not None and state.stride == 1 and getattr(self, name) is not None
+
     def saves(self, name: str) -> bool:
         """Whether a state goes into the cache's file."""
         return name not in self.memory.declared or self.memory.declared[name].saved
@@ -180,6 +196,13 @@ class BMojoCacheLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         return sum(value.numel() * value.element_size() for value in self.states().values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        if self.pages is not None:
+            return self.pages.nbytes
+        found = [value for name in self.paged_fields() if (value := getattr(self, name)) is not None]
+        return sum(value.numel() * value.element_size() for value in found)
 
     def reset(self) -> None:
         """Forget everything; the next input may have another batch size, dtype or device."""

@@ -30,6 +30,13 @@ OF_THE_CACHE = {
     *(
         "restore",
         "saves",
+        "pages",
+        "store",
+        "index",
+        "paged",
+        "paged_fields",
+        "paged_states",
+        "stored_nbytes",
         "by_token",
         "counts",
         "prepare",

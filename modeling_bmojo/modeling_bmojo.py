@@ -375,6 +375,7 @@ class BMojoModel(BMojoPreTrainedModel):
         fresh = past_key_values is None
         if not fresh:
             check_cache(past_key_values, self.config, batch)
+            past_key_values.claim(self)
             if self.gradient_checkpointing and self.training:
                 raise ValueError(
                     f"{CACHE_NAME} in training with gradient checkpointing: recomputation would not find the states "

@@ -27,6 +27,7 @@ from .store_manifest_bmojo import (
     OURS,
     RECORD,
     Manifest,
+    check_fingerprint,
     check_origin,
     check_pages,
     check_states,
@@ -59,7 +60,7 @@ class Directory:
         path: str | os.PathLike,
         fields: Sequence[Mapping[str, Field]],
         facts: str,
-        fingerprint: str,
+        fingerprint: str | None = None,
         check_weights: bool = True,
         dtype: torch.dtype | None = None,
         page: int = PAGE,
@@ -69,7 +70,7 @@ class Directory:
         Args:
             fields: what an entry of each layer holds, `{}`: the layer stores nothing; a dtype of None is the cache's.
             facts, fingerprint: what the entries depend on: the configuration; the weights. check_weights: whether the
-            second must be as it was. dtype: the cache's, None: whatever it was. page: P of a new directory.
+            second must be as it was; None: it is not known yet (`claim` says it). dtype: the cache's, None: whatever it was. page: P of a new directory.
 
         Raises:
             ValueError: naming the directory and what is wrong: not a storage, another model's, damaged, in use.
@@ -82,19 +83,19 @@ class Directory:
             keeper = Keeper(path)
             fields = [dict(layer) for layer in fields]
             if not os.path.exists(os.path.join(path, MANIFEST)):
-                directory = cls(path, keeper, Manifest(facts, fingerprint, page), fields)
+                directory = cls(path, keeper, Manifest(facts, fingerprint or "", page), fields)
                 write_manifest(path, directory.manifest)
                 return directory
             manifest = read_manifest(path)
             if manifest.fields is None:  # nothing was ever synced
-                directory = cls(path, keeper, Manifest(facts, fingerprint, page, manifest.serial), fields)
+                directory = cls(path, keeper, Manifest(facts, fingerprint or "", page, manifest.serial), fields)
                 directory._remove_strays()
                 return directory
             check_origin(manifest, fields, facts, fingerprint if check_weights else None, dtype)
             tables, sums = read_index(path, manifest)
             check_pages(path, manifest, tables, sums)
             check_states(path, *manifest.states)
-            manifest.fingerprint = fingerprint
+            manifest.fingerprint = manifest.fingerprint if fingerprint is None else fingerprint
             directory = cls(path, keeper, manifest, fields)
             directory._restore(tables, sums)
             return directory
@@ -175,6 +176,21 @@ class Directory:
         self.manifest.dtype = str(dtype).removeprefix("torch.")
         self.layers = made
         return made
+
+    def claim(self, fingerprint: str, check_weights: bool = True) -> None:
+        """Say which weights what follows is of.
+
+        Raises:
+            ValueError: if the entries are of others and `check_weights` says that they may not be.
+        """
+        if check_weights and self.manifest.fingerprint:
+            try:
+                check_fingerprint(self.manifest, fingerprint)
+            except ValueError as error:
+                raise ValueError(
+                    f"storage={self.path!r}: {error}; give the directory that this model wrote, or a new one."
+                ) from error
+        self.manifest.fingerprint = fingerprint
 
     # Syncing ---------------------------------------------------------------------------------------------------------
     def sync(self, write_states: Callable[[str], None]) -> None:

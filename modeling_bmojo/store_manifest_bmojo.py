@@ -226,12 +226,16 @@ def check_origin(manifest: Manifest, fields, facts: str, fingerprint: str | None
     """Raise ValueError unless entries of a manifest are those of this cache; fingerprint None: of any weights."""
     _same(manifest.facts, facts, "facts")
     if fingerprint is not None:
-        _same(manifest.fingerprint, fingerprint, "weights (check_weights=False takes them), fingerprint")
+        check_fingerprint(manifest, fingerprint)
     kind = getattr(torch, manifest.dtype)
     if dtype is not None and kind != dtype:
         raise ValueError(f"it holds entries of dtype {kind}, which must be {dtype}, the cache's")
     if manifest.layer_fields() != typed(fields, kind):
         raise ValueError(f"its layers hold {manifest.layer_fields()}, which must be {typed(fields, kind)}")
+
+
+def check_fingerprint(manifest: Manifest, fingerprint: str) -> None:
+    _same(manifest.fingerprint, fingerprint, "weights (check_weights=False takes them), fingerprint")
 
 
 def check_states(path: str, name: str, digest: str) -> None:
