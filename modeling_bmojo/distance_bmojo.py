@@ -53,8 +53,8 @@ def rotate(x: torch.Tensor, rotary: Tables | None) -> torch.Tensor:
 def scores(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
     """sigma q . k `[..., H, L, K]` of queries `[..., H, L, D]` and keys `[..., G, K, D]`."""
     by_group = query.unflatten(-3, (keys.shape[-3], -1))
-    folded = by_group.flatten(-3, -2) @ keys.transpose(-1, -2)
-    return folded.unflatten(-2, by_group.shape[-3:-1]).flatten(-4, -3) * scaling
+    folded = (by_group.flatten(-3, -2) * scaling) @ keys.transpose(-1, -2)
+    return folded.unflatten(-2, by_group.shape[-3:-1]).flatten(-4, -3)
 
 
 def correction(

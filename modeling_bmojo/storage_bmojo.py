@@ -34,9 +34,9 @@ LARGEST_BLOCK = 1 << 20
 class Entries(NamedTuple):
     """Everything that was read, entry = position.
 
-    keys, values: `[R, G, S, D]`, or where they are read from. sketches: `[R, G, S, r]` or None. clocks: `[R, S]`, E of each token, or None.
-    mean_keys, mean_values: `[R, G, N', D]`, by `Blocks.node`, or None. expiry: `[R, S]`, the position from which on a
-    token is in none of the other memories, or None: W after it.
+    keys, values: `[R, G, S, D]`, or where they are read from. sketches: `[R, G, S, r]` or None. clocks: `[R, S]`, E of
+    each token, or None. mean_keys, mean_values: `[R, G, N', D]`, by `Blocks.node`, or None. expiry: `[R, S]`, the
+    position from which on a token is in none of the other memories, or None: W after it.
     """
 
     keys: "torch.Tensor | Paged"
@@ -349,7 +349,10 @@ class Storage(MemoryPart):
             offered = offered & (entry > positions[..., None] - self.window - self.limit)
         offers, place, meant = [], entry.expand(len(now), self.heads, -1), offered[:, None]
         if upto:
-            fetched, place, meant = self._fetch(tokens, entries, asking, meant, upto, count)
+            uneven = entries.expiry is not None or not even or queries < length
+            limited = self.limit is not None and self.limit < upto
+            common = 0 if uneven or limited else max(start + first - self.window + 1, 0)
+            fetched, place, meant = self._fetch(tokens, entries, asking, meant, common, count)
             offers.append(fetched)
         if self.shown:
             low, high = start + first, start + first + queries
@@ -364,23 +367,26 @@ class Storage(MemoryPart):
         return offers
 
     def _fetch(
-        self, tokens: Tokens, entries: Entries, asking: Asking, offered: torch.Tensor, upto: int, count: int
+        self, tokens: Tokens, entries: Entries, asking: Asking, offered: torch.Tensor, common: int, count: int
     ) -> tuple[BlockKeys, torch.Tensor, torch.Tensor]:
         """Let each query choose. Only what some query has chosen is looked at further.
 
         Args:
-            offered: bool `[R, 1, Q, S]`. upto: S. count: blocks that the queries are in.
+            offered: bool `[R, 1, Q, S]`. common: entries, the first ones, that are offered to all queries. count:
+                blocks that the queries are in.
 
         Returns:
             what they are offered, the fetched places `[R, G, U]`, and which each query means, bool `[R, G, Q, U]`.
         """
+        upto = offered.shape[-1]
         place, meant = None, offered.expand(-1, self.heads, -1, -1)
         if self.candidates is not None and self.candidates < upto:
             with torch.no_grad():
                 sketches = entries.sketches[:, :, :upto].to(asking.sketched.dtype)
                 wanted = pooled(scores(asking.sketched, sketches, 1.0), self.heads)
                 wanted = self._aged(wanted, entries, asking, place, upto)
-                place, meant = places_of_first(wanted, meant, self.candidates)
+                place, meant = places_of_first(wanted, meant, self.candidates, common)
+                common = 0
         if self.fetched < (upto if place is None else place.shape[-1]):
             with torch.no_grad():
                 wide = torch.promote_types(asking.query.dtype, torch.float32)
@@ -389,7 +395,7 @@ class Storage(MemoryPart):
                 if asking.far is not None:
                     exact = exact + self._change(tokens, asking, keys, place)
                 wanted = self._aged(pooled(exact.flatten(1, 2), self.heads), entries, asking, place, upto)
-                among, meant = places_of_first(wanted, meant, self.fetched)
+                among, meant = places_of_first(wanted, meant, self.fetched, common)
                 if among is not None:
                     place = among if place is None else place.gather(-1, among)
         keys, values = (at(value, place, upto).to(asking.query.dtype) for value in (entries.keys, entries.values))

@@ -32,12 +32,13 @@ def pooled(scores: torch.Tensor, groups: int) -> torch.Tensor:
 
 @torch.no_grad()
 def places_of_first(
-    wanted: torch.Tensor, offered: torch.Tensor, count: int
+    wanted: torch.Tensor, offered: torch.Tensor, count: int, common: int = 0
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Return which entries are the first `count` by (A descending, place ascending).
 
     Args:
-        wanted: A `[R, G, Q, S]`, overwritten. offered: bool, broadcastable to it.
+        wanted: A `[R, G, Q, S]`, overwritten. offered: bool, broadcastable to it. common: so many entries, the first
+            ones, are offered to every query.
 
     Returns:
         `[R, G, U]` the places that any of the queries has chosen, rising, and which each of them means, bool
@@ -46,7 +47,9 @@ def places_of_first(
     """
     if count >= wanted.shape[-1]:
         return None, offered.expand_as(wanted)
-    chosen = _chosen(in_steps(wanted).masked_fill_(~offered, -torch.inf), count)
+    wanted = in_steps(wanted)
+    wanted[..., common:].masked_fill_(~offered[..., common:], -torch.inf)
+    chosen = _chosen(wanted, count)
     some = chosen.view(torch.uint8).amax(dim=2)  # any(), twenty times as fast
     most = int(some.sum(dim=-1).max())
     if most > WORTH_MOVING * wanted.shape[-1]:
@@ -87,22 +90,32 @@ def in_steps(wanted: torch.Tensor) -> torch.Tensor:
 
 def _chosen(wanted: torch.Tensor, count: int) -> torch.Tensor:
     """Return which entries are chosen, of equals the older ones; -inf never is."""
-    least = _least_of_first(wanted, count)
+    least, tied = _least_of_first(wanted, count)
     chosen = wanted >= least.clamp(min=-2 * LARGEST * STEPS)
-    if not torch.compiler.is_compiling() and int(chosen.sum(dim=-1).max()) <= count:
-        return chosen
+    if torch.compiler.is_compiling():
+        return _without_younger(wanted, least, chosen, count)
+    tied = (tied & (least > -torch.inf))[..., 0]
+    if bool(tied.any()):  # a few rows, as a rule
+        chosen[tied] = _without_younger(wanted[tied], least[tied], chosen[tied], count)
+    return chosen
+
+
+def _without_younger(wanted: torch.Tensor, least: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `chosen` less the younger of those that are equal to the least, so that `count` are left."""
     above = wanted > least
     room = count - above.sum(dim=-1, keepdim=True)
     return above | (chosen & ((chosen & ~above).cumsum(dim=-1) <= room))
 
 
-def _least_of_first(wanted: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the smallest of the `count` largest of each row, `[..., 1]`."""
+def _least_of_first(wanted: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the smallest of the `count` largest of each row, `[..., 1]`, and whether the next one equals it."""
     if wanted.is_cpu and not torch.compiler.is_compiling():
         # Ten to twenty times as fast as torch.topk where there are many rows (docs/log.md).
         at = wanted.shape[-1] - count
-        return torch.from_numpy(numpy.partition(wanted.numpy(), at, axis=-1)[..., at : at + 1])
-    return wanted.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        pair = torch.from_numpy(numpy.partition(wanted.numpy(), (at - 1, at), axis=-1)[..., at - 1 : at + 1].copy())
+    else:
+        pair = wanted.topk(count + 1, dim=-1).values[..., -2:].flip(-1)
+    return pair[..., 1:], pair[..., :1] == pair[..., 1:]
 
 
 def _places(some: torch.Tensor, most: int) -> torch.Tensor:

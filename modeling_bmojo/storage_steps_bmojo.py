@@ -3,7 +3,7 @@
 Every row has read the same number of tokens, which is a number here: what is offered is a slice, and masks are needed
 only where the eidetic memory keeps some of it. Of what is stored, entries come as `storage_bmojo.Entries`.
 
-Shapes: B rows, S stored tokens, C candidates, K fetched, G key/value heads, n query heads of each, D head dim, N blocks.
+Shapes: B rows, S stored tokens, U places, K fetched, G key/value heads, n query heads of each, D head dim, N blocks.
 """
 
 import functools

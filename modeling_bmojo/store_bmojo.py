@@ -70,7 +70,8 @@ class Directory:
         Args:
             fields: what an entry of each layer holds, `{}`: the layer stores nothing; a dtype of None is the cache's.
             facts, fingerprint: what the entries depend on: the configuration; the weights. check_weights: whether the
-            second must be as it was; None: it is not known yet (`claim` says it). dtype: the cache's, None: whatever it was. page: P of a new directory.
+            second must be as it was; None: it is not known yet (`claim` says it). dtype: the cache's, None: whatever it
+            was. page: P of a new directory.
 
         Raises:
             ValueError: naming the directory and what is wrong: not a storage, another model's, damaged, in use.
