@@ -91,6 +91,7 @@ class FilePool(Pool):
         self.durable: set[int] = set()  # pages that the last manifest may name
         self.limbo: list[int] = []  # those of them that nobody refers to
         self.maps: dict[str, mmap.mmap] = {}
+        self.around: dict[str, bool] = {}  # whether the system reads ahead in a mapping
         flags = os.O_RDWR | os.O_CLOEXEC | (0 if pages else os.O_CREAT | os.O_TRUNC)
         self.files: dict[str, int] = {}
         self.shut = weakref.finalize(self, _close_all, self.files)
@@ -135,16 +136,36 @@ class FilePool(Pool):
                 maps[name] = mmap.mmap(self.files[name], capacity * self.bytes_of(name))
                 flat = torch.frombuffer(maps[name], dtype=field.dtype)
                 data[name] = flat.view(capacity, self.page, *field.shape)
-        self.maps = maps
+        self.maps, self.around = maps, dict.fromkeys(maps, True)
         self.place(data, capacity)
 
     def close(self) -> None:
         """Give the files up; the entries cannot be read any more, but for views that were handed out."""
         self.data, self.flat, self.views, self.maps = Closed(), Closed(), {}, {}
+        self.around = {}
         self.shut()
 
     def forked(self):
         return Overlay(self)
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+    def contents(self, name, page, pages=1):
+        if pages > 1:
+            self.read_around(name, True)
+        return super().contents(name, page, pages)
+
+    def gather(self, name, index, units):
+        self.read_around(name, units == 1)
+        return super().gather(name, index, units)
+
+    def read_around(self, name: str, around: bool) -> None:
+        """Say whether what is read from disk is followed by what stands behind it, or is the few entries of a query.
+
+        Megabytes around each of these would be read otherwise.
+        """
+        if self.around.get(name, around) != around:
+            _advise(self.maps[name], "MADV_NORMAL" if around else "MADV_RANDOM", 0, len(self.maps[name]))
+            self.around[name] = around
 
     # Pages -----------------------------------------------------------------------------------------------------------
     def adopt(self, table: list[list[int]], ends: list[int], sums: dict[int, int]) -> None:
@@ -232,21 +253,23 @@ class FilePool(Pool):
 
     def let_go(self, pages: list[int]) -> None:
         """Give back the memory that pages are mapped to; the files hold them, and reading maps them again."""
-        advice = getattr(mmap, "MADV_DONTNEED", None)
-        if advice is None or not pages:
-            return
         for name, mapped in self.maps.items():
-            size, unit = self.bytes_of(name), mmap.PAGESIZE
             for page in pages:
-                begin, end = -(-page * size // unit) * unit, (page + 1) * size // unit * unit
-                if begin < end:
-                    mapped.madvise(advice, begin, end - begin)
+                _advise(mapped, "MADV_DONTNEED", page * self.bytes_of(name), (page + 1) * self.bytes_of(name))
 
     def let_limbo_go(self) -> None:
         """Note that a manifest is on disk that names no page which nobody refers to."""
         limbo, self.limbo = self.limbo, []
         self.durable.difference_update(limbo)
         self.free += limbo
+
+
+def _advise(mapped: mmap.mmap, advice: str, begin: int, end: int) -> None:
+    """Tell the system how bytes begin .. end - 1 of a mapping will be used, as far as they are whole units of it."""
+    number, unit = getattr(mmap, advice, None), mmap.PAGESIZE
+    begin, end = -(-begin // unit) * unit, end // unit * unit
+    if number is not None and begin < end:
+        mapped.madvise(number, begin, end - begin)
 
 
 def _sync(file: int) -> None:

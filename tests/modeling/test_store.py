@@ -92,6 +92,11 @@ def store(tmp_path):
     return path
 
 
+def say(*words) -> None:
+    """Tell the parent, in one piece: whoever is killed has said a line or not."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
 RUNNER = """
 import json, os, sys, traceback
 import tests.modeling.test_store as names
@@ -99,16 +104,15 @@ for line in sys.stdin:
     code, path = json.loads(line)
     child = os.fork()
     if child == 0:
-        print("child", os.getpid(), flush=True)
+        names.say("child", os.getpid())
         try:
             sys.argv = ["", path]
             exec(code, dict(vars(names)))
         except BaseException:
-            print(traceback.format_exc().replace(chr(10), " "), flush=True)
+            names.say(traceback.format_exc().replace(chr(10), " "))
             os._exit(1)
-        sys.stdout.flush()
         os._exit(0)
-    print("dead", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    names.say("dead", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -230,7 +234,7 @@ directory = opened(sys.argv[1])
 n = directory.layers[0].lengths[0] if directory.layers else 0
 if directory.layers is None:
     directory.start(1, torch.float32)
-print("ready", n, flush=True)
+say("ready", n)
 while True:
     feed(directory, 1 + n % (3 * P))
     n = directory.layers[0].lengths[0]
@@ -240,9 +244,9 @@ while True:
     if n > 3000:
         directory.start(1, torch.float32)
         n = 0
-    print("try", n, flush=True)
+    say("try", n)
     directory.sync(note(str(n)))
-    print("done", n, flush=True)
+    say("done", n)
 """
 
 
@@ -562,7 +566,7 @@ try:
         feed(directory, P)
 except OSError as error:
     assert error.errno == errno.EFBIG
-print("done", directory.layers[0].lengths[0])
+say("done", directory.layers[0].lengths[0])
 holds(directory.layers[:1], list(directory.layers[0].lengths))
 directory.sync(note("more"))
 """
