@@ -162,24 +162,51 @@ def disturb(scenario: Scenario, folder: Path, modes: list[str], every: int) -> t
     return len(chosen), failures
 
 
+def side_by_side(scenarios: list[Scenario], folder: Path, modes: list[str], every: int, at_once: int):
+    """What `disturb` returns of each scenario, in the order in which they end; each in a process of its own."""
+    waiting, running = list(enumerate(scenarios)), {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            number, scenario = waiting.pop(0)
+            own, answer = folder / f"scenario-{number}", folder / f"answer-{number}"
+            own.mkdir()
+            child = os.fork()
+            if child == 0:
+                status = 70
+                try:
+                    start = time.monotonic()
+                    count, wrong = disturb(scenario, own, modes, every)
+                    answer.write_bytes(pickle.dumps((count, wrong)))
+                    seconds = time.monotonic() - start
+                    print(f"{scenario.name}: {count} disturbances, {len(wrong)} failed; {seconds:.0f} s", flush=True)
+                    status = 0
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                finally:
+                    os._exit(status)
+            running[child] = (scenario, answer)
+        child, _ = os.wait()
+        scenario, answer = running.pop(child)
+        yield (
+            pickle.loads(answer.read_bytes()) if answer.exists() else (0, [f"{scenario.name}: did not come to its end"])
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=0, help="each K-th event; 1: all (default: some of every kind)")
     parser.add_argument("--only", nargs="+", help="names of scenarios")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--at-once", type=int, default=min(os.cpu_count() or 1, 4), help="scenarios side by side")
     given = parser.parse_args()
     begin, total, failures = time.monotonic(), 0, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for scenario in all_scenarios(folder):
-            if given.only and scenario.name not in given.only:
-                continue
-            start = time.monotonic()
-            (folder / "scenario").mkdir()
-            count, wrong = disturb(scenario, folder / "scenario", given.modes, given.every)
+        chosen = [each for each in all_scenarios(folder) if not given.only or each.name in given.only]
+        for count, wrong in side_by_side(chosen, folder, given.modes, given.every, given.at_once):
             total, failures = total + count, failures + wrong
-            seconds = time.monotonic() - start
-            print(f"{scenario.name}: {count} disturbances, {len(wrong)} failed; {seconds:.0f} s", flush=True)
     print(f"{total} disturbances, {len(failures)} failed; {time.monotonic() - begin:.0f} s")
     return 1 if failures else 0
 
