@@ -158,10 +158,16 @@ def at(entries: torch.Tensor | Paged, place: torch.Tensor | None, count: int) ->
         flat, own = entries.transpose(1, 2).reshape(-1, dim), (heads * size, 1, heads)
     else:
         return entries.gather(2, place[..., None].expand(-1, -1, -1, dim))
-    row = torch.arange(rows, device=place.device).view(-1, 1, 1) * own[0]
-    head = torch.arange(heads, device=place.device).view(-1, 1) * own[1]
-    index = torch.add(row + head, place, alpha=own[2])
+    first = _first(rows, heads, *own, place.device, torch.is_inference_mode_enabled())
+    index = torch.add(first, place, alpha=own[2])
     return flat.index_select(0, index.flatten()).view(*place.shape, dim)
+
+
+@functools.lru_cache(maxsize=8)  # every layer asks the same; tensors made in inference mode stay there
+def _first(rows: int, heads: int, row: int, head: int, step: int, device: torch.device, mode: bool) -> torch.Tensor:
+    """Return where the entries of each row and head begin, `[B, G, 1]`."""
+    by_row = torch.arange(rows, device=device).view(-1, 1, 1) * row
+    return by_row + torch.arange(heads, device=device).view(-1, 1) * head
 
 
 def _place(place: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
