@@ -2,10 +2,10 @@
 
     python -m conversion.demo [--source X] [--output DIR] [--document FILE] [--question TEXT] [--set key=value ...]
 
-Grafts SmolLM2-135M-Instruct (or `--source`: hub id, local folder, .gguf file), loads the written folder in a process
-that never imports the package, reads a document several windows long, answers a question about it, and prints what it
-cost and what the eidetic memory kept. Everything it writes lies in `outputs/` of the checkout. A second run reuses the
-graft. Takes about a minute on 2 CPU cores, and half of that the second time.
+Grafts SmolLM2-135M-Instruct (or `--source`: hub id, local folder, .gguf file) with a storage, reads a document of many
+windows, and asks for a sentence that stands far outside the window. Then it shows which passages of the document the
+answer drew on, what a plain sliding window of the same bytes answers to the same question, and what both cost.
+Everything it writes lies in `outputs/` of the checkout. A second run reuses the graft.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,20 +23,53 @@ from .common.programs import run_program
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
 OUTPUTS = ROOT / "outputs"
-# Sections of Python's own reference, in CPython's standard library. The question is about the last one.
+# The memories of the graft, in place of those in SETTINGS; `--set` changes them.
+MEMORY = (
+    "window_size=256",
+    "eidetic_size=0",
+    "fading_mass=true",
+    "fading_size=32",
+    "fading_stride=16",
+    "storage_size=64",
+    "storage_candidates=256",
+    "storage_sketch_size=16",
+)
+# A sliding window and the first four tokens, which attention leans on: without those a window does worse.
+PLAIN = {
+    "storage_size": 0,
+    "fading_mass": False,
+    "fading_size": 0,
+    "innovation": "constant",
+    "eidetic_size": 4,
+    "eidetic_decay": 0.0,
+}
+# Sections of Python's own reference, in CPython's standard library, which the graft's sketches are not fitted to.
 SECTIONS = ("objects", "exceptions", "raise", "for", "while", "lambda", "del", "assert", "break", "continue", "pass")
-QUESTION = "What does the pass statement do?"
+# What is put between paragraphs of it, by how many of them stand before; the question is about the first.
+SENTENCES = {
+    0.15: "The telephone number of the museum is 70965.",
+    0.22: "The owner of the bakery is called Piotr Nowak.",
+    0.30: "The access code of the observatory is 48213.",
+    0.40: "The captain of the ferry is called Amina Diallo.",
+    0.65: "The secret word of the library is tangerine.",
+    0.90: "The ticket of the theatre has the number 31857.",
+}
+QUESTION = "What is the telephone number of the museum?"
 READ_CHUNK = 1024  # tokens read at a time, for the progress bar; the result does not depend on it
-TOKENS_SHOWN = 10
+HOST_STATES = ("stored_keys", "stored_values")  # what a query fetches from; may lie in host memory or on disk
 
 
-class ReadDocument(NamedTuple):
-    """What was read and remembered: token ids of the document and its frame, the cache, seconds, kept positions."""
+class Answered(NamedTuple):
+    """What a model did. text: its answer. ids: `[1, T]` everything. start: the answer's first column. cache: as it was
+    before the question. reading, first, rest: seconds for the document, the answer's first token, its others."""
 
-    ids: list[int]
+    text: str
+    ids: Any
+    start: int
     cache: Any
-    seconds: float
-    kept: dict[int, list[int]]
+    reading: float
+    first: float
+    rest: float
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="folder of the graft (default: outputs/ and the source's name)")
     parser.add_argument("--document", help="text file to read (default: sections of Python's reference)")
     parser.add_argument("--question", help=f"default: {QUESTION!r}")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a graft setting")
     return parser.parse_args(argv)
 
@@ -61,7 +93,7 @@ def read_document(path: str | None) -> str:
     if path is None:
         from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[name].strip() for name in SECTIONS if name in topics)
+        return with_sentences("\n\n".join(topics[name].strip() for name in SECTIONS if name in topics))
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -71,6 +103,14 @@ def read_document(path: str | None) -> str:
     return text
 
 
+def with_sentences(text: str) -> str:
+    """Put `SENTENCES` between the paragraphs of a text."""
+    paragraphs = text.split("\n\n")
+    for share, sentence in sorted(SENTENCES.items(), reverse=True):
+        paragraphs.insert(round(share * len(paragraphs)), sentence)
+    return "\n\n".join(paragraphs)
+
+
 def graft(arguments: argparse.Namespace) -> Path:
     """Run the graft program in a process of its own; it keeps a finished graft of the same settings.
 
@@ -78,24 +118,30 @@ def graft(arguments: argparse.Namespace) -> Path:
         ValueError: it did not succeed; its own message has been printed.
     """
     name = "smollm2-135m" if arguments.source is None else Path(arguments.source).name.removesuffix(".gguf").lower()
-    output = Path(arguments.output) if arguments.output else OUTPUTS / f"{name}-bmojo"
+    output = Path(arguments.output) if arguments.output else OUTPUTS / f"{name}-bmojo-storage"
     command = [sys.executable, "-m", "conversion.graft", str(SETTINGS), "--reuse", "--output", str(output.absolute())]
     if arguments.source is not None:
         source = Path(arguments.source)
         command += ["--source", str(source.absolute()) if source.exists() else arguments.source]
-    for assignment in arguments.set:
+    for assignment in (*MEMORY, *arguments.set):
         command += ["--set", assignment]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise ValueError("the graft did not succeed; see the message above.")
     return output
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and model from the folder alone, by the Auto classes."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(folder: Path, **fields: Any) -> tuple[Any, Any]:
+    """Tokenizer and model, by the Auto classes; `fields` replace those of the folder's configuration."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    import modeling_bmojo  # noqa: F401  (registers the Auto classes)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    loud = logging.get_verbosity()
+    if fields:  # a model with fewer memories leaves weights of the folder unread, which is no news
+        logging.set_verbosity_error()
+    model = AutoModelForCausalLM.from_pretrained(folder, **fields).eval()
+    logging.set_verbosity(loud)
     if tokenizer.chat_template is None:
         raise ValueError("the source's tokenizer has no chat template; the demo needs an instruct model.")
     return tokenizer, model
@@ -103,7 +149,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 def frame(tokenizer: Any, document: str, question: str) -> tuple[list[int], list[int]]:
     """Token ids of the chat up to the end of the document, and of the rest, which asks the question."""
-    message = f"Read this text.\n\n{document}\n\nAnswer in one or two sentences. {question}"
+    message = f"Read this text.\n\n{document}\n\nAnswer in one sentence. {question}"
     chat = [{"role": "user", "content": message}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     end = text.index(document) + len(document)
@@ -111,31 +157,30 @@ def frame(tokenizer: Any, document: str, question: str) -> tuple[list[int], list
     return head, tail
 
 
-def read(model: Any, ids: list[int]) -> ReadDocument:
-    """Read tokens in chunks into one cache and note which ones every layer kept."""
+def read(model: Any, ids: list[int]) -> tuple[Any, float]:
+    """Read tokens in chunks; returns the cache and seconds."""
     import torch
     from tqdm import tqdm
+
+    from modeling_bmojo import cache_of
 
     cache, start = None, time.perf_counter()
     with torch.inference_mode(), tqdm(total=len(ids), desc="Reading", unit="token") as bar:
         for first in range(0, len(ids), READ_CHUNK):
             chunk = torch.tensor([ids[first : first + READ_CHUNK]], device=model.device)
-            out = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out["cache"] if "cache" in out else out["past_key_values"]  # by transformers' version
+            cache = cache_of(model(input_ids=chunk, cache=cache, use_cache=True, logits_to_keep=1))
             bar.update(chunk.shape[1])
-    seconds = time.perf_counter() - start
-    layers = [index for index, kind in enumerate(model.config.layer_types) if kind == "bmojo"]
-    kept = {index: [token.position for token in cache.remembered(index)] for index in layers}
-    return ReadDocument(ids, cache, seconds, kept)
+    return cache, time.perf_counter() - start
 
 
-def answer(
-    model: Any, tokenizer: Any, reading: ReadDocument, tail: list[int], longest: int
-) -> tuple[int, float, float]:
-    """Stream the answer; returns new tokens, seconds until the first and seconds for the others."""
+def read_and_answer(model: Any, tokenizer: Any, head: list[int], tail: list[int], longest: int) -> Answered:
+    """Read the document, then stream the answer, on a copy of what is remembered."""
+    import copy
+
     import torch
     from transformers import TextStreamer
 
+    cache, reading = read(model, head)
     times = []
 
     class TimedStreamer(TextStreamer):
@@ -145,76 +190,90 @@ def answer(
             times.append(time.perf_counter())
             super().put(value)
 
-    ids = torch.tensor([reading.ids + tail], device=model.device)
+    ids = torch.tensor([head + tail], device=model.device)
+    print("      Answer:   ", end="", flush=True)
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=reading.cache,
+            past_key_values=copy.deepcopy(cache),
             max_new_tokens=longest,
             do_sample=False,
             streamer=TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-    return output.shape[1] - ids.shape[1], times[1] - start, times[-1] - times[1]
+    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return Answered(text, output, ids.shape[1], cache, reading, times[1] - start, times[-1] - times[1])
 
 
-def show_costs(model: Any, reading: ReadDocument, tail: list[int], timing: tuple[int, float, float]) -> None:
-    """Speed, and the bytes of the memory beside the source's key/value cache."""
-    config, tokens, total = model.config, len(reading.ids), reading.cache.get_seq_length()
-    new, first, rest = timing
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    rows = [
-        ("reading", tokens / reading.seconds, "tokens/s", f"{tokens:,} tokens of document in {reading.seconds:.1f} s"),
-        ("answering", (new - 1) / rest if rest else 0.0, "tokens/s", f"{new} tokens, one at a time"),
-        ("first word", first, "s", f"until it came; reads the {len(tail)} tokens of the question"),
-        (
-            "memory",
-            reading.cache.nbytes / 1e6,
-            "MB",
-            f"all that B'MOJO keeps of these {total:,} tokens; it never grows",
-        ),
-        ("the source", total * per_token / 1e6, "MB", "what the source's key/value cache holds at this length"),
-        ("", 32768 * per_token / 1e6, "MB", "what it would hold at 32,768 tokens"),
-    ]
-    print("\nWhat it cost")
-    for name, value, unit, meaning in rows:
-        print(f"  {name:10s} {value:10,.1f} {unit:8s}  {meaning}")
+def token_bytes(model: Any) -> int:
+    """Bytes of the keys and values of one token."""
+    config = model.config
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
 
 
-def excerpt(pieces: list[str], position: int, around: int = 6) -> str:
-    """Return a token in its surroundings, on one line."""
-    before = "".join(pieces[max(0, position - around) : position])
-    after = "".join(pieces[position + 1 : position + 1 + around])
-    return " ".join(f"{before}>>{pieces[position]}<<{after}".replace("\n", "\u23ce ").split())
+def memory_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes that every step works on (on a GPU: the GPU's memory), and bytes of the store that is fetched from."""
+    states = [(name, value.nbytes) for layer in cache.layers for name, value in layer.states().items()]
+    stored = sum(size for name, size in states if name in HOST_STATES)
+    return sum(size for _, size in states) - stored, stored
 
 
-def show_memory(model: Any, tokenizer: Any, reading: ReadDocument) -> None:
-    """Which tokens the eidetic memories kept, for a few layers and over all of them."""
-    pieces = [tokenizer.decode([token]) for token in reading.ids]
-    size, window, layers = model.config.eidetic_size, model.config.window_size, list(reading.kept)
-    print("\nWhat the eidetic memory kept of the document")
+def window_of(size: int, model: Any) -> int:
+    """Return the largest window of a model with `PLAIN` memories whose cache has at most so many bytes."""
+    config = model.config
+    entry = token_bytes(model) + config.num_hidden_layers * (8 + max(4, model.dtype.itemsize))  # position, innovation
+    rest = config.hidden_size * model.dtype.itemsize + 8 * config.num_hidden_layers
+    return max((size - rest) // entry - PLAIN["eidetic_size"], 1)
+
+
+def show_attribution(model: Any, tokenizer: Any, answered: Answered) -> None:
+    """Print the passages that the answer drew on."""
+    from modeling_bmojo import attribute, show_passages
+
+    start = time.perf_counter()
+    drawn_on = attribute(model, answered.ids, answered.start, cache=answered.cache)
+    seconds = time.perf_counter() - start
     print(
-        f"  A layer sees the last {window} tokens anyway, and keeps up to {size} older ones: those that the text before"
+        "      Every attention head votes for what it looks at outside the window while it answers, compared with what"
     )
-    print("  them predicts least. [position]; >>the token<< between its neighbours; \u23ce = new line.")
+    print("      it looks at whatever is asked. \u27e6So\u27e7: most votes; \u23ce: new line.\n")
+    print("\n".join(f"      {line}" for line in str(show_passages(drawn_on, tokenizer)).split("\n")))
+    print(f"\n      (found in {seconds:.0f} s)")
 
-    votes = Counter(position for kept in reading.kept.values() for position in kept)
-    opening = next((position for position in range(len(pieces)) if 2 * votes[position] < len(layers)), 0)
-    if opening:
-        text = " ".join("".join(pieces[:opening]).replace("\n", "\u23ce ").split())
-        print(f"\n  The first {opening} tokens are kept by most layers, for nothing before them could predict them:")
-        print(f"    {text}")
-    later = Counter({position: count for position, count in votes.items() if position >= opening})
-    print(f"\n  Behind them, the tokens that the most of the {len(layers)} layers kept:")
-    for position, count in sorted(later.most_common(TOKENS_SHOWN)):
-        print(f"    {count:3d} layers  [{position:5d}]  {excerpt(pieces, position)}")
-    for index in sorted({layers[0], layers[len(layers) // 2], layers[-1]}):
-        kept = [position for position in reading.kept[index] if position >= opening]
-        spread = kept[:: max(1, -(-2 * len(kept) // TOKENS_SHOWN))]
-        print(f"\n  Layer {index} kept {len(reading.kept[index])} tokens; some of them, in the order of the text:")
-        for position in spread:
-            print(f"    [{position:5d}]  {excerpt(pieces, position)}")
+
+def show_costs(rows: Sequence[tuple[str, Any, Answered]], tail: int) -> None:
+    """Time and bytes of both models, and bytes of the source's key/value cache."""
+    tokens = rows[0][2].start - tail
+    print(f"\nWhat it cost, for {tokens:,} tokens of document")
+    print(f"  {'':16s}{'reading':>9s}{'first word':>12s}{'per word':>10s}{'fast memory':>13s}{'store':>10s}")
+    for name, _, answered in rows:
+        new = answered.ids.shape[1] - answered.start
+        fast, stored = memory_bytes(answered.cache)
+        each = answered.rest / max(new - 1, 1)
+        print(
+            f"  {name:16s}{answered.reading:7.1f} s{answered.first:10.1f} s{1000 * each:7.0f} ms"
+            f"{fast / 1e6:10.1f} MB{stored / 1e6:7.1f} MB"
+        )
+    each = token_bytes(rows[0][1])
+    print(f"  {'the source':16s}{'':31s}{tokens * each / 1e6:10.1f} MB{0:7.1f} MB")
+    print("  Fast memory: what every step works on; with a GPU it has to be the GPU's. Store: keys and values of all")
+    print("  tokens, and room for more; a step fetches few, so that slower memory does. (On a CPU both are the same.)")
+    print(
+        f"  The source, a Transformer, was not run; at 32,768 tokens its cache would hold {32768 * each / 1e6:,.1f} MB."
+    )
+
+
+def show_question(document: str, question: str, tokenizer: Any, asked_by_default: bool) -> None:
+    """Print what is asked, and where its answer stands."""
+    print(f"      Question: {question}")
+    if not asked_by_default:
+        return
+    sentence, *others = SENTENCES.values()
+    behind = len(tokenizer(document[document.index(sentence) :], add_special_tokens=False)["input_ids"])
+    print(f"      The text is Python's reference, with {1 + len(others)} sentences in it that do not belong there.")
+    print(f'      The answer stands {behind:,} tokens before its end: "{sentence}"')
+    print(f'      One of the other sentences: "{others[1]}"')
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -222,29 +281,36 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     document = read_document(arguments.document)
     question = arguments.question or (QUESTION if arguments.document is None else "What is this text about?")
-    print("[1/4] Graft: copy a Transformer's weights into a B'MOJO model, initialise its memories", flush=True)
+    print("[1/5] Graft: copy a Transformer's weights into a B'MOJO model, initialise its memories", flush=True)
     folder = graft(arguments)
-    print(f"\n[2/4] Load {os.path.relpath(folder)}: from the folder alone, with AutoModelForCausalLM", flush=True)
+    print(f"\n[2/5] Load {os.path.relpath(folder)} with AutoModelForCausalLM", flush=True)
     tokenizer, model = load(folder)
     head, tail = frame(tokenizer, document, question)
-    windows = len(head) / model.config.window_size
+    window, fetched = model.config.window_size, model.config.storage_size
     print(f"      {type(model).__name__}, {model.num_parameters() / 1e6:,.0f} million parameters, {model.dtype}")
-    print(
-        f"\n[3/4] Read {len(head):,} tokens, {windows:.1f} times the window of {model.config.window_size}", flush=True
-    )
+    print(f"\n[3/5] Read {len(head):,} tokens and answer: {len(head) / window:.1f} times the window of {window}")
+    if fetched:
+        print(f"      Older tokens go into a store; for every new token each key/value head fetches {fetched} of them.")
     if len(head) > model.config.max_position_embeddings:
         print(
             f"      (more than the {model.config.max_position_embeddings:,} positions that the source was trained for)"
         )
-    reading = read(model, head)
-    print(f"\n[4/4] Answer\n      Question: {question}\n      Answer:   ", end="", flush=True)
-    timing = answer(model, tokenizer, reading, tail, arguments.max_new_tokens)
-    show_costs(model, reading, tail, timing)
-    show_memory(model, tokenizer, reading)
-    print(
-        f"\nDone in {time.perf_counter() - begin:.0f} s. This graft is untrained: it answers from its window, and what"
-    )
-    print("the other memories hold becomes useful by training. docs/graft.md explains every step.")
+    show_question(document, question, tokenizer, arguments.document is None and question == QUESTION)
+    ours = read_and_answer(model, tokenizer, head, tail, arguments.max_new_tokens)
+    print("\n[4/5] Where did it look?", flush=True)
+    show_attribution(model, tokenizer, ours)
+
+    same = window_of(memory_bytes(ours.cache)[0], model)
+    print("\n[5/5] The same question to the same weights with a plain sliding window and the first 4 tokens")
+    print(f"      A window of {same:,} tokens takes as many bytes as the fast memory above.")
+    if same >= len(head):
+        print("      (the text is so short that all of it fits; nothing is proved by that)")
+    plain = load(folder, window_size=same, **PLAIN)[1]
+    print(f"      Question: {question}", flush=True)
+    theirs = read_and_answer(plain, tokenizer, head, tail, arguments.max_new_tokens)
+    show_costs([("B'MOJO", model, ours), ("sliding window", plain, theirs)], len(tail))
+    print(f"\nDone in {time.perf_counter() - begin:.0f} s. Nothing was trained: docs/graft.md explains every step, and")
+    print("notebooks/05_long_memory.ipynb asks more questions of one document.")
     return 0
 
 

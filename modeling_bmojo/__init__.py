@@ -7,9 +7,13 @@ from .cache_bmojo import BMojoCache, RememberedToken
 from .compat_bmojo import CACHE_NAME, cache_of
 from .configuration_bmojo import BMojoConfig
 from .inspect import (
+    Attribution,
     Difference,
     InnovationTrace,
     MemoryView,
+    Passage,
+    PassagesView,
+    attribute,
     explain_kernels,
     first_difference,
     memory_bytes,
@@ -17,6 +21,7 @@ from .inspect import (
     plot_innovation,
     plot_memory_growth,
     show_memory,
+    show_passages,
     trace_innovation,
 )
 from .modeling_bmojo import (
@@ -37,6 +42,7 @@ AutoConfig.register("bmojo", BMojoConfig, exist_ok=True)
 
 __all__ = [
     "AUTO_CLASSES",
+    "Attribution",
     "CACHE_NAME",
     "BMojoCache",
     "BMojoConfig",
@@ -50,7 +56,10 @@ __all__ = [
     "InnovationTrace",
     "LayerCoverage",
     "MemoryView",
+    "Passage",
+    "PassagesView",
     "RememberedToken",
+    "attribute",
     "bmojo_lora_config",
     "cache_of",
     "check_adapter",
@@ -63,5 +72,6 @@ __all__ = [
     "plot_memory_growth",
     "print_lora_coverage",
     "show_memory",
+    "show_passages",
     "trace_innovation",
 ]

@@ -241,7 +241,7 @@ class MemoryView:
             f'<div class="text" dir="auto">{self._html_row(row)}</div>'
             for row in self.rows
         )
-        return f'<div class="bmojo-memory"><style>{_style()}</style><div class="legend">{legend}</div>{rows}</div>'
+        return f'<div class="bmojo-memory"><style>{style()}</style><div class="legend">{legend}</div>{rows}</div>'
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -252,14 +252,14 @@ class MemoryView:
             if state == "kept":
                 parts += [self._html_kept(token) for token in group]
                 continue
-            text = _html_text("".join(token.text for token in group))
+            text = html_text("".join(token.text for token in group))
             tag = {"window": ('<span class="window">', "</span>"), "unread": ("<i>", "</i>")}.get(state, ("", ""))
             parts.append(text.join(tag))
         return "".join(parts)
 
     def _html_kept(self, token: ShownToken) -> str:
         hint = html.escape(self._tooltip(token))
-        return f'<mark class="{self.level(token)}" title="{hint}">{_html_text(token.text)}</mark>'
+        return f'<mark class="{self.level(token)}" title="{hint}">{html_text(token.text)}</mark>'
 
     def _tooltip(self, token: ShownToken) -> str:
         places = f"token {token.position}"
@@ -274,11 +274,11 @@ class MemoryView:
 
     def to_ansi(self) -> str:
         """Text with 256-colour escapes, legible on light and dark grounds."""
-        legend = [f"{_paint(' Aa ', colour)} {text}" for colour, text in self.legend()]
+        legend = [f"{paint(' Aa ', colour)} {text}" for colour, text in self.legend()]
         bodies = []
         for row in self.rows:
             runs = [(level, "".join(t.text for t in run)) for level, run in groupby(row.tokens, key=self.level)]
-            bodies.append(f"{self.heading(row)}\n\n" + "".join(_paint(visible(text), level) for level, text in runs))
+            bodies.append(f"{self.heading(row)}\n\n" + "".join(paint(visible(text), level) for level, text in runs))
         return "\n".join(legend) + "\n\n" + "\n\n".join(bodies)
 
     def to_text(self) -> str:
@@ -313,7 +313,7 @@ class MemoryView:
     __repr__ = __str__
 
 
-def _html_text(text: str) -> str:
+def html_text(text: str) -> str:
     """Escaped text; what stands for whitespace is marked, so that it is not copied."""
     text = html.escape(visible(text))
     for sign in ("\u23ce", "\u21e5", "\u00b7"):
@@ -321,7 +321,7 @@ def _html_text(text: str) -> str:
     return text
 
 
-def _paint(text: str, colour: str) -> str:
+def paint(text: str, colour: str) -> str:
     """Text in a colour of `TERMINAL`, line by line: a background that crosses a line end fills the line."""
     if not colour:
         return text
@@ -330,7 +330,7 @@ def _paint(text: str, colour: str) -> str:
     return "\n".join(f"\x1b[48;5;{ground};38;5;{ink}m{line}\x1b[0m" if line else "" for line in lines)
 
 
-def _style() -> str:
+def style() -> str:
     """CSS: light, dark where the system is dark, and what a notebook's own theme says above both."""
 
     def variables(colours: dict[str, tuple[str, str]]) -> str:

@@ -1,13 +1,18 @@
 """conversion.demo end to end on a tiny random model: graft in a process of its own, load, read, answer, report."""
 
+import re
+
 import pytest
 
-from conversion.demo import excerpt, main, read_document
+from conversion.demo import SENTENCES, main, read_document
 from conversion.grafting.report import REPORT_FILE
 from tests.conversion.graft_sources import save_source, tiny_tokenizer
 
 
-SETTINGS = ["--set", "window_size=16", "--set", "eidetic_size=4", "--max-new-tokens", "5"]
+MEMORY = ("window_size=16", "fading_size=2", "fading_stride=4", "storage_size=4", "storage_candidates=8")
+SETTINGS = [word for field in (*MEMORY, "storage_sketch_size=2") for word in ("--set", field)]
+SETTINGS += ["--max-new-tokens", "5"]
+NO_STORAGE = ("storage_size=0", "storage_candidates=null", "storage_sketch_size=null", "fading_mass=false")
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +22,7 @@ def folders(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "home" / "modules"))
 
 
-def test_demo_reads_answers_and_shows_its_memory(tmp_path, capfd):
+def test_demo_reads_answers_and_shows_what_it_drew_on(tmp_path, capfd):
     save_source(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
     (tmp_path / "text.txt").write_text(" ".join("abcdefghij"[i * i % 10] for i in range(120)))
@@ -26,10 +31,13 @@ def test_demo_reads_answers_and_shows_its_memory(tmp_path, capfd):
 
     assert main([*arguments, *SETTINGS]) == 0
     shown = capfd.readouterr().out
-    assert "times the window of 16" in shown and "Question: a b" in shown
-    for figure in ("reading", "answering", "first word", "memory", "the source"):
-        assert f"\n  {figure}" in shown
-    assert "Layer 0 kept 4 tokens" in shown and "Layer 1 kept 4 tokens" in shown
+    assert "times the window of 16" in shown and shown.count("Question: a b") == shown.count("Answer:") == 2
+    assert "each key/value head fetches 4 of them" in shown and "of the votes, first of" in shown
+    assert "beyond the window of 16 tokens" in shown and "do not belong there" not in shown
+    window = int(re.search(r"A window of ([\d,]+) tokens", shown)[1].replace(",", ""))
+    rows = [re.search(rf"\n  {name} +(.*)", shown)[1] for name in ("B'MOJO", "sliding window", "the source")]
+    fast, plain, stored = (float(re.findall(r"([\d.]+) MB", row)[i]) for row, i in zip(rows, (0, 0, 1)))
+    assert window > 16 and 0.8 * fast <= plain <= fast and stored == 0
     stamp = (tmp_path / "graft" / REPORT_FILE).stat().st_mtime_ns
 
     assert main([*arguments, *SETTINGS]) == 0
@@ -58,9 +66,19 @@ def test_source_without_a_chat_template_is_refused(tmp_path, capfd):
     assert "chat template" in capfd.readouterr().err
 
 
-def test_default_document_ends_with_what_the_question_asks_about():
-    assert read_document(None).rindex('The "pass" statement') > read_document(None).rindex('The "break" statement')
+def test_sentences_stand_between_paragraphs_of_the_default_document_in_their_order():
+    document = read_document(None)
+    places = [document.index(f"\n\n{sentence}\n\n") / len(document) for sentence in SENTENCES.values()]
+    assert places == sorted(places) and places[0] < 0.35 and places[-1] > 0.8
+    assert document.index('The "pass" statement') > document.index('The "break" statement')
 
 
-def test_excerpt_marks_the_token_on_one_line():
-    assert excerpt(["a", "b", "\n", "d"], 2, around=1) == "b>>\u23ce <<d"
+def test_without_a_storage_it_compares_all_the_same(tmp_path, capfd):
+    save_source(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(" ".join("abcdefghij"[i * i % 10] for i in range(120)))
+    arguments = ["--source", str(tmp_path / "source"), "--output", str(tmp_path / "graft"), *SETTINGS]
+    arguments += [word for field in (*NO_STORAGE, "eidetic_size=4") for word in ("--set", field)]
+    assert main([*arguments, "--document", str(tmp_path / "text.txt"), "--question", "a b"]) == 0
+    shown = capfd.readouterr().out
+    assert "each key/value head fetches" not in shown and "sliding window" in shown and "beyond the window of 16 tokens" in shown
