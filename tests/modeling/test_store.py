@@ -261,7 +261,7 @@ def test_killed_at_random_moments_it_holds_the_last_sync(tmp_path, children):
             elif word == "ready":
                 assert number in synced, "what was found when it was opened is no sync"
                 done = tried = number
-                timer = threading.Timer(chance.uniform(0.0, 0.15), os.kill, (child, signal.SIGKILL))
+                timer = threading.Timer(chance.uniform(0.0, 0.1), os.kill, (child, signal.SIGKILL))
                 timer.start()
             elif word == "try":
                 tried = number
@@ -333,14 +333,14 @@ def test_free_pages_of_a_directory_are_found_when_it_is_opened(store):
 
 # What is refused -----------------------------------------------------------------------------------------------------
 def test_one_flipped_bit_is_refused_wherever_it_counts(store):
-    """Every file but the lock, 40 places each; behind what was synced nothing counts."""
+    """Every file but the lock, 25 places each; behind what was synced nothing counts."""
     good = snapshot(store)
     chance = random.Random(0)
     for name in [n for n in good if n != "store.lock"]:
         size = len(good[name])
         if name.startswith("layer"):
             size = (3 * P + 5) * G * D * 4
-        for place in {0, size - 1, *(chance.randrange(size) for _ in range(40))}:
+        for place in {0, size - 1, *(chance.randrange(size) for _ in range(25))}:
             data = bytearray(good[name])
             data[place] ^= 1 << chance.randrange(8)
             (store / name).write_bytes(data)
