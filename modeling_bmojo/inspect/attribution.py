@@ -138,17 +138,16 @@ def attribute(
     if before == len(ids) or before == seen:
         what = "the answer has no real token" if before == len(ids) else "nothing real stands before it"
         raise ValueError(f"start={start}: {what} (or the cache has read it); say where the answer begins.")
-    pads = None if bool(real[:known].all()) else real[:known]
     with evaluating(model):
         # A storage is as long as the text: besides the caller's cache one copy at a time.
-        reader = _Reader(model, _row_of(cache, row), pads)
+        reader = _Reader(model, _row_of(cache, row))
         if cache is None:
             reader.read(ids[: before - 1])
-            neutral = _Reader(model, copy.deepcopy(reader.cache), pads).neutral(ids[:before])
+            neutral = _Reader(model, copy.deepcopy(reader.cache)).neutral(ids[:before])
         else:
             neutral = reader.neutral(ids[:before])
             reader.cache = None
-            reader = _Reader(model, _row_of(cache, row), pads)
+            reader = _Reader(model, _row_of(cache, row))
             reader.read(ids[seen : before - 1])
         votes = reader.votes(ids[before - 1 : -1], neutral)
     return Attribution(
@@ -172,26 +171,21 @@ def _attending(config) -> list[int]:
 class _Reader:
     """Reads on, one row.
 
-    cache: what it has read, or None; it is written. pads: bool `[columns]` of the cache, False where it has read a pad,
-    or None.
+    cache: what it has read, or None; it is written. New tokens are real ones; which of the old were pads it knows.
     """
 
-    def __init__(self, model: nn.Module, cache: BMojoCache | None, pads: torch.Tensor | None):
+    def __init__(self, model: nn.Module, cache: BMojoCache | None):
         # By name, not by class: code loaded with trust_remote_code has classes of its own, and adapters wrap the model.
         self.body = next(module for module in model.modules() if type(module).__name__ == "BMojoModel")
         self.config, self.dtype = model.config, model.dtype
-        self.cache, self.pads = cache, pads
+        self.cache = cache
 
     def read(self, ids: torch.Tensor) -> None:
         for part in ids.split(READ_AT_ONCE) if len(ids) else ():
             self._forward(part)
 
     def _forward(self, ids: torch.Tensor, **options):
-        mask = None
-        if self.pads is not None:
-            new = self.cache.get_seq_length() - len(self.pads) + len(ids)
-            mask = nn.functional.pad(self.pads[None].to(ids.device, torch.int64), (0, new), value=1)
-        out = self.body(input_ids=ids[None], attention_mask=mask, cache=self.cache, use_cache=True, **options)
+        out = self.body(input_ids=ids[None], cache=self.cache, use_cache=True, **options)
         self.cache = cache_of(out)
         return out
 
@@ -289,7 +283,10 @@ def _check_arguments(model, input_ids, start, cache, attention_mask, row) -> Non
             f"cache: has read {known} columns, and the answer begins at start={start}; pass a copy of it from before "
             "the question (copy.deepcopy), at least one token short of the answer."
         )
-    if attention_mask is None and int(cache.seen[row]) != known:
+    if attention_mask is not None:
+        behind = max(known - attention_mask.shape[1], 0)
+        cache.check_mask(nn.functional.pad(attention_mask[:, :known].long(), (0, behind), value=1))
+    elif int(cache.seen[row]) != known:
         raise ValueError(
             f"attention_mask: row {row} has {known - int(cache.seen[row])} pads among the {known} columns that the "
             "cache has read; pass the mask that the model was given."

@@ -27,13 +27,14 @@ from notebooks.run import assigned_names, execute, main, notebooks, read, with_p
 from tests.project.test_project import ON_ONE_MACHINE, ROOT, pyproject
 
 
-NAMES = ("01_quickstart", "02_graft_and_align", "03_lora", "04_inside_the_memory")
-# What each shows: pictures, and texts coloured by show_memory.
+NAMES = ("01_quickstart", "02_graft_and_align", "03_lora", "04_inside_the_memory", "05_long_memory")
+# What each shows: pictures, and texts coloured by show_memory or show_passages.
 SHOWN = {
     "01_quickstart": (0, 1),
     "02_graft_and_align": (3, 0),
     "03_lora": (1, 0),
     "04_inside_the_memory": (6, 2),
+    "05_long_memory": (0, 3),
 }
 SMALL = {
     "01_quickstart": {"MEMORY": {"window_size": 32, "eidetic_size": 8}, "NEW_TOKENS": 4},
@@ -45,6 +46,11 @@ SMALL = {
     },
     "03_lora": {"STEPS": 2, "BATCH": 2, "LONGEST": 400, "NEW_TOKENS": 4},
     "04_inside_the_memory": {"SMALL_MEMORY": {"window_size": 32, "eidetic_size": 4}, "CONTEXTS": [32, 64]},
+    "05_long_memory": {
+        "MEMORY": ["window_size=32", "storage_size=4", "storage_candidates=8", "storage_sketch_size=4"],
+        "TOPICS": ["raise", "pass"],
+        "NEW_TOKENS": 4,
+    },
 }
 PROGRAMS = ("graft", "align", "evaluate", "finetune", "restore")  # of conversion: `main` alone is called
 LARGEST = 1_000_000  # bytes of a notebook, outputs included

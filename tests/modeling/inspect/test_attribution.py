@@ -259,6 +259,8 @@ def test_caches_that_do_not_fit_are_refused():
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="attention_mask: row 0 has 3 pads among the 20 columns"):
         attribute(model, IDS, START, cache=read(model, IDS[:, :20], mask))
+    with pytest.raises(ValueError, match="mask"):
+        attribute(model, IDS, START, cache=read(model, IDS[:, :20], mask), attention_mask=mask.flip(1))
 
 
 def test_bad_numbers_of_passages_are_named():
