@@ -56,7 +56,6 @@ SENTENCES = {
 }
 QUESTION = "What is the telephone number of the museum?"
 READ_CHUNK = 1024  # tokens read at a time, for the progress bar; the result does not depend on it
-HOST_STATES = ("stored_keys", "stored_values")  # what a query fetches from; may lie in host memory or on disk
 
 
 class Answered(NamedTuple):
@@ -214,9 +213,7 @@ def token_bytes(model: Any) -> int:
 
 def memory_bytes(cache: Any) -> tuple[int, int]:
     """Bytes that every step works on (on a GPU: the GPU's memory), and bytes of the store that is fetched from."""
-    states = [(name, value.nbytes) for layer in cache.layers for name, value in layer.states().items()]
-    stored = sum(size for name, size in states if name in HOST_STATES)
-    return sum(size for _, size in states) - stored, stored
+    return cache.nbytes - cache.storage_nbytes, cache.storage_nbytes
 
 
 def window_of(size: int, model: Any) -> int:

@@ -6,7 +6,9 @@ time. So the memory is that of the largest matrix of a layer in float32, however
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,9 +79,21 @@ def small_memory(config: BMojoConfig, tokens: int) -> BMojoConfig:
     return small
 
 
+@contextmanager
+def _sketches_follow() -> Iterator[None]:
+    """While a model is built whose sketches are read from a file: no warning that they are random until then."""
+    logger = logging.getLogger("modeling_bmojo.sketches")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def graft_logits(config: BMojoConfig, weights: Weights, ids: torch.Tensor) -> torch.Tensor:
     """Return logits `[1, T, V]` of a graft; raises ValueError where its states are not finite after the tokens."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _sketches_follow():
         model = BMojoForCausalLM(config)
     # With a cache, so that the fading memories run too, although no token is beyond the window yet.
     out = on_disk(model, weights, {})(input_ids=ids, use_cache=True)
