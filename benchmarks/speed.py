@@ -37,6 +37,7 @@ from . import (
     rows_model,
     rows_peers,
     rows_scan,
+    rows_storage,
     rows_train,
 )
 from .machine import facts
@@ -50,6 +51,7 @@ ROWS: list[Row] = [
     *rows_attention.ROWS,
     *rows_memory.ROWS,
     *rows_model.ROWS,
+    *rows_storage.ROWS,
     *rows_train.ROWS,
     *rows_peers.ROWS,
     *rows_compiled.ROWS,
