@@ -63,6 +63,10 @@ class BMojoCache(Cache):
     ```
     """
 
+    # Of the class, so that a cache that an earlier version pickled has them too.
+    directory: Directory | None = None
+    check_weights, _claimed = True, False
+
     def __init__(
         self,
         config: BMojoConfig | Iterable[tuple],
@@ -70,8 +74,7 @@ class BMojoCache(Cache):
         check_weights: bool = True,
     ):
         self._layout = LAYOUT
-        self.directory: Directory | None = None
-        self.check_weights, self._claimed = check_weights, False
+        self.check_weights = check_weights
         if isinstance(config, Iterator | list | tuple):
             self.facts, layers = joined(config)
             super().__init__(layers=layers)

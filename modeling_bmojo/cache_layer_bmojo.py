@@ -39,6 +39,8 @@ class BMojoCacheLayer(CacheLayerMixin):
         config: the model's configuration. layer_idx: which layer.
     """
 
+    pages: Any = None  # where a cache has a directory: the entries of the states that lie there
+    store: Any = None  # that directory; the first layer starts it, with the batch size and dtype
     is_compileable = False
     is_croppable = False
     is_sliding = False
@@ -52,8 +54,6 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.even = True  # no pad was ever read, so that `seen` is `columns` in every row
         self.unfinished = False  # first layer only: whoever wrote to the layers has not come to an end
         self.device: torch.device | None = None
-        self.pages = None  # where a cache has a directory: the entries of the states that lie there
-        self.store: Any = None  # that directory; the first layer starts it, with the batch size and dtype
         self.index = layer_idx
         for name in self.names:
             setattr(self, name, None)

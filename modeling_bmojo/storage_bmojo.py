@@ -120,7 +120,7 @@ class Storage(MemoryPart):
         entries = self._take_in(tokens, layer)
         if tokens.queries <= 0:
             return Observed()
-        if tokens.counted and self.limit is None and not self.decay:
+        if self._is_plain_step(tokens):
             return Observed(self._offer_now(tokens, entries, layer))
         positions = tokens.positions(layer)
         now = positions[:, tokens.front :]
@@ -134,6 +134,10 @@ class Storage(MemoryPart):
         even = tokens.lengths is None and (layer is None or layer.even)
         make = functools.partial(self._offer, tokens, entries, now, start, even, block)
         return Observed([Lazy(width, make)])
+
+    def _is_plain_step(self, tokens: Tokens) -> bool:
+        """Whether `storage_steps_bmojo` answers: what is offered is then a slice, and nothing is added to scores."""
+        return tokens.counted and self.limit is None and not self.decay
 
     def _offer_now(self, tokens: Tokens, entries: Entries, layer: Any) -> list[Seen]:
         """Return what a step sees whose rows have all read `layer.columns` tokens before it."""
@@ -160,7 +164,7 @@ class Storage(MemoryPart):
         if layer is not None:
             self._write(tokens, layer, sketches, clocks)
         means = (None, None)
-        if tokens.counted and self.limit is None and not self.decay:
+        if self._is_plain_step(tokens):
             if self.shown:
                 means = layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3)
             sketches = layer.sketches if self.sketch_size else None
