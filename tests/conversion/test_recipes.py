@@ -33,6 +33,7 @@ from tests.conversion.training_setup import QUIET, T, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("llama-3.2-1b", "qwen3-0.6b", "qwen3-8b", "smollm2-135m", "smollm3-3b")
+STORAGE = "smollm2-135m-storage"  # a graft that nothing was trained for
 ADAPTERS = ("dora-smollm2-135m", "hylora-smollm2-135m", "lora-smollm2-135m", "qlora-smollm2-135m")
 FOLDERS = {"graft": "graft", "align": "align", "finetune": "finetune", "peft": "finetune"}  # folder to program
 LLAMA3_ROPE = {
@@ -78,7 +79,8 @@ def recipes(program: str) -> list[Path]:
 
 
 def test_every_model_has_its_recipes():
-    for program in ("graft", "align", "finetune"):
+    assert {path.stem for path in recipes("graft")} == {*MODELS, STORAGE}
+    for program in ("align", "finetune"):
         assert tuple(path.stem for path in recipes(program)) == MODELS, program
     assert tuple(path.stem for path in recipes("peft")) == ADAPTERS
 
