@@ -71,14 +71,13 @@ def _check_table(layer: BMojoCacheLayer, table: Table, expected: Table, optional
 def _check_grown(layer: BMojoCacheLayer, table: Table, columns: int) -> None:
     declared = layer.memory.declared.items()
     growing = {name: state for name, state in declared if state.grows is not None and name in table}
-    strides: dict[int, dict[str, int]] = {}
-    for name, state in growing.items():
-        strides.setdefault(state.stride, {})[name] = table[name][0][state.grows + 1]
-    for stride, found in strides.items():
-        sizes = set(found.values())
-        if len(sizes) > 1 or min(sizes) < columns // stride:
-            names = " and ".join(map(repr, found))
-            raise ValueError(f"{names} have room for {sorted(sizes)} tokens but {columns} columns were read")
+    for by_token in (True, False):
+        found = {n: table[n][0][s.grows + 1] for n, s in growing.items() if (s.needs is None) == by_token}
+        short = [name for name, size in found.items() if size < growing[name].entries(columns)]
+        if short or len(set(found.values())) > 1:
+            names, room = " and ".join(map(repr, found)), sorted(set(found.values()))
+            what = "tokens" if by_token else "entries"
+            raise ValueError(f"{names} have room for {room} {what} but {columns} columns were read")
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         return found
 
     def _grows_by_token(self, name: str, state: State) -> bool:
-        return state.grows is not None and state.stride == 1 and getattr(self, name) is not None
+        return state.grows is not None and state.needs is None and getattr(self, name) is not None
 
     def saves(self, name: str) -> bool:
         """Whether a state goes into the cache's file."""

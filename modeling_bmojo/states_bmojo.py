@@ -6,6 +6,7 @@ all alike (`cache_layer_bmojo`) and knows nothing else of them.
 Shapes: B rows, T new tokens, S entries of a buffer, C channels.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ class State(NamedTuple):
 
     kind: its dtype: "model" (that of the activations), "wide" (the same, fp32 at least), "widest" (fp64 where the
     device has it), "count" (int64), "byte" (int8). fill: what it holds before the first token. grows: the axis of
-    `shape` that follows the text, with at least one entry per `stride` tokens; None: none does. saved: it goes into the
-    cache's file. on_host: it stays on the CPU wherever the model is. pages: where a cache has a directory, its entries
+    `shape` that follows the text; None: none does. needs: from columns read to entries that it has at least, None: one
+    for each. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is. pages: where a cache has a directory, its entries
     lie there, as the field of this name of the layer's pages; None: they do not.
     """
 
@@ -33,8 +34,12 @@ class State(NamedTuple):
     grows: int | None = None
     saved: bool = True
     on_host: bool = False
-    stride: int = 1
+    needs: Callable[[int], int] | None = None
     pages: str | None = None
+
+    def entries(self, columns: int) -> int:
+        """Return how many entries a growing state has at least after so many columns."""
+        return columns if self.needs is None else self.needs(columns)
 
     def dtype(self, model: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype for activations of dtype `model` on `device`."""
@@ -50,13 +55,17 @@ class State(NamedTuple):
         return torch.full((batch, *self.shape), self.fill, dtype=self.dtype(model, device), device=device)
 
 
-def grow(buffer: torch.Tensor, axis: int, upto: int) -> torch.Tensor:
-    """Return the buffer with room for `upto` entries along `axis`, zeros behind what it holds; itself if it has it."""
+def grow(buffer: torch.Tensor, axis: int, upto: int, least: int = GROWTH) -> torch.Tensor:
+    """Return the buffer with room for `upto` entries along `axis`, zeros behind what it holds; itself if it has it.
+
+    Args:
+        least: entries that it grows by at least; 1: by no more than is needed.
+    """
     capacity = buffer.shape[axis]
     if capacity >= upto:
         return buffer
     room = [0, 0] * (buffer.dim() - axis)
-    room[-1] = max(upto - capacity, GROWTH, capacity // 2)
+    room[-1] = max(upto - capacity, least, capacity // 2 if least > 1 else 0)
     return F.pad(buffer, room)
 
 

@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 
 from .attention_ops import BlockKeys, Lazy, Seen
+from .block_means_bmojo import Blocks, Means, Pyramid, fetched_inside, inside, token_means
 from .distance_bmojo import correction, scores
 from .eidetic_bmojo import EideticMemory
 from .fields_bmojo import is_int, reject, require_int, require_number
 from .memory_ops import NEVER, widest
 from .parts_bmojo import MemoryPart, Observed, Tokens
-from .states_bmojo import State, append, grow, take
-from .storage_ops import Blocks, blocks_between, inside, members, places_of_first, pooled
-from .storage_steps_bmojo import Paged, Step, at, blocks_now, fetch, mass
+from .states_bmojo import State, append, grow
+from .storage_ops import places_of_first, pooled
+from .storage_steps_bmojo import Paged, Step, at, blocks_now, fetch, mass, some
 
 
 LARGEST_BLOCK = 1 << 20
@@ -35,16 +36,15 @@ class Entries(NamedTuple):
     """Everything that was read, entry = position.
 
     keys, values: `[R, G, S, D]`, or where they are read from. sketches: `[R, G, S, r]` or None. clocks: `[R, S]`, E of
-    each token, or None. mean_keys, mean_values: `[R, G, N', D]`, by `Blocks.node`, or None. expiry: `[R, S]`, the
-    position from which on a token is in none of the other memories, or None: W after it.
+    each token, or None. means: of blocks, or None. expiry: `[R, S]`, the position from which on a token is in none of
+    the other memories, or None: W after it.
     """
 
     keys: "torch.Tensor | Paged"
     values: "torch.Tensor | Paged"
     sketches: torch.Tensor | None
     clocks: torch.Tensor | None
-    mean_keys: torch.Tensor | None
-    mean_values: torch.Tensor | None
+    means: Means | None
     expiry: torch.Tensor | None
 
 
@@ -72,6 +72,7 @@ class Storage(MemoryPart):
         self.limit, self.decay = config.storage_limit, config.storage_decay
         self.sketch_size = config.storage_sketch_size
         self.window, self.size, self.shown = spec.window, spec.stride, spec.blocks
+        self.pyramid = Pyramid(spec.window, spec.stride, spec.blocks)
         self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.takes_left = spec.slots > 0
 
@@ -111,8 +112,8 @@ class Storage(MemoryPart):
         if self.decay:
             found |= {"surprise": State((), "widest"), "surprises": State((0,), "widest", grows=0)}
         if self.shown:
-            # A tree of blocks has two nodes per block: the block itself, and one that stands behind it.
-            mean = State((self.heads, 0, 2, self.head_dim), grows=1, stride=self.size)
+            levels = functools.partial(_levels_after, self.pyramid)
+            mean = State((self.heads, 0, self.pyramid.places, self.head_dim), grows=1, needs=levels)
             found |= {"mean_keys": mean, "mean_values": mean}
         return found
 
@@ -129,8 +130,8 @@ class Storage(MemoryPart):
         start = last - tokens.queries
         entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, last))
         block = min(tokens.block, tokens.queries)
-        levels = (last // self.size).bit_length() if self.shown else 0
-        width = max(last - self.window, 0) + levels * (self.shown + 1)
+        blocks = self.pyramid.levels(last - self.window) * (self.shown + 1) if self.shown else 0
+        width = max(last - self.window, 0) + blocks
         even = tokens.lengths is None and (layer is None or layer.even)
         make = functools.partial(self._offer, tokens, entries, now, start, even, block)
         return Observed([Lazy(width, make)])
@@ -153,7 +154,7 @@ class Storage(MemoryPart):
         seen, place = fetch(step, entries, kept, self.fetched, self.candidates)
         if not self.shown or place is None:
             return [seen]  # whatever is stored is there itself
-        blocks = blocks_now(step, self.size, self.shown)
+        blocks = blocks_now(step, self.pyramid)
         return [seen, mass(step, entries, blocks, kept, place)] if len(blocks.node) else [seen]
 
     # Taking in -------------------------------------------------------------------------------------------------------
@@ -163,25 +164,16 @@ class Storage(MemoryPart):
         clocks = self._clocks(tokens, layer)
         if layer is not None:
             self._write(tokens, layer, sketches, clocks)
-        means = (None, None)
         if self._is_plain_step(tokens):
-            if self.shown:
-                means = layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3)
-            sketches = layer.sketches if self.sketch_size else None
-            return Entries(*self._kept(layer), sketches, None, *means, None)
-        if layer is None or not layer.started:
-            if self.shown:
-                means = self._tree(keys), self._tree(values)
-        else:
+            means = self._step_means(layer) if self.shown else None
+            return Entries(*self._kept(layer), layer.sketches if self.sketch_size else None, None, means, None)
+        if layer is not None and layer.started:
             upto = layer.columns + keys.shape[2]
             keys, values = self._joined(tokens, layer, upto)
             sketches = None if sketches is None else layer.sketches[:, :, :upto]
             clocks = None if clocks is None else layer.surprises[:, :upto]
-            if self.shown and tokens.needs_grad:
-                means = self._tree(keys), self._tree(values)
-            elif self.shown:
-                means = layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3)
-        return Entries(keys, values, sketches, clocks, *means, None)
+        means = self._means(tokens, layer, keys, values) if self.shown else None
+        return Entries(keys, values, sketches, clocks, means, None)
 
     @staticmethod
     def _kept(layer: Any) -> "tuple[torch.Tensor | Paged, torch.Tensor | Paged]":
@@ -236,8 +228,6 @@ class Storage(MemoryPart):
             layer.surprises = grow(layer.surprises, 1, upto)
             append(layer.surprises, self._places(tokens, layer)[1], clocks)
             layer.surprise.copy_(clocks[:, -1])
-        if self.shown and not (tokens.counted and upto % self.size):
-            self._extend_means(tokens, layer, upto)
 
     @staticmethod
     def _put(buffer: torch.Tensor, index: torch.Tensor | slice, new: torch.Tensor) -> None:
@@ -248,58 +238,31 @@ class Storage(MemoryPart):
             append(buffer.transpose(1, 2), index, new)
 
     # Means of blocks -------------------------------------------------------------------------------------------------
-    def _tree(self, entries: torch.Tensor) -> torch.Tensor:
-        """Means of all complete blocks of entries `[R, G, S, D]`, `[R, G, N', D]` by `Blocks.node`."""
-        whole = entries.shape[2] // self.size
-        wide = torch.promote_types(entries.dtype, torch.float32)
-        level = entries[:, :, : whole * self.size].unflatten(2, (whole, self.size)).to(wide).mean(dim=3)
-        nodes, found, height = [], [], 0
-        while level.shape[2]:
-            nodes.append(torch.arange(level.shape[2], device=level.device) * (2 << height) + (1 << height) - 1)
-            found.append(level.to(entries.dtype))
-            pairs = level.shape[2] // 2
-            level = found[-1][:, :, : 2 * pairs].unflatten(2, (pairs, 2)).to(wide).mean(dim=3)
-            height += 1
-        if not found:
-            return entries[:, :, :0]
-        tree = found[0].new_zeros(*entries.shape[:2], 2 * whole, entries.shape[3])
-        return tree.index_copy(2, torch.cat(nodes), torch.cat(found, dim=2))
+    def _means(self, tokens: Tokens, layer: Any, keys, values) -> Means:
+        """Return the means that the queries are shown, of all keys and values, and let the cache keep the last ones."""
+        low, high, seen, rings = 0, tokens.keys.shape[1], None, None
+        if layer is not None and layer.started:
+            low, rings = layer.columns, (layer.mean_keys, layer.mean_values)
+            high += low
+            if not layer.even:
+                low, seen = int(layer.seen.min()), layer.seen
+        means = self.pyramid.means(functools.partial(self._of_tokens, keys, values), low, high, rings, seen)
+        if layer is not None:
+            after = layer.seen + tokens.real()
+            rings = self.pyramid.rings(means, (layer.mean_keys, layer.mean_values), after, high)
+            layer.mean_keys, layer.mean_values = rings
+        return means
 
-    def _extend_means(self, tokens: Tokens, layer: Any, upto: int) -> None:
-        """Write the means of the blocks that the new tokens complete, level by level."""
-        before, after = layer.seen, layer.seen + tokens.real()
-        layer.mean_keys, layer.mean_values = (
-            grow(value, 2, upto // self.size + 1) for value in (layer.mean_keys, layer.mean_values)
-        )
-        size, level = self.size, 0
-        while size <= upto:
-            first, count = before // size, after // size - before // size
-            most = tokens.keys.shape[1] // size + 1
-            if layer.even and tokens.lengths is None:
-                most = upto // size - layer.columns // size
-            number = first[:, None] + torch.arange(most, device=first.device)
-            done = torch.arange(most, device=first.device) < count[:, None]
-            if most == 0:
-                break  # no block of a larger size either
-            trees = [value.flatten(2, 3) for value in (layer.mean_keys, layer.mean_values)]  # views
-            for stored, means in zip(self._kept(layer), trees):
-                place = number * (2 << level) + (1 << level) - 1
-                place = torch.where(done, place, means.shape[2] - 1)  # a place that belongs to nobody yet
-                if level == 0:
-                    parts = number[..., None] * size + torch.arange(size, device=number.device)
-                    source, limit = stored, upto - 1
-                else:
-                    half = 1 << (level - 1)
-                    parts = 2 * number[..., None] + torch.arange(2, device=number.device)
-                    parts, source, limit = parts * (2 * half) + half - 1, means, means.shape[2] - 1
-                parts = parts.clamp(max=limit)
-                if isinstance(source, Paged):
-                    found = source.tokens(parts.flatten(1)).unflatten(1, parts.shape[1:])
-                else:
-                    found = take(source.transpose(1, 2), parts.flatten(1)).unflatten(1, parts.shape[1:])
-                wide = torch.promote_types(found.dtype, torch.float32)
-                append(means.transpose(1, 2), place, found.to(wide).mean(dim=2))
-            size, level = 2 * size, level + 1
+    def _step_means(self, layer: Any) -> Means:
+        """Return what the cache keeps, with the block that the token completes which leaves the window now."""
+        rings = layer.mean_keys, layer.mean_values
+        now = functools.partial(self._of_tokens, *self._kept(layer))
+        layer.mean_keys, layer.mean_values = self.pyramid.step(rings, layer.columns + 1 - self.window, now)
+        return Means(layer.mean_keys.flatten(2, 3), layer.mean_values.flatten(2, 3), ())
+
+    def _of_tokens(self, keys, values, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the means of the smallest blocks from number `first` to `last`, `[R, G, last - first, D]` each."""
+        return tuple(token_means(some(each, first * self.size, last * self.size), self.size) for each in (keys, values))
 
     # What is offered -------------------------------------------------------------------------------------------------
     def _expiry(self, tokens: Tokens, layer: Any, left: list, now: torch.Tensor, count: int) -> torch.Tensor | None:
@@ -362,9 +325,9 @@ class Storage(MemoryPart):
             low, high = start + first, start + first + queries
             if not even:
                 low = max(int(torch.where(positions < 0, high, positions).min()), 0)
-            found = blocks_between(low, high, self.window, self.size, self.shown, now.device)
+            found = self.pyramid.between(low, high, entries.means.offsets, now.device)
             if len(found.node):
-                inner = meant.double() @ members(place, found)
+                inner = fetched_inside(place, meant, found)
                 if kept is not None:
                     inner = inner + inside(kept, found, self.size)[:, None]
                 offers.append(self._mass(tokens, entries, found, inner, asking, count))
@@ -391,7 +354,7 @@ class Storage(MemoryPart):
                 wanted = self._aged(wanted, entries, asking, place, upto)
                 place, meant = places_of_first(wanted, meant, self.candidates, common)
                 common = 0
-        if self.fetched < (upto if place is None else place.shape[-1]):
+        if self.fetched < (upto if self.candidates is None else min(self.candidates, upto)):
             with torch.no_grad():
                 wide = torch.promote_types(asking.query.dtype, torch.float32)
                 keys = at(entries.keys, place, upto).to(wide)
@@ -439,7 +402,7 @@ class Storage(MemoryPart):
             inner: `[R, G, Q, N]`, how many are.
         """
         dtype, now = asking.query.dtype, asking.positions[..., None]
-        keys, values = (value[:, :, blocks.node].to(dtype) for value in (entries.mean_keys, entries.mean_values))
+        keys, values = (value[:, :, blocks.node].to(dtype) for value in entries.means[:2])
         shown = (blocks.begin <= now) & (now < blocks.end)
         rest = blocks.size - inner
         seen = shown[:, None] & (rest > 0)
@@ -463,12 +426,11 @@ class Storage(MemoryPart):
                 states[name] = value.masked_fill(~read.view(shape), 0).narrow(axis, 0, int(seen.max()))
         for name in ("mean_keys", "mean_values"):
             if name in states:
-                value, most = states[name].flatten(2, 3), int(seen.max()) // self.size
-                node = torch.arange(value.shape[2], device=seen.device)
-                level = _level(node)
-                ends = ((node >> (level + 1)) + 1) * (self.size << level)
-                done = ends <= seen[:, None]
-                states[name] = value.masked_fill(~done[:, None, :, None], 0).unflatten(2, (-1, 2))[:, :, :most]
+                states[name] = self.pyramid.arranged(states[name], seen)
+
+
+def _levels_after(pyramid: Pyramid, columns: int) -> int:
+    return pyramid.levels(columns - pyramid.window)
 
 
 def _offered(keys, values, position, bias, seen, count: int) -> BlockKeys:
@@ -482,18 +444,6 @@ def _offered(keys, values, position, bias, seen, count: int) -> BlockKeys:
     bias = torch.where(seen, bias, -torch.inf).unflatten(2, (count, -1)).transpose(1, 2)
     keys, values, position = (value[:, None].expand(-1, count, *value.shape[1:]) for value in (keys, values, position))
     return BlockKeys(keys, values, None, None, position, bias)
-
-
-def _level(node: torch.Tensor) -> torch.Tensor:
-    """How many ones a node's number ends in: its level in the tree."""
-    level, rest = torch.zeros_like(node), node.clone()
-    for _ in range(62):
-        ones = rest & 1
-        level += ones
-        rest = torch.where(ones > 0, rest >> 1, 0)
-        if not bool(rest.any()):
-            break
-    return level
 
 
 __all__ = ["Storage"]

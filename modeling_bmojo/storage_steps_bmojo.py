@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention_ops import Seen
+from .block_means_bmojo import Pyramid
 from .distance_bmojo import Far, step_correction
-from .storage_ops import blocks_between, chosen_places, in_steps
+from .storage_ops import chosen_places, in_steps
 
 
 class Step(NamedTuple):
@@ -46,9 +47,10 @@ class Paged(NamedTuple):
     name: str
     device: torch.device
 
-    def tokens(self, place: torch.Tensor) -> torch.Tensor:
-        """Return the entries of tokens `[B, U]`, of all heads: `[B, U, G, D]`."""
-        return self.pages.read(self.name, place)
+    def some(self, first: int, last: int) -> torch.Tensor:
+        """Return entries `first` ... `last` - 1."""
+        place = torch.arange(first, last).expand(self.pages.batch, -1)
+        return self.pages.read(self.name, place).transpose(1, 2).to(self.device)
 
     def at(self, place: torch.Tensor | None, count: int) -> torch.Tensor:
         """Return `at` of them."""
@@ -69,20 +71,21 @@ class BlocksNow(NamedTuple):
     size: torch.Tensor
 
 
-def blocks_now(step: Step, size: int, shown: int) -> BlocksNow:
-    """Return the blocks that a step's query is shown (size b, F shown per level)."""
+def blocks_now(step: Step, pyramid: Pyramid) -> BlocksNow:
+    """Return the blocks that a step's query is shown."""
     wide = torch.promote_types(step.query.dtype, torch.float32)
-    mode = torch.is_inference_mode_enabled()
-    return _blocks_now(step.now, step.window, size, shown, step.query.device, wide, mode)
+    return _blocks_now(step.now, pyramid, step.query.device, wide, torch.is_inference_mode_enabled())
 
 
 @functools.lru_cache(maxsize=4)  # every layer asks the same; tensors made in inference mode stay there
-def _blocks_now(now, window, size, shown, device: torch.device, wide: torch.dtype, mode: bool) -> BlocksNow:
-    found = blocks_between(now, now + 1, window, size, shown, device)
-    shown_now = (found.begin <= now) & (now < found.end)
-    order = found.first[shown_now].argsort()
-    node, first, tokens = (value[shown_now][order] for value in (found.node, found.first, found.size))
-    return BlocksNow(node, first, first + tokens, tokens.to(wide))
+def _blocks_now(now: int, pyramid: Pyramid, device: torch.device, wide: torch.dtype, mode: bool) -> BlocksNow:
+    rows = []
+    for level, span in reversed(list(enumerate(pyramid.spans(now, now + 1)))):
+        size = pyramid.size << level
+        place = level * pyramid.places
+        rows += [(place + number % pyramid.places, number * size, size) for number in range(*span)]
+    node, first, size = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3).t().contiguous()
+    return BlocksNow(node, first, first + size, size.to(wide))
 
 
 @torch.no_grad()
@@ -137,7 +140,7 @@ def mass(step: Step, stored, blocks: BlocksNow, kept: torch.Tensor | None, place
     inside = blocks.size.new_zeros(*place.shape[:2], last + 1)
     inside.scatter_add_(-1, number, inside.new_ones(()).expand(number.shape))
     bias = (blocks.size - inside[..., :last]).log_()[:, :, None]  # log 0: not there
-    keys, values = (value.index_select(2, blocks.node) for value in (stored.mean_keys, stored.mean_values))
+    keys, values = (value.index_select(2, blocks.node) for value in stored.means[:2])
     keys, values = keys.to(step.query.dtype), values.to(step.query.dtype)
     if step.far is not None:
         bias = bias + _change(step, keys, blocks.first.expand(*keys.shape[:2], -1))
@@ -161,6 +164,13 @@ def at(entries: torch.Tensor | Paged, place: torch.Tensor | None, count: int) ->
     first = _first(rows, heads, *own, place.device, torch.is_inference_mode_enabled())
     index = torch.add(first, place, alpha=own[2])
     return flat.index_select(0, index.flatten()).view(*place.shape, dim)
+
+
+def some(entries: torch.Tensor | Paged, first: int, last: int) -> torch.Tensor:
+    """Return entries `first` ... `last` - 1 of `[B, G, S, D]`."""
+    if isinstance(entries, Paged):
+        return entries.some(first, last)
+    return entries[:, :, first:last]
 
 
 @functools.lru_cache(maxsize=8)  # every layer asks the same; tensors made in inference mode stay there
@@ -192,4 +202,4 @@ def _change(step: Step, keys: torch.Tensor, origin: torch.Tensor) -> torch.Tenso
     return step_correction(far, step.query, far_query, keys, origin, step.now)
 
 
-__all__ = ["BlocksNow", "Step", "blocks_now", "fetch", "mass"]
+__all__ = ["BlocksNow", "Paged", "Step", "at", "blocks_now", "fetch", "mass", "some"]

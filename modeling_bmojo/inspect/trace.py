@@ -136,7 +136,7 @@ def memory_bytes(config: BMojoConfig, tokens: int, dtype: torch.dtype = torch.fl
             if state.grows is not None:
                 sizes = [size for axis, size in enumerate(state.shape) if axis != state.grows]
                 entry = math.prod(sizes) * state.dtype(dtype, torch.device("cpu")).itemsize
-                growing += tokens // state.stride * entry
+                growing += state.entries(tokens) * entry
     last_hidden = config.hidden_size * dtype.itemsize
     return cache.nbytes + last_hidden + growing, config.num_hidden_layers * per_layer
 

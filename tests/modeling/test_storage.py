@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference, memory_bytes
-from modeling_bmojo.storage_ops import blocks_between, chosen_places, in_steps, inside, places_of_first, pooled
+from modeling_bmojo.block_means_bmojo import Pyramid, fetched_inside, inside
+from modeling_bmojo.storage_ops import chosen_places, in_steps, places_of_first, pooled
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
 from tests.reading import read, tokens
@@ -400,7 +401,9 @@ def test_decay_goes_on_beyond_what_scores_can_be():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 90), st.integers(1, 40), st.integers(1, 9), st.integers(2, 5), st.integers(1, 4))
 def test_blocks_are_those_of_the_definition(low, more, window, size, shown):
-    blocks = blocks_between(low, low + more, window, size, shown, torch.device("cpu"))
+    pyramid = Pyramid(window, size, shown)
+    offsets = tuple(1000 * level for level in range(20))
+    blocks = pyramid.between(low, low + more, offsets, torch.device("cpu"))
     for t in range(low, low + more):
         here = (blocks.begin <= t) & (t < blocks.end)
         found = sorted(zip(blocks.first[here].tolist(), blocks.size[here].tolist()))
@@ -412,7 +415,7 @@ def test_blocks_are_those_of_the_definition(low, more, window, size, shown):
 
 
 def test_inside_counts_by_block():
-    blocks = blocks_between(0, 30, 4, 2, 2, torch.device("cpu"))
+    blocks = Pyramid(4, 2, 2).between(0, 30, (0, 100, 200, 300), torch.device("cpu"))
     kept = torch.rand(2, 3, 30, generator=torch.Generator().manual_seed(0)) > 0.5
     found = inside(kept, blocks, 2)
     for place, (first, size) in enumerate(zip(blocks.first.tolist(), blocks.size.tolist())):
