@@ -12,6 +12,8 @@ Shapes: B rows, T tokens (R and T' where it matters that they are mixer rows), E
 heads, D head dim, W window, M eidetic slots, F fading tokens, L block length.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -167,14 +169,14 @@ class BMojoAttention(nn.Module):
                     f"innovation={self.memory.innovation.name!r}: scored {list(innovation.shape)} for tokens "
                     f"{list(keys.shape[:2])}; return one number per row and token."
                 )
-        sketches = None if self.sketch is None else self._sketches(query, keys, turns)
+        sketches, asked = (None, None) if self.sketch is None else self._sketches(query, keys, turns)
         far = self._far(query, turns)
         query, keys = rotate(query, rotary), rotate(keys, rotary)
         counted = steps and cache.counts(lengths)
         fading_tokens = self._fading_tokens(fading, rotary, cache, steps, counted)
         front, block = self.memory.front(tokens, cache), self.block if self.spec.window else tokens
         how = (front, block, steps, counted, needs_grad, self.memory.takes_left)
-        how = (*how, self.scaling, sketches, far)
+        how = (*how, self.scaling, sketches, asked, far)
         new = Tokens(query, keys, values, innovation, lengths, fading_tokens, *how)
         offers = self.memory.observe(new, cache, self.kernels)
         out, weights = self._attend(query, keys, values, offers, front, columns)
@@ -182,11 +184,15 @@ class BMojoAttention(nn.Module):
             out = out + _zero_anchor((*fading, *(fading_tokens or ()))).to(out.dtype)
         return out, weights
 
-    def _sketches(self, query, keys, turns: Turns | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return sketches of keys and queries without positions (`KeySketch`)."""
-        with torch.no_grad():
-            turned = rotate(query, None if turns is None else turns.at_window)
-            return self.sketch.keys(keys), self.sketch.queries(turned, self.scaling)
+    def _sketches(self, query, keys, turns: Turns | None) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """Return sketches of keys without positions, and what makes those of such queries (`KeySketch`): while all that
+        is stored is fetched, nobody asks."""
+
+        def asked() -> torch.Tensor:
+            with torch.no_grad():
+                return self.sketch.queries(rotate(query, None if turns is None else turns.at_window), self.scaling)
+
+        return self.sketch.keys(keys), asked
 
     def _far(self, query, turns: Turns | None) -> Far | None:
         """Return what pairs beyond `max_rope_distance` need, of queries without positions."""

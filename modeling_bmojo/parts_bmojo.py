@@ -11,6 +11,7 @@ decoding step attends to it as it lies, without a copy. What lies elsewhere is o
 Shapes: R mixer rows, T tokens, H query heads, G key/value heads, D head dim, S entries, L block length.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,8 @@ class Tokens(NamedTuple):
     block: L, queries that share what is offered to them. steps: one token, whose states are written in place.
     counted: of a step: a number, `layer.columns`, says what every row has read. needs_grad: a gradient is wanted.
     wants_left: some part asks what the others let go. scaling: sigma, of the scores.
-    sketches: int8 `[R, T, G, r]` of the keys, and `[R, T, H, r]` what the queries ask them (`sketch_bmojo`); or None.
+    sketches: int8 `[R, T, G, r]` of the keys, or None. asked: makes what the queries ask them,
+    `[R, T, H, r]` (`sketch_bmojo`); or None.
     far: what pairs beyond `max_rope_distance` need, or None if there are none.
     """
 
@@ -77,7 +79,8 @@ class Tokens(NamedTuple):
     needs_grad: bool
     wants_left: bool
     scaling: float = 1.0
-    sketches: tuple[torch.Tensor, torch.Tensor] | None = None
+    sketches: torch.Tensor | None = None
+    asked: Callable[[], torch.Tensor] | None = None
     far: Far | None = None
 
     @property

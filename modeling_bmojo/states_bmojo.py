@@ -24,8 +24,8 @@ class State(NamedTuple):
     kind: its dtype: "model" (that of the activations), "wide" (the same, fp32 at least), "widest" (fp64 where the
     device has it), "count" (int64), "byte" (int8). fill: what it holds before the first token. grows: the axis of
     `shape` that follows the text; None: none does. needs: from columns read to entries that it has at least, None: one
-    for each. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is. pages: where a cache has a directory, its entries
-    lie there, as the field of this name of the layer's pages; None: they do not.
+    for each. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is. pages: where a
+    cache has a directory, its entries lie there, as the field of this name of the layer's pages; None: they do not.
     """
 
     shape: tuple[int, ...]

@@ -25,7 +25,7 @@ from .fields_bmojo import is_int, reject, require_int, require_number
 from .memory_ops import NEVER, widest
 from .parts_bmojo import MemoryPart, Observed, Tokens
 from .states_bmojo import State, append, grow
-from .storage_ops import places_of_first, pooled
+from .storage_ops import largest, places_of_first
 from .storage_steps_bmojo import Paged, Step, at, blocks_now, fetch, mass, some
 
 
@@ -35,7 +35,7 @@ LARGEST_BLOCK = 1 << 20
 class Entries(NamedTuple):
     """Everything that was read, entry = position.
 
-    keys, values: `[R, G, S, D]`, or where they are read from. sketches: `[R, G, S, r]` or None. clocks: `[R, S]`, E of
+    keys, values: `[R, G, S, D]`, or where they are read from. sketches: `[R, G, r, S]` or None. clocks: `[R, S]`, E of
     each token, or None. means: of blocks, or None. expiry: `[R, S]`, the position from which on a token is in none of
     the other memories, or None: W after it.
     """
@@ -108,7 +108,7 @@ class Storage(MemoryPart):
         entry = State((self.heads, 0, self.head_dim), grows=1)
         found = {"stored_keys": entry._replace(pages="keys"), "stored_values": entry._replace(pages="values")}
         if self.sketch_size:
-            found["sketches"] = State((self.heads, 0, self.sketch_size), "byte", grows=1)
+            found["sketches"] = State((self.heads, self.sketch_size, 0), "byte", grows=2)  # as their products read them
         if self.decay:
             found |= {"surprise": State((), "widest"), "surprises": State((0,), "widest", grows=0)}
         if self.shown:
@@ -129,11 +129,12 @@ class Storage(MemoryPart):
         last = positions.shape[1] + (0 if layer is None else layer.columns)
         start = last - tokens.queries
         entries = entries._replace(expiry=self._expiry(tokens, layer, left, now, last))
-        block = min(tokens.block, tokens.queries)
         blocks = self.pyramid.levels(last - self.window) * (self.shown + 1) if self.shown else 0
         width = max(last - self.window, 0) + blocks
         even = tokens.lengths is None and (layer is None or layer.even)
-        make = functools.partial(self._offer, tokens, entries, now, start, even, block)
+        named = self.candidates is not None and self.candidates < last - self.window
+        asked = tokens.asked() if named else None
+        make = functools.partial(self._offer, tokens, entries, asked, now, start, even)
         return Observed([Lazy(width, make)])
 
     def _is_plain_step(self, tokens: Tokens) -> bool:
@@ -143,8 +144,9 @@ class Storage(MemoryPart):
     def _offer_now(self, tokens: Tokens, entries: Entries, layer: Any) -> list[Seen]:
         """Return what a step sees whose rows have all read `layer.columns` tokens before it."""
         own, scaling = self._by_group(tokens.query.transpose(1, 2))[..., 0, :], tokens.scaling
-        sketched = None if tokens.sketches is None else tokens.sketches[1][:, 0].unflatten(1, (self.heads, -1))
-        far = tokens.far
+        stored, sketched, far = layer.columns + 1 - self.window, None, tokens.far
+        if self.candidates is not None and self.candidates < stored:
+            sketched = tokens.asked()[:, 0].unflatten(1, (self.heads, -1))
         if far is not None:
             far = far.query[:, 0].unflatten(1, (self.heads, -1)), far
         step = Step(own, far, sketched, scaling, layer.columns, self.window)
@@ -159,7 +161,7 @@ class Storage(MemoryPart):
 
     # Taking in -------------------------------------------------------------------------------------------------------
     def _take_in(self, tokens: Tokens, layer: Any) -> Entries:
-        sketches = None if tokens.sketches is None else tokens.sketches[0].transpose(1, 2)
+        sketches = None if tokens.sketches is None else tokens.sketches.permute(0, 2, 3, 1)
         keys, values = tokens.keys.transpose(1, 2), tokens.values.transpose(1, 2)
         clocks = self._clocks(tokens, layer)
         if layer is not None:
@@ -170,7 +172,7 @@ class Storage(MemoryPart):
         if layer is not None and layer.started:
             upto = layer.columns + keys.shape[2]
             keys, values = self._joined(tokens, layer, upto)
-            sketches = None if sketches is None else layer.sketches[:, :, :upto]
+            sketches = None if sketches is None else layer.sketches[..., :upto]
             clocks = None if clocks is None else layer.surprises[:, :upto]
         means = self._means(tokens, layer, keys, values) if self.shown else None
         return Entries(keys, values, sketches, clocks, means, None)
@@ -220,7 +222,11 @@ class Storage(MemoryPart):
             layer.pages.write(layer.seen if uneven else layer.columns, keys=tokens.keys, values=tokens.values)
             new = {}
         if sketches is not None:
-            new["sketches"] = sketches.transpose(1, 2)
+            layer.sketches = grow(layer.sketches, 3, upto)
+            if tokens.counted:
+                layer.sketches[..., upto - 1 :][..., :1] = sketches
+            else:
+                append(layer.sketches.permute(0, 3, 1, 2), index, sketches.permute(0, 3, 1, 2))
         for name, value in new.items():
             setattr(layer, name, grow(getattr(layer, name), 2, upto))
             self._put(getattr(layer, name), index, value)
@@ -281,14 +287,15 @@ class Storage(MemoryPart):
         return expiry[:, :-1]
 
     def _offer(
-        self, tokens: Tokens, entries: Entries, now: torch.Tensor, start: int, even: bool, block: int, blocks: slice
+        self, tokens: Tokens, entries: Entries, asked, now: torch.Tensor, start: int, even: bool, blocks: slice
     ) -> list[BlockKeys]:
         """Return what the queries of some blocks are offered.
 
         Args:
-            now: `[R, T - front]` positions, -1 for a pad. start: the position of the first query in the row that has
-                read most. even: in every row.
+            asked: `[R, T, H, r]` what they ask sketches, None where they take all. now: `[R, T - front]` positions, -1
+                for a pad. start: the position of the first query in the row that has read most. even: in every row.
         """
+        block = min(tokens.block, tokens.queries)
         count, first = blocks.stop - blocks.start, blocks.start * block
         queries, length = min(count * block, now.shape[1] - first), count * block
         positions = F.pad(now[:, first : first + queries], (0, length - queries), value=-1)
@@ -303,7 +310,7 @@ class Storage(MemoryPart):
         asking = Asking(
             part(tokens.query),
             part(None if tokens.far is None else tokens.far.query),
-            part(None if tokens.sketches is None else tokens.sketches[1]),
+            part(asked),
             positions,
         )
         upto = max(start + first + queries - self.window, 0)
@@ -349,8 +356,9 @@ class Storage(MemoryPart):
         place, meant = None, offered.expand(-1, self.heads, -1, -1)
         if self.candidates is not None and self.candidates < upto:
             with torch.no_grad():
-                sketches = entries.sketches[:, :, :upto].to(asking.sketched.dtype)
-                wanted = pooled(scores(asking.sketched, sketches, 1.0), self.heads)
+                sketches = entries.sketches[..., :upto].to(asking.sketched.dtype)
+                folded = self._by_group(asking.sketched).flatten(2, 3)
+                wanted = largest((folded @ sketches).unflatten(2, (-1, offered.shape[-2])))
                 wanted = self._aged(wanted, entries, asking, place, upto)
                 place, meant = places_of_first(wanted, meant, self.candidates, common)
                 common = 0
@@ -361,7 +369,7 @@ class Storage(MemoryPart):
                 exact = scores(self._by_group(asking.query).to(wide), keys[:, :, None], tokens.scaling)
                 if asking.far is not None:
                     exact = exact + self._change(tokens, asking, keys, place)
-                wanted = self._aged(pooled(exact.flatten(1, 2), self.heads), entries, asking, place, upto)
+                wanted = self._aged(largest(exact), entries, asking, place, upto)
                 among, meant = places_of_first(wanted, meant, self.fetched, common)
                 if among is not None:
                     place = among if place is None else place.gather(-1, among)
@@ -420,7 +428,7 @@ class Storage(MemoryPart):
         seen = states["seen"]
         for name in ("stored_keys", "stored_values", "sketches", "surprises"):
             if name in states:
-                value, axis = states[name], 1 if name == "surprises" else 2
+                value, axis = states[name], {"surprises": 1, "sketches": 3}.get(name, 2)
                 read = torch.arange(value.shape[axis], device=seen.device) < seen[:, None]
                 shape = (len(seen), *(1,) * (axis - 1), -1, *(1,) * (value.dim() - axis - 1))
                 states[name] = value.masked_fill(~read.view(shape), 0).narrow(axis, 0, int(seen.max()))

@@ -14,7 +14,7 @@ import torch
 from .attention_ops import Seen
 from .block_means_bmojo import Pyramid
 from .distance_bmojo import Far, step_correction
-from .storage_ops import chosen_places, in_steps
+from .storage_ops import chosen_places, in_steps, largest
 
 
 class Step(NamedTuple):
@@ -100,8 +100,8 @@ def fetch(
     """
     count, place, meant = step.stored, None, None
     if candidates is not None and candidates < count:
-        sketches = stored.sketches[:, :, :count].to(step.sketched.dtype)
-        wanted = in_steps((step.sketched @ sketches.transpose(-1, -2)).amax(dim=2))
+        sketches = stored.sketches[..., :count].to(step.sketched.dtype)
+        wanted = in_steps(largest(step.sketched @ sketches))
         place, meant = chosen_places(_without(wanted, kept), candidates)
     if fetched < (count if place is None else place.shape[-1]):
         keys = at(stored.keys, place, count)
@@ -109,7 +109,7 @@ def fetch(
         exact = (step.query.to(wide) @ keys.to(wide).transpose(-1, -2)) * step.scaling
         if step.far is not None:
             exact = exact + _change(step, keys, _place(place, keys))
-        wanted = in_steps(exact.amax(dim=2))
+        wanted = in_steps(largest(exact))
         wanted = _without(wanted, kept) if place is None else wanted
         wanted = wanted if meant is None else wanted.masked_fill_(~meant, -torch.inf)
         place, meant = chosen_places(wanted, fetched, place)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference, memory_bytes
-from modeling_bmojo.block_means_bmojo import Pyramid, fetched_inside, inside
-from modeling_bmojo.storage_ops import chosen_places, in_steps, places_of_first, pooled
+from modeling_bmojo.block_means_bmojo import Pyramid, inside
+from modeling_bmojo.storage_ops import chosen_places, in_steps, largest, places_of_first
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
 from tests.reading import read, tokens
@@ -385,8 +385,8 @@ def test_ties_go_to_the_older(values, count, data):
 def test_scores_far_below_the_best_keep_their_order():
     """What one query may not see, or what another entry has, does not make two entries equal."""
     for dtype, gap in ((torch.float16, 22.0), (torch.float32, 120.0)):
-        scores = torch.tensor([gap, 0.0, 0.5, 1.0, 1.5, 2.0], dtype=dtype).view(1, 1, 1, -1).expand(1, 2, 1, -1)
-        place, meant = places_of_first(pooled(scores, 1), torch.ones(1, 1, 1, 6, dtype=torch.bool), 2)
+        scores = torch.tensor([gap, 0.0, 0.5, 1.0, 1.5, 2.0], dtype=dtype).expand(1, 1, 2, 1, -1)
+        place, meant = places_of_first(largest(scores), torch.ones(1, 1, 1, 6, dtype=torch.bool), 2)
         assert place[0, 0].tolist() == [0, 5] and bool(meant.all())
 
 
