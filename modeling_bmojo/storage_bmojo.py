@@ -157,7 +157,7 @@ class Storage(MemoryPart):
         if not self.shown or place is None:
             return [seen]  # whatever is stored is there itself
         blocks = blocks_now(step, self.pyramid)
-        return [seen, mass(step, entries, blocks, kept, place)] if len(blocks.node) else [seen]
+        return [seen, mass(step, entries, blocks, kept, place)] if len(blocks.first) else [seen]
 
     # Taking in -------------------------------------------------------------------------------------------------------
     def _take_in(self, tokens: Tokens, layer: Any) -> Entries:

@@ -59,24 +59,42 @@ def places_of_first(
 def chosen_places(
     wanted: torch.Tensor, count: int, place: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Choose for one query, as `places_of_first` does for many, in any order.
+    """Choose for one query, as `places_of_first` does for many.
 
     Args:
-        wanted: `[R, G, U]` in steps, -inf = not offered. place: `[R, G, U]`, of which entries; None: of the first U.
+        wanted: `[R, G, U]` in steps, -inf = not offered. count: less than U. place: `[R, G, U]` rising, of which entries;
+            None: of the first U.
 
     Returns:
-        the first `count` places `[R, G, count]`, and which of them are chosen, bool; None: all.
+        the first `count` places `[R, G, count]` rising, and which of them are chosen, bool; None: all.
     """
-    least, tied = _least_of_first(wanted, count)
-    if not bool(tied.any()):
-        among = _of_row(wanted >= least, count)
-        return among if place is None else place.gather(-1, among), None
-    if place is not None:  # of equals the older one is chosen
-        place, order = place.sort(dim=-1)
-        wanted = wanted.gather(-1, order)
-    chosen = _chosen(wanted, count)
-    among = _places(chosen, count)
-    return among if place is None else place.gather(-1, among), chosen.gather(-1, among)
+    if wanted.is_cpu and not torch.compiler.is_compiling():
+        among, meant = _first_by_row(wanted, count)
+    else:
+        chosen = _chosen(wanted, count)
+        among = _places(chosen, count)
+        meant = chosen.gather(-1, among)
+    return among if place is None else place.gather(-1, among), meant
+
+
+def _first_by_row(wanted: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what `chosen_places` does of all entries, row by row: there are few, and equals in many of them."""
+    rows = wanted.flatten(0, -2).numpy()
+    at = rows.shape[-1] - count
+    least = numpy.partition(rows, at, axis=-1)[:, at]
+    among = numpy.empty((len(rows), count), dtype=numpy.int64)
+    short = bool((least == -numpy.inf).any())
+    meant = numpy.ones(among.shape, dtype=bool) if short else None
+    for number, row in enumerate(rows):
+        found = numpy.flatnonzero(row >= least[number])
+        if len(found) > count:  # the younger of those that are equal to the least are not chosen
+            equal = numpy.flatnonzero(row[found] == least[number])
+            found = numpy.delete(found, equal[count - len(found) :])
+        among[number] = found
+        if short:
+            meant[number] = row[found] > -numpy.inf
+    shape = (*wanted.shape[:-1], count)
+    return torch.from_numpy(among).view(shape), None if meant is None else torch.from_numpy(meant).view(shape)
 
 
 def in_steps(wanted: torch.Tensor) -> torch.Tensor:
@@ -113,15 +131,6 @@ def _least_of_first(wanted: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
     else:
         pair = wanted.topk(count + 1, dim=-1).values[..., -2:].flip(-1)
     return pair[..., 1:], pair[..., :1] == pair[..., 1:]
-
-
-def _of_row(chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """Return where bool `[R, G, S]` is true, `[R, G, count]`: as often in every row."""
-    if chosen.is_cpu:
-        flat = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # nonzero() makes a column of each axis
-    else:
-        flat = chosen.flatten().nonzero()[:, 0]
-    return flat.remainder_(chosen.shape[-1]).view(*chosen.shape[:-1], count)
 
 
 def _places(some: torch.Tensor, most: int) -> torch.Tensor:

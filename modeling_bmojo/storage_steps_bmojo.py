@@ -60,12 +60,11 @@ class Paged(NamedTuple):
 
 
 class BlocksNow(NamedTuple):
-    """The blocks that one query is shown, from old to new, `[N]` each; no two of them share a token.
+    """What each place of the rings holds for one query, `[N]` each; zeros where it is shown nothing.
 
-    node: where its mean lies. first: its first token. end: behind its last. size: its tokens, float32 at least.
+    first: the block's first token. end: behind its last. size: its tokens, float32 at least.
     """
 
-    node: torch.Tensor
     first: torch.Tensor
     end: torch.Tensor
     size: torch.Tensor
@@ -79,13 +78,14 @@ def blocks_now(step: Step, pyramid: Pyramid) -> BlocksNow:
 
 @functools.lru_cache(maxsize=4)  # every layer asks the same; tensors made in inference mode stay there
 def _blocks_now(now: int, pyramid: Pyramid, device: torch.device, wide: torch.dtype, mode: bool) -> BlocksNow:
-    rows = []
-    for level, span in reversed(list(enumerate(pyramid.spans(now, now + 1)))):
+    spans = pyramid.spans(now, now + 1)
+    rows = [(0, 0)] * (len(spans) * pyramid.places)
+    for level, span in enumerate(spans):
         size = pyramid.size << level
-        place = level * pyramid.places
-        rows += [(place + number % pyramid.places, number * size, size) for number in range(*span)]
-    node, first, size = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 3).t().contiguous()
-    return BlocksNow(node, first, first + size, size.to(wide))
+        for number in range(*span):
+            rows[level * pyramid.places + number % pyramid.places] = number * size, (number + 1) * size
+    first, end = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2).t().contiguous()
+    return BlocksNow(first, end, (end - first).to(wide))
 
 
 @torch.no_grad()
@@ -122,7 +122,9 @@ def fetch(
         change = _change(step, keys, _place(place, keys)).to(keys.dtype)
         bias = change if bias is None else bias + change
     seen = Seen(keys, values, bias, _place(place, keys))
-    return seen, place if place is None or meant is None else torch.where(meant, place, -1)
+    if place is None or meant is None:
+        return seen, place
+    return seen, torch.where(meant, place, -1).sort(dim=-1).values
 
 
 @torch.no_grad()
@@ -130,18 +132,14 @@ def mass(step: Step, stored, blocks: BlocksNow, kept: torch.Tensor | None, place
     """Return the blocks, each with the log of how many of its tokens are neither kept nor fetched.
 
     Args:
-        place: `[B, G, K]` what is fetched, -1 for none.
+        place: `[B, G, K]` what is fetched, rising, -1 for none.
     """
     if kept is not None:
-        place = torch.cat([place, kept[:, None].expand(-1, place.shape[1], -1)], dim=-1)
-    last = len(blocks.first)
-    number = torch.bucketize(place.contiguous(), blocks.first, right=True) - 1
-    number = torch.where(place < blocks.end[number.clamp(min=0)], number, last).where(number >= 0, last)
-    inside = blocks.size.new_zeros(*place.shape[:2], last + 1)
-    inside.scatter_add_(-1, number, inside.new_ones(()).expand(number.shape))
-    bias = (blocks.size - inside[..., :last]).log_()[:, :, None]  # log 0: not there
-    keys, values = (value.index_select(2, blocks.node) for value in stored.means[:2])
-    keys, values = keys.to(step.query.dtype), values.to(step.query.dtype)
+        place = torch.cat([place, kept[:, None].expand(-1, place.shape[1], -1)], dim=-1).sort(dim=-1).values
+    edges = torch.stack([blocks.first, blocks.end]).flatten().expand(*place.shape[:2], -1)
+    first, end = torch.searchsorted(place.contiguous(), edges.contiguous()).tensor_split(2, dim=-1)
+    bias = (blocks.size - (end - first)).log_()[:, :, None]  # log 0: not there
+    keys, values = (value.to(step.query.dtype) for value in stored.means[:2])
     if step.far is not None:
         bias = bias + _change(step, keys, blocks.first.expand(*keys.shape[:2], -1))
     return Seen(keys, values, bias.to(keys.dtype), (blocks.end - 1).expand(*keys.shape[:2], -1))
