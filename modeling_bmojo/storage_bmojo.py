@@ -321,7 +321,7 @@ class Storage(MemoryPart):
         kept = None if entries.expiry is None else gone & ~offered
         if self.limit is not None and self.limit < upto:
             offered = offered & (entry > positions[..., None] - self.window - self.limit)
-        offers, place, meant = [], entry.expand(len(now), self.heads, -1), offered[:, None]
+        offers, place, meant = [], None, offered[:, None]
         if upto:
             uneven = entries.expiry is not None or not even or queries < length
             limited = self.limit is not None and self.limit < upto
@@ -334,7 +334,7 @@ class Storage(MemoryPart):
                 low = max(int(torch.where(positions < 0, high, positions).min()), 0)
             found = self.pyramid.between(low, high, entries.means.offsets, now.device)
             if len(found.node):
-                inner = fetched_inside(place, meant, found)
+                inner = inside(meant, found, self.size) if place is None else fetched_inside(place, meant, found)
                 if kept is not None:
                     inner = inner + inside(kept, found, self.size)[:, None]
                 offers.append(self._mass(tokens, entries, found, inner, asking, count))
@@ -342,7 +342,7 @@ class Storage(MemoryPart):
 
     def _fetch(
         self, tokens: Tokens, entries: Entries, asking: Asking, offered: torch.Tensor, common: int, count: int
-    ) -> tuple[BlockKeys, torch.Tensor, torch.Tensor]:
+    ) -> tuple[BlockKeys, torch.Tensor | None, torch.Tensor]:
         """Let each query choose. Only what some query has chosen is looked at further.
 
         Args:
@@ -350,7 +350,8 @@ class Storage(MemoryPart):
                 blocks that the queries are in.
 
         Returns:
-            what they are offered, the fetched places `[R, G, U]`, and which each query means, bool `[R, G, Q, U]`.
+            what they are offered, the fetched places `[R, G, U]` (None: all), and which each query means, bool
+            `[R, G, Q, U]`.
         """
         upto = offered.shape[-1]
         place, meant = None, offered.expand(-1, self.heads, -1, -1)
@@ -378,9 +379,8 @@ class Storage(MemoryPart):
             bias = torch.zeros((), dtype=keys.dtype, device=keys.device)
         else:
             bias = self._change(tokens, asking, keys, place).flatten(1, 2).to(keys.dtype)
-        if place is None:
-            place = torch.arange(upto, device=keys.device).expand(len(keys), self.heads, -1)
-        return _offered(keys, values, place, bias, meant, count), place, meant
+        position = torch.arange(upto, device=keys.device).expand(len(keys), self.heads, -1) if place is None else place
+        return _offered(keys, values, position, bias, meant, count), place, meant
 
     def _aged(self, wanted, entries: Entries, asking: Asking, place: torch.Tensor | None, upto: int) -> torch.Tensor:
         """Return A `[R, G, Q, U]` with the decay of the entries at `place`."""

@@ -16,6 +16,7 @@ import torch
 STEPS = 1024  # of one nat
 WORTH_MOVING = 0.7  # of the entries: where more are meant they are read where they lie
 LARGEST = (1 << 24) / STEPS  # nats of which float32 can tell the steps; what is beyond is equal
+LEAST = -2 * LARGEST * STEPS  # less than any step, more than -inf
 
 
 @torch.no_grad()
@@ -62,39 +63,20 @@ def chosen_places(
     """Choose for one query, as `places_of_first` does for many.
 
     Args:
-        wanted: `[R, G, U]` in steps, -inf = not offered. count: less than U. place: `[R, G, U]` rising, of which entries;
-            None: of the first U.
+        wanted: `[R, G, U]` in steps, -inf = not offered. count: less than U. place: `[R, G, U]` rising, of which
+            entries; None: of the first U.
 
     Returns:
         the first `count` places `[R, G, count]` rising, and which of them are chosen, bool; None: all.
     """
-    if wanted.is_cpu and not torch.compiler.is_compiling():
-        among, meant = _first_by_row(wanted, count)
+    chosen = _chosen(wanted, count)
+    found = chosen.sum(dim=-1) if not chosen.is_cpu else torch.from_numpy(numpy.count_nonzero(chosen.numpy(), axis=-1))
+    if bool((found == count).all()):
+        among, meant = _of_row(chosen, count), None
     else:
-        chosen = _chosen(wanted, count)
         among = _places(chosen, count)
         meant = chosen.gather(-1, among)
     return among if place is None else place.gather(-1, among), meant
-
-
-def _first_by_row(wanted: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what `chosen_places` does of all entries, row by row: there are few, and equals in many of them."""
-    rows = wanted.flatten(0, -2).numpy()
-    at = rows.shape[-1] - count
-    least = numpy.partition(rows, at, axis=-1)[:, at]
-    among = numpy.empty((len(rows), count), dtype=numpy.int64)
-    short = bool((least == -numpy.inf).any())
-    meant = numpy.ones(among.shape, dtype=bool) if short else None
-    for number, row in enumerate(rows):
-        found = numpy.flatnonzero(row >= least[number])
-        if len(found) > count:  # the younger of those that are equal to the least are not chosen
-            equal = numpy.flatnonzero(row[found] == least[number])
-            found = numpy.delete(found, equal[count - len(found) :])
-        among[number] = found
-        if short:
-            meant[number] = row[found] > -numpy.inf
-    shape = (*wanted.shape[:-1], count)
-    return torch.from_numpy(among).view(shape), None if meant is None else torch.from_numpy(meant).view(shape)
 
 
 def in_steps(wanted: torch.Tensor) -> torch.Tensor:
@@ -105,32 +87,33 @@ def in_steps(wanted: torch.Tensor) -> torch.Tensor:
 
 def _chosen(wanted: torch.Tensor, count: int) -> torch.Tensor:
     """Return which entries are chosen, of equals the older ones; -inf never is."""
-    least, tied = _least_of_first(wanted, count)
-    chosen = wanted >= least.clamp(min=-2 * LARGEST * STEPS)
-    if torch.compiler.is_compiling():
-        return _without_younger(wanted, least, chosen, count)
-    tied = (tied & (least > -torch.inf))[..., 0]
-    if bool(tied.any()):  # a few rows, as a rule
-        chosen[tied] = _without_younger(wanted[tied], least[tied], chosen[tied], count)
-    return chosen
+    if not wanted.is_cpu or torch.compiler.is_compiling():
+        least = wanted.topk(count, dim=-1).values[..., -1:].clamp(min=LEAST)
+        above = wanted > least
+        room = count - above.sum(dim=-1, keepdim=True)
+        equal = wanted == least
+        return above | (equal & (equal.cumsum(dim=-1) <= room))
+    rows = wanted.flatten(0, -2).numpy()
+    # Ten to twenty times as fast as torch.topk where there are many rows (docs/log.md).
+    least = numpy.partition(rows, rows.shape[-1] - count, axis=-1)[:, -count, None].clip(LEAST)
+    chosen = rows >= least
+    more = numpy.count_nonzero(chosen, axis=-1) - count
+    tied = numpy.flatnonzero(more > 0)
+    if len(tied):
+        row, place = numpy.nonzero(rows[tied] == least[tied])
+        younger = numpy.cumsum(numpy.bincount(row, minlength=len(tied)))[row] - numpy.arange(len(row))
+        gone = younger <= more[tied][row]  # the youngest of those that are equal to the least
+        chosen[tied[row[gone]], place[gone]] = False
+    return torch.from_numpy(chosen).view(wanted.shape)
 
 
-def _without_younger(wanted: torch.Tensor, least: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `chosen` less the younger of those that are equal to the least, so that `count` are left."""
-    above = wanted > least
-    room = count - above.sum(dim=-1, keepdim=True)
-    return above | (chosen & ((chosen & ~above).cumsum(dim=-1) <= room))
-
-
-def _least_of_first(wanted: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the smallest of the `count` largest of each row, `[..., 1]`, and whether the next one equals it."""
-    if wanted.is_cpu and not torch.compiler.is_compiling():
-        # Ten to twenty times as fast as torch.topk where there are many rows (docs/log.md).
-        at = wanted.shape[-1] - count
-        pair = torch.from_numpy(numpy.partition(wanted.numpy(), (at - 1, at), axis=-1)[..., at - 1 : at + 1].copy())
+def _of_row(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """Return where bool `[R, G, S]` is true, `[R, G, count]`: as often in every row."""
+    if chosen.is_cpu:
+        flat = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # nonzero() makes a column of each axis
     else:
-        pair = wanted.topk(count + 1, dim=-1).values[..., -2:].flip(-1)
-    return pair[..., 1:], pair[..., :1] == pair[..., 1:]
+        flat = chosen.flatten().nonzero()[:, 0]
+    return flat.remainder_(chosen.shape[-1]).view(*chosen.shape[:-1], count)
 
 
 def _places(some: torch.Tensor, most: int) -> torch.Tensor:
