@@ -1,6 +1,6 @@
 """Row "storage": the graft with a storage against itself without, and against its source, in fp32.
 
-K=64 of C=256, sketches of 16, means of blocks of 16 (32 of each size), W as the graft has it, no eidetic memory on
+K=C=1024, sketches of 16, means of blocks of 16 (32 of each size), W as the graft has it, no eidetic memory on
 either side. The sketches are random, as the graft of this benchmark has none: which tokens they name differs from
 fitted ones, what it costs to name and fetch them does not.
 
@@ -25,7 +25,7 @@ from .rows_model import per_token, read_on, source_bytes, steps
 from .timing import Action, Rounds
 
 
-STORED = dict(storage_size=64, storage_candidates=256, storage_sketch_size=16)
+STORED = dict(storage_size=1024, storage_candidates=1024, storage_sketch_size=16)
 QUICK_STORED = dict(storage_size=8, storage_candidates=32, storage_sketch_size=4)
 MEANS = dict(fading_mass=True, fading_size=32, fading_stride=16, eidetic_size=0)
 NONE = dict(fading_size=0, eidetic_size=0)
@@ -101,4 +101,4 @@ def sides(ours: torch.nn.Module, theirs: torch.nn.Module) -> list[tuple[str, tor
 
 
 MODELS = "SmolLM2-135M-Instruct (a random 2-layer Llama in a quick run) and its graft, fp32"
-ROWS = [Row("storage", f"every token stored, 64 fetched; {MODELS}", storage_checks, storage_figures)]
+ROWS = [Row("storage", f"every token stored, 1,024 fetched; {MODELS}", storage_checks, storage_figures)]

@@ -30,8 +30,8 @@ MEMORY = (
     "fading_mass=true",
     "fading_size=32",
     "fading_stride=16",
-    "storage_size=64",
-    "storage_candidates=256",
+    "storage_size=1024",
+    "storage_candidates=1024",
     "storage_sketch_size=16",
 )
 # A sliding window and the first four tokens, which attention leans on: without those a window does worse.

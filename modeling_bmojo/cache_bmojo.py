@@ -21,7 +21,6 @@ from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
 from .eidetic_bmojo import EideticMemory
 from .parts_bmojo import LayerSpec
-from .pools_bmojo import Field
 from .store_bmojo import Directory
 from .weights_bmojo import weights_fingerprint
 
@@ -88,7 +87,7 @@ class BMojoCache(Cache):
 
     def _open(self, path: str | os.PathLike, config: BMojoConfig) -> None:
         """Let the storage lie in a directory, and go on where that one was synced."""
-        fields = [{name: Field(shape, None) for name, shape in layer.paged_fields().values()} for layer in self.layers]
+        fields = [layer.paged_fields() for layer in self.layers]
         if not any(fields):
             raise ValueError(
                 f"storage={os.fspath(path)!r}: nothing to store, because storage_size={config.storage_size}; set "
@@ -120,7 +119,7 @@ class BMojoCache(Cache):
 
     def _elsewhere(self) -> frozenset[str]:
         """Return the states that lie in the directory."""
-        return frozenset(name for layer in self.layers for name in layer.paged_fields())
+        return frozenset(name for layer in self.layers for name in layer.in_pages(mirrored=True))
 
     # --- what a forward asks ----------------------------------------------------------------------------------------
 
@@ -323,10 +322,12 @@ class BMojoCache(Cache):
         if not self.layers[0].is_initialized:
             raise ValueError("the cache is empty: run the model with cache=cache before syncing it.")
         self._require_finished()
-        contents = Contents(self.get_seq_length(), [_on_host(layer, layer.states()) for layer in self.layers])
+        elsewhere = self._elsewhere()
+        own = [{n: value for n, value in layer.states().items() if n not in elsewhere} for layer in self.layers]
+        contents = Contents(self.get_seq_length(), [_on_host(*each) for each in zip(self.layers, own)])
 
         def write(path: str) -> None:
-            write_cache(path, contents, self.facts, self.layers, lambda: None, self._elsewhere())
+            write_cache(path, contents, self.facts, self.layers, lambda: None, elsewhere)
 
         self.directory.sync(write)
 

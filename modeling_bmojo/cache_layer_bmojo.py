@@ -23,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .layer_memory_bmojo import LayerMemory
 from .parts_bmojo import LayerSpec
+from .pools_bmojo import Field
 from .states_bmojo import State
 
 
@@ -100,17 +101,23 @@ class BMojoCacheLayer(CacheLayerMixin):
         return {name: value for name in self.names if (value := getattr(self, name)) is not None}
 
     def paged(self, state: State) -> bool:
-        """Whether a state's entries lie in pages."""
-        return self.pages is not None and state.pages is not None
+        """Whether a state's entries lie in pages alone."""
+        return self.pages is not None and state.pages is not None and not state.mirrored
 
-    def paged_fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the states that may lie in pages: name of the field and shape of an entry."""
+    def paged_fields(self) -> dict[str, Field]:
+        """Return what pages hold: by name of the field an entry, of dtype None where that is the cache's."""
+        found = {}
+        for state in self.memory.declared.values():
+            if state.pages is not None:
+                shape = tuple(size for axis, size in enumerate(state.shape) if axis != state.grows)
+                kind = None if state.kind == "model" else state.dtype(torch.float32, torch.device("cpu"))
+                found[state.pages] = Field(shape, kind)
+        return found
+
+    def in_pages(self, mirrored: bool) -> dict[str, str]:
+        """Return the states that may lie in pages, alone or beside a tensor, and the names of their fields."""
         declared = self.memory.declared.items()
-        return {
-            name: (state.pages, tuple(size for axis, size in enumerate(state.shape) if axis != state.grows))
-            for name, state in declared
-            if state.pages is not None
-        }
+        return {name: state.pages for name, state in declared if state.pages and mirrored >= state.mirrored}
 
     def paged_states(self) -> dict[str, torch.Tensor]:
         """Return copies of the states that lie in pages, as a cache without a directory would hold them."""
@@ -119,11 +126,15 @@ class BMojoCacheLayer(CacheLayerMixin):
         declared = self.memory.declared
         sizes = [getattr(self, n).shape[s.grows + 1] for n, s in declared.items() if self._grows_by_token(n, s)]
         found = {}
-        for name, (field, _) in self.paged_fields().items():
-            value = self.pages.dense(field, max(sizes, default=self.columns))
-            read = torch.arange(value.shape[2]) < self.seen.cpu()[:, None]
-            found[name] = value.masked_fill(~read[:, None, :, None], 0)
+        for name, field in self.in_pages(mirrored=False).items():
+            found[name] = self._dense(field, max(sizes, default=self.columns), self.seen)
         return found
+
+    def _dense(self, field: str, upto: int, seen: torch.Tensor) -> torch.Tensor:
+        """Return `[B, G, upto, ...]` of the pages, zeros behind a row's last entry."""
+        value = self.pages.dense(field, upto)
+        read = torch.arange(value.shape[2]) < seen.cpu()[:, None]
+        return value.masked_fill(~read[:, None, :, None], 0)
 
     def _grows_by_token(self, name: str, state: State) -> bool:
         return state.grows is not None and state.needs is None and getattr(self, name) is not None
@@ -136,6 +147,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Take in the states that a layer of the same kind had after `columns` columns."""
         batch, device = len(states["seen"]), states["seen"].device
         model = self.memory.dtype({name: value.dtype for name, value in states.items()})
+        states = states | self._mirrors(states["seen"], columns)
         unsaved = {
             name: state.new(batch, model, device)
             for name, state in self.memory.declared.items()
@@ -148,6 +160,14 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.even = bool((self.seen == columns).all())
         if self.even:
             self.pads = None
+
+    def _mirrors(self, seen: torch.Tensor, columns: int) -> dict[str, torch.Tensor]:
+        """Return the states of which pages hold a copy, entries last."""
+        if self.pages is None:
+            return {}
+        fields = self.in_pages(mirrored=True).items() - self.in_pages(mirrored=False).items()
+        dense = {name: self._dense(field, columns, seen) for name, field in fields}
+        return {name: value.transpose(2, 3).contiguous().to(seen.device) for name, value in dense.items()}
 
     # --- what parts ask ---------------------------------------------------------------------------------------------
 
@@ -201,7 +221,7 @@ class BMojoCacheLayer(CacheLayerMixin):
     def stored_nbytes(self) -> int:
         if self.pages is not None:
             return self.pages.nbytes
-        found = [value for name in self.paged_fields() if (value := getattr(self, name)) is not None]
+        found = [value for name in self.in_pages(mirrored=False) if (value := getattr(self, name)) is not None]
         return sum(value.numel() * value.element_size() for value in found)
 
     def reset(self) -> None:

@@ -26,6 +26,7 @@ class State(NamedTuple):
     `shape` that follows the text; None: none does. needs: from columns read to entries that it has at least, None: one
     for each. saved: it goes into the cache's file. on_host: it stays on the CPU wherever the model is. pages: where a
     cache has a directory, its entries lie there, as the field of this name of the layer's pages; None: they do not.
+    mirrored: they lie here as well, because every query reads them all.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +37,7 @@ class State(NamedTuple):
     on_host: bool = False
     needs: Callable[[int], int] | None = None
     pages: str | None = None
+    mirrored: bool = False
 
     def entries(self, columns: int) -> int:
         """Return how many entries a growing state has at least after so many columns."""

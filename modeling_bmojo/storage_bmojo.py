@@ -108,7 +108,9 @@ class Storage(MemoryPart):
         entry = State((self.heads, 0, self.head_dim), grows=1)
         found = {"stored_keys": entry._replace(pages="keys"), "stored_values": entry._replace(pages="values")}
         if self.sketch_size:
-            found["sketches"] = State((self.heads, self.sketch_size, 0), "byte", grows=2)  # as their products read them
+            found["sketches"] = State(  # as their products read them
+                (self.heads, self.sketch_size, 0), "byte", grows=2, pages="sketches", mirrored=True
+            )
         if self.decay:
             found |= {"surprise": State((), "widest"), "surprises": State((0,), "widest", grows=0)}
         if self.shown:
@@ -219,7 +221,8 @@ class Storage(MemoryPart):
         new = {"stored_keys": tokens.keys, "stored_values": tokens.values}
         if layer.pages is not None:
             uneven = tokens.lengths is not None or not layer.even
-            layer.pages.write(layer.seen if uneven else layer.columns, keys=tokens.keys, values=tokens.values)
+            fields = {} if sketches is None else {"sketches": tokens.sketches}
+            layer.pages.write(layer.seen if uneven else layer.columns, keys=tokens.keys, values=tokens.values, **fields)
             new = {}
         if sketches is not None:
             layer.sketches = grow(layer.sketches, 3, upto)

@@ -1,6 +1,7 @@
 """A cache whose storage lies in a directory is the cache in memory, and lives on in other processes."""
 
 import copy
+import math
 import random
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 from tests.oracles import randomize_
@@ -63,6 +65,27 @@ def test_pads_change_nothing(tmp_path):
     found = go_on(model, BMojoCache(model.config, storage=tmp_path), ids, pieces, mask)
     expected = go_on(model, BMojoCache(model.config), ids, pieces, mask)
     torch.testing.assert_close(found[mask > 0], expected[mask > 0], **EXACT)
+
+
+def test_a_sync_writes_states_of_constant_size(tmp_path):
+    """What grows is appended to the pages, sketches included; of the means a sync writes one level more at most."""
+    model, sizes = build(**MASS), []
+    cache = BMojoCache(model.config, storage=tmp_path)
+    for count in (200, 56, 2, 254):
+        go_on(model, cache, tokens(count, 2), [count])
+        cache.sync()
+        with safe_open(cache.directory.states, "pt") as file:
+            names = {name.split(".")[-1] for name in file.keys()}
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        assert not names & {"stored_keys", "stored_values", "sketches"} and "mean_keys" in names
+        sizes.append(sum(math.prod(shape) for shape in shapes.values()))
+    level = 2 * 2 * 2 * 2 * 4 * model.config.head_dim  # layers, keys and values, rows, heads, places
+    assert sizes[0] == sizes[1] and sizes[-1] - sizes[0] in (level, 2 * level)
+    more = tokens(9, 2, seed=4)
+    expected = go_on(model, copy.deepcopy(cache), more, [9])
+    cache.close()
+    again = BMojoCache(model.config, storage=tmp_path)
+    torch.testing.assert_close(go_on(model, again, more, [1] * 9), expected, **EXACT)
 
 
 def test_beams_share_the_directory(tmp_path):
