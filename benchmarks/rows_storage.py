@@ -28,8 +28,10 @@ from .timing import Action, Rounds
 STORED = dict(storage_size=1024, storage_candidates=1024, storage_sketch_size=16)
 QUICK_STORED = dict(storage_size=8, storage_candidates=32, storage_sketch_size=4)
 MEANS = dict(fading_mass=True, fading_size=32, fading_stride=16, eidetic_size=0)
-NONE = dict(fading_size=0, eidetic_size=0)
-EVERYTHING = dict(storage_size=1 << 20, fading_size=0, eidetic_size=0)
+# Whatever the graft's own config says of these.
+EXACT = dict(storage_candidates=None, storage_sketch_size=None, fading_mass=False, fading_size=0, eidetic_size=0)
+NONE = dict(EXACT, storage_size=0)
+EVERYTHING = dict(EXACT, storage_size=1 << 20)
 DECODE, QUICK_DECODE = (512, 2048, 8192), (96, 256)
 PREFILL, QUICK_PREFILL = (2048, 8192), (256,)
 

@@ -2,7 +2,7 @@
 
     python -m conversion.fit_storage outputs/smollm2-135m-bmojo [--sketch-size 16] [--text FILE ...]
 
-Afterwards `from_pretrained(folder, storage_size=32, storage_candidates=256)` works; what the folder's own config says
+Afterwards `from_pretrained(folder, storage_size=1024, storage_candidates=1024)` works; what the folder's own config says
 of its storage stays, but `storage_sketch_size`. All layers' keys and queries of 2,048 tokens decide: run it again after
 training. The folder, a fresh graft or a trained one, is written beside itself and renamed; all its weights are in
 memory meanwhile. Not done here: folders of adapters (their base is fitted), choosing `storage_size`.
@@ -204,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = fit_storage(Path(arguments.folder), arguments.sketch_size, arguments.text)
         print(
             f"{arguments.folder}: sketches of {facts['size']} numbers in {len(facts['layers'])} layers, fitted on "
-            f"{facts['tokens']:,} tokens in {facts['runtime_seconds']:.1f} s; load it with storage_size=32, "
-            "storage_candidates=256."
+            f"{facts['tokens']:,} tokens in {facts['runtime_seconds']:.1f} s; load it with storage_size=1024, "
+            "storage_candidates=1024."
         )
         return 0
 
