@@ -2,9 +2,9 @@
 
     python -m conversion.fit_storage outputs/smollm2-135m-bmojo [--sketch-size 16] [--text FILE ...]
 
-Afterwards `from_pretrained(folder, storage_size=1024, storage_candidates=1024)` works; what the folder's own config says
-of its storage stays, but `storage_sketch_size`. All layers' keys and queries of 2,048 tokens decide: run it again after
-training. The folder, a fresh graft or a trained one, is written beside itself and renamed; all its weights are in
+Afterwards `from_pretrained(folder, storage_size=1024, storage_candidates=1024)` works; what the folder's own config
+says of its storage stays, but `storage_sketch_size`. All layers' keys and queries of 2,048 tokens decide: run it again
+after training. The folder, a fresh graft or a trained one, is written beside itself and renamed; all its weights are in
 memory meanwhile. Not done here: folders of adapters (their base is fitted), choosing `storage_size`.
 Exit status: 0 done, 2 refused or failed with a message, 130 interrupted; unless it is 0, the folder is as it was.
 """

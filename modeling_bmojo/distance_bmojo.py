@@ -20,6 +20,43 @@ from .attention_ops import BlockKeys
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
+FINE = 256  # positions between two entries of a coarse table
+
+
+class TurnTables(NamedTuple):
+    """RoPE's turns by positions, from two small tables, because angles add up: a cosine costs as much as a hundred
+    multiplications, and far queries ask for thousands of positions in every layer.
+
+    coarse, fine: cos and sin `[n, 2, R / 2]` of FINE n positions, and of those below FINE.
+    """
+
+    coarse: torch.Tensor
+    fine: torch.Tensor
+
+    @classmethod
+    def made(cls, turn: Callable[[torch.Tensor], Tables], longest: int, device, dtype: torch.dtype) -> "TurnTables":
+        """Return those of positions below `longest` and as many more, from exact cos and sin `[..., R]`."""
+        parts = torch.arange(2 * (longest // FINE + 1), device=device) * FINE, torch.arange(FINE, device=device)
+        found = []
+        for positions in parts:
+            cos, sin = (value[:, value.shape[-1] // 2 :] for value in turn(positions))
+            found.append(torch.stack([cos, sin], dim=1).to(dtype))
+        return cls(*found)
+
+    def reach(self, longest: int) -> bool:
+        """Whether they know positions below `longest`."""
+        return longest <= FINE * len(self.coarse)
+
+    def __call__(self, positions: torch.Tensor) -> Tables:
+        """Return cos and sin `[..., R]`, the first half of sin negated; a position below 0 counts as 0."""
+        flat = positions.clamp(min=0).flatten()
+        coarse, fine = self.coarse.index_select(0, flat // FINE), self.fine.index_select(0, flat % FINE)
+        cos = coarse[:, 0] * fine[:, 0] - coarse[:, 1] * fine[:, 1]
+        sin = coarse[:, 1] * fine[:, 0] + coarse[:, 0] * fine[:, 1]
+        tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return tuple(value.view(*positions.shape, -1) for value in tables)
+
+
 class Far(NamedTuple):
     """What far pairs need.
 
@@ -69,7 +106,7 @@ def correction(
 
     Args:
         query, far_query: `[..., H, L, D]`, at their positions and at D_max. keys: `[..., G, K, D]` at their positions.
-        origin: `[..., K]` those positions. distant: bool `[..., L, K]`, which pairs are far.
+        origin: `[..., K]` those positions, below 0 = none. distant: bool `[..., L, K]`, which pairs are far.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, far_query, keys = (value.to(dtype) for value in (query, far_query, keys))
@@ -81,15 +118,24 @@ def correction(
 
 def step_correction(
     far: Far, query: torch.Tensor, far_query: torch.Tensor, keys: torch.Tensor, origin: torch.Tensor, now: int
-) -> torch.Tensor:
-    """Return `correction` for the one query of a step, at position `now`: `[B, G, H / G, S]`.
+) -> torch.Tensor | None:
+    """Return `correction` for the one query of a step, at position `now`: `[B, G, H / G, S]`; None: nothing is far.
 
     Args:
         query, far_query: `[B, G, H / G, D]`. keys: `[B, G, S, D]` at their positions, origin `[B, G, S]`.
     """
-    distant = ((now - origin > far.limit) & (origin >= 0))[:, :, None]
     own, other = query[:, :, :, None], far_query[:, :, :, None]
-    return correction(far, own, other, keys[:, :, None], origin.clamp(min=0), distant)[:, :, :, 0]
+    distant = (origin < now - far.limit) & (origin >= 0)
+    if torch.compiler.is_compiling():
+        return correction(far, own, other, keys[:, :, None], origin, distant[:, :, None])[:, :, :, 0]
+    some = distant.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+    if not len(some):
+        return None
+    size = keys.shape[2]
+    if len(some) < size:
+        keys, origin, distant = keys.index_select(2, some), origin.index_select(2, some), distant.index_select(2, some)
+    change = correction(far, own, other, keys[:, :, None], origin, distant[:, :, None])[:, :, :, 0]
+    return change if len(some) == size else change.new_zeros(*change.shape[:3], size).index_copy_(3, some, change)
 
 
 def with_distances(
@@ -105,6 +151,8 @@ def with_distances(
     own, distant = (in_blocks_of(value, first, blocks, length) for value in (query, far.query))
     now = in_blocks_of(positions[..., None, None], first, blocks, length)[..., 0, :, 0]
     pairs = (now[..., :, None] - offer.position[..., None, :] > far.limit) & (offer.position >= 0)[..., None, :]
+    if not torch.compiler.is_compiling() and not pairs.view(torch.uint8).amax():
+        return offer
     bias = correction(far, own, distant, offer.keys, offer.position, pairs).to(query.dtype)
     return offer._replace(bias=bias if offer.bias is None else offer.bias + bias)
 
@@ -118,4 +166,4 @@ def in_blocks_of(value: torch.Tensor, first: int, blocks: int, length: int) -> t
     return part.unflatten(1, (blocks, length)).transpose(2, 3)
 
 
-__all__ = ["Far", "correction", "in_blocks_of", "rotate", "scores", "step_correction", "with_distances"]
+__all__ = ["Far", "TurnTables", "correction", "in_blocks_of", "rotate", "scores", "step_correction", "with_distances"]

@@ -191,11 +191,12 @@ class LayerMemory:
         keys, values = layer.keys.to(dtype), layer.values.to(dtype)
         if not full:
             bias = torch.where(layer.positions >= 0, 0.0, -torch.inf).to(dtype)[:, None, None]
-        if tokens.far is not None:
+        if tokens.far is not None and (self.spec.slots or self.spec.fading):  # the window is within D_max
             query, far = (value[:, 0].unflatten(1, (keys.shape[1], -1)) for value in (tokens.query, tokens.far.query))
             origin = layer.positions[:, None].expand(-1, keys.shape[1], -1)
-            change = step_correction(tokens.far, query, far, keys, origin, layer.columns).to(dtype)
-            bias = change if bias is None else bias + change
+            change = step_correction(tokens.far, query, far, keys, origin, layer.columns)
+            if change is not None:
+                bias = change.to(dtype) if bias is None else bias + change.to(dtype)
         return Seen(keys, values, bias, layer.positions)
 
     def arranged(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

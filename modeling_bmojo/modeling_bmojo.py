@@ -44,6 +44,7 @@ from .buffers_bmojo import WideBuffers
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
 from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
+from .distance_bmojo import TurnTables
 from .generation_bmojo import BMojoGenerationMixin
 from .inputs_bmojo import build_rows, carry_last, check_cache, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
@@ -77,6 +78,7 @@ class BMojoRotaryEmbedding(WideBuffers):
         inv_freq, self.attention_scaling = tables[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+        self._made: tuple[tuple, TurnTables] | None = None
 
     @staticmethod
     def compute_default_rope_parameters(config: BMojoConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
@@ -117,7 +119,17 @@ class BMojoRotaryEmbedding(WideBuffers):
             cos, sin = self.turn(torch.tensor(distance, device=x.device), self.attention_scaling)
             return cos.to(x.dtype), sin.to(x.dtype)
 
-        return Turns(self.turn, table(config.window_size) if sketched else None, table(limit) if far else None)
+        turn = self._tables(longest, x) if far and not torch.compiler.is_compiling() else self.turn
+        return Turns(turn, table(config.window_size) if sketched else None, table(limit) if far else None)
+
+    def _tables(self, longest: int, x: torch.Tensor) -> TurnTables:
+        """Return what turns by positions below `longest`, made anew where there is none for as many."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        made_of = x.device, wide, id(self.inv_freq), self.inv_freq._version
+        if self._made is None or self._made[0] != made_of or not self._made[1].reach(longest):
+            with torch.inference_mode(False):  # training may need them next
+                self._made = made_of, TurnTables.made(self.turn, longest, x.device, wide)
+        return self._made[1]
 
 
 class BMojoMLP(nn.Module):

@@ -372,16 +372,15 @@ class Storage(MemoryPart):
                 keys = at(entries.keys, place, upto).to(wide)
                 exact = scores(self._by_group(asking.query).to(wide), keys[:, :, None], tokens.scaling)
                 if asking.far is not None:
-                    exact = exact + self._change(tokens, asking, keys, place)
+                    change = self._change(tokens, asking, keys, place)
+                    exact = exact if change is None else exact + change
                 wanted = self._aged(largest(exact), entries, asking, place, upto)
                 among, meant = places_of_first(wanted, meant, self.fetched, common)
                 if among is not None:
                     place = among if place is None else place.gather(-1, among)
         keys, values = (at(value, place, upto).to(asking.query.dtype) for value in (entries.keys, entries.values))
-        if asking.far is None:
-            bias = torch.zeros((), dtype=keys.dtype, device=keys.device)
-        else:
-            bias = self._change(tokens, asking, keys, place).flatten(1, 2).to(keys.dtype)
+        change = None if asking.far is None else self._change(tokens, asking, keys, place)
+        bias = keys.new_zeros(()) if change is None else change.flatten(1, 2).to(keys.dtype)
         position = torch.arange(upto, device=keys.device).expand(len(keys), self.heads, -1) if place is None else place
         return _offered(keys, values, position, bias, meant, count), place, meant
 
@@ -398,13 +397,20 @@ class Storage(MemoryPart):
         """`[R, H, Q, D]` to `[R, G, H / G, Q, D]`."""
         return query.unflatten(1, (self.heads, -1))
 
-    def _change(self, tokens: Tokens, asking: Asking, keys: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
-        """Return what `correction` says of keys `[R, G, U, D]`, `[R, G, H / G, Q, U]`."""
+    def _change(self, tokens: Tokens, asking: Asking, keys: torch.Tensor, place: torch.Tensor | None):
+        """Return what `correction` says of keys `[R, G, U, D]`, `[R, G, H / G, Q, U]`; None: nothing is far."""
         if place is None:
             place = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
-        distant = place[:, :, None] < asking.positions[:, None, :, None] - tokens.far.limit
+        bound, whole = asking.positions - tokens.far.limit, keys.shape[2]
+        if not torch.compiler.is_compiling():
+            some = (place < bound.max()).flatten(0, -2).any(dim=0).nonzero()  # places rise: what is far comes first
+            if not len(some):
+                return None
+            keys, place = (value[:, :, : int(some[-1]) + 1] for value in (keys, place))
         own, other = self._by_group(asking.query), self._by_group(asking.far)
-        return correction(tokens.far, own, other, keys[:, :, None], place, distant)
+        distant = place[:, :, None] < bound[:, None, :, None]
+        change = correction(tokens.far, own, other, keys[:, :, None], place, distant)
+        return F.pad(change, (0, whole - change.shape[-1]))
 
     def _mass(self, tokens: Tokens, entries: Entries, blocks: Blocks, inner, asking: Asking, count: int) -> BlockKeys:
         """Return the blocks, each with the log of how many of its tokens are not there themselves.

@@ -17,6 +17,9 @@ from .distance_bmojo import Far, step_correction
 from .storage_ops import chosen_places, in_steps, largest
 
 
+WORTH_MOVING = 0.4  # of the entries: where more are fetched all are read where they lie
+
+
 class Step(NamedTuple):
     """What a step asks with.
 
@@ -108,7 +111,8 @@ def fetch(
         wide = torch.promote_types(step.query.dtype, torch.float32)
         exact = (step.query.to(wide) @ keys.to(wide).transpose(-1, -2)) * step.scaling
         if step.far is not None:
-            exact = exact + _change(step, keys, _place(place, keys))
+            change = _change(step, keys, _place(place, keys))
+            exact = exact if change is None else exact + change
         wanted = in_steps(largest(exact))
         wanted = _without(wanted, kept) if place is None else wanted
         wanted = wanted if meant is None else wanted.masked_fill_(~meant, -torch.inf)
@@ -116,12 +120,16 @@ def fetch(
     elif place is None and kept is not None:
         zeros = torch.zeros(len(kept), 1, count, device=kept.device)
         meant = _without(zeros, kept) == 0
-    keys, values = (at(value, place, count).to(step.query.dtype) for value in (stored.keys, stored.values))
-    bias = None if meant is None else torch.where(meant, 0.0, -torch.inf)[:, :, None].to(keys.dtype)
+    bias = None if meant is None else torch.where(meant, 0.0, -torch.inf)
+    read = place
+    if place is not None and place.shape[-1] > WORTH_MOVING * count:
+        unseen = torch.full((*place.shape[:2], count), -torch.inf, device=place.device)
+        read, bias = None, unseen.scatter_(-1, place, 0.0 if bias is None else bias)
+    keys, values = (at(value, read, count).to(step.query.dtype) for value in (stored.keys, stored.values))
+    bias = None if bias is None else bias[:, :, None].to(keys.dtype)
     if step.far is not None:
-        change = _change(step, keys, _place(place, keys)).to(keys.dtype)
-        bias = change if bias is None else bias + change
-    seen = Seen(keys, values, bias, _place(place, keys))
+        bias = _added(bias, _change(step, keys, _place(read, keys)), keys.dtype)
+    seen = Seen(keys, values, bias, _place(read, keys))
     if place is None or meant is None:
         return seen, place
     return seen, torch.where(meant, place, -1).sort(dim=-1).values
@@ -141,7 +149,7 @@ def mass(step: Step, stored, blocks: BlocksNow, kept: torch.Tensor | None, place
     bias = (blocks.size - (end - first)).log_()[:, :, None]  # log 0: not there
     keys, values = (value.to(step.query.dtype) for value in stored.means[:2])
     if step.far is not None:
-        bias = bias + _change(step, keys, blocks.first.expand(*keys.shape[:2], -1))
+        bias = _added(bias, _change(step, keys, blocks.first.expand(*keys.shape[:2], -1)), bias.dtype)
     return Seen(keys, values, bias.to(keys.dtype), (blocks.end - 1).expand(*keys.shape[:2], -1))
 
 
@@ -194,8 +202,15 @@ def _without(wanted: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return room.scatter_(2, index, -torch.inf)[..., :count]
 
 
-def _change(step: Step, keys: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
-    """Return what makes the scores of far pairs those at D_max, `[B, G, n, S]`; keys are at origin `[B, G, S]`."""
+def _added(bias: torch.Tensor | None, change: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if bias is None or change is None:
+        return bias if change is None else change.to(dtype)
+    return bias + change.to(dtype)
+
+
+def _change(step: Step, keys: torch.Tensor, origin: torch.Tensor) -> torch.Tensor | None:
+    """Return what makes the scores of far pairs those at D_max, `[B, G, n, S]`; keys are at origin `[B, G, S]`. None:
+    nothing is far."""
     far_query, far = step.far
     return step_correction(far, step.query, far_query, keys, origin, step.now)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference, memory_bytes
-from modeling_bmojo.block_means_bmojo import Pyramid, inside
+from modeling_bmojo.block_means_bmojo import Pyramid, fetched_inside, inside
+from modeling_bmojo.distance_bmojo import TurnTables
 from modeling_bmojo.storage_ops import chosen_places, in_steps, largest, places_of_first
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
@@ -397,6 +398,26 @@ def test_decay_goes_on_beyond_what_scores_can_be():
         assert (weights[0, 0, -1] > 0).nonzero().flatten().tolist()[:3] == [32, 33, 34]
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_turns_from_tables_are_those_of_the_positions(dtype, error):
+    turn, longest = build(rope_parameters=dict(rope_type="default", rope_theta=1e4)).model.rotary_emb.turn, 70_000
+    tables = TurnTables.made(turn, longest, torch.device("cpu"), dtype)
+    positions = torch.tensor([[0, 1, 255, 256, 257], [511, 512, 8191, 65_536, longest - 1]])
+    for found, exact in zip(tables(positions), turn(positions)):
+        assert found.dtype == dtype and (found - exact).abs().max() < error
+    assert tables.reach(longest) and not tables.reach(3 * longest)
+
+
+def test_distances_are_cut_far_from_the_start():
+    """Beyond one entry of the coarse table, in prefill and in steps, with what a text before has left in the tables."""
+    model = build(**SETTINGS["distance"])
+    model(tokens(30, 1), use_cache=False)
+    ids = tokens(540, 1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(read(model, ids, [500, *[1] * 40])[0], expected, **EXACT)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 90), st.integers(1, 40), st.integers(1, 9), st.integers(2, 5), st.integers(1, 4))
 def test_blocks_are_those_of_the_definition(low, more, window, size, shown):
@@ -411,6 +432,17 @@ def test_blocks_are_those_of_the_definition(low, more, window, size, shown):
         covered = [s for first, count in found for s in range(first, first + count)]
         assert covered == list(range(max(0, (t - window + 1) // size * size)))
     assert len(set(blocks.node.tolist())) == len(blocks.node)
+
+
+def test_what_is_fetched_is_counted_by_block():
+    blocks = Pyramid(4, 2, 2).between(10, 30, (0, 100, 200, 300), torch.device("cpu"))
+    place = torch.tensor([[[1, 4, 5, 9, 17, 0, 2], [0, 1, 2, 3, 4, 5, 26]]])  # two that nobody means
+    meant = torch.rand(1, 2, 3, 7, generator=torch.Generator().manual_seed(0)) > 0.4
+    meant[:, 0, :, 5:] = False
+    found = fetched_inside(place, meant, blocks)
+    for number, (first, size) in enumerate(zip(blocks.first.tolist(), blocks.size.tolist())):
+        within = (place >= first) & (place < first + size)
+        assert torch.equal(found[..., number], (meant & within[:, :, None]).sum(-1).to(found.dtype))
 
 
 def test_inside_counts_by_block():
