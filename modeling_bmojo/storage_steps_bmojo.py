@@ -17,6 +17,7 @@ from .distance_bmojo import Far, step_correction
 from .storage_ops import chosen_places, in_steps, largest
 
 
+SCAN = 16384  # sketches that are multiplied at a time: what they become fits into a cache
 WORTH_MOVING = 0.4  # of the entries: where more are fetched all are read where they lie
 
 
@@ -103,8 +104,7 @@ def fetch(
     """
     count, place, meant = step.stored, None, None
     if candidates is not None and candidates < count:
-        sketches = stored.sketches[..., :count].to(step.sketched.dtype)
-        wanted = in_steps(largest(step.sketched @ sketches))
+        wanted = in_steps(_guessed(step.sketched, stored.sketches, count))
         place, meant = chosen_places(_without(wanted, kept), candidates)
     if fetched < (count if place is None else place.shape[-1]):
         keys = at(stored.keys, place, count)
@@ -200,6 +200,16 @@ def _without(wanted: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     room = torch.nn.functional.pad(wanted, (0, 1))
     index = torch.where((kept >= 0) & (kept < count), kept, count)[:, None].expand(-1, wanted.shape[1], -1)
     return room.scatter_(2, index, -torch.inf)[..., :count]
+
+
+def _guessed(sketched: torch.Tensor, sketches: torch.Tensor, count: int) -> torch.Tensor:
+    """Return A `[B, G, count]` by the sketches `[B, G, r, S]`, piece by piece, because bytes become four times as large
+    to be multiplied."""
+    found, size = [], SCAN if sketches.is_cpu else count
+    for first in range(0, count, size):
+        part = sketches[..., first : min(first + size, count)].to(sketched.dtype)
+        found.append(largest(sketched @ part))
+    return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
 
 def _added(bias: torch.Tensor | None, change: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

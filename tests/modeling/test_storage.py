@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, first_difference, memory_bytes
+from modeling_bmojo import (
+    BMojoCache,
+    BMojoConfig,
+    BMojoForCausalLM,
+    first_difference,
+    memory_bytes,
+    storage_steps_bmojo,
+)
 from modeling_bmojo.block_means_bmojo import Pyramid, fetched_inside, inside
 from modeling_bmojo.distance_bmojo import TurnTables
 from modeling_bmojo.storage_ops import chosen_places, in_steps, largest, places_of_first
@@ -406,6 +413,13 @@ def test_turns_from_tables_are_those_of_the_positions(dtype, error):
     for found, exact in zip(tables(positions), turn(positions)):
         assert found.dtype == dtype and (found - exact).abs().max() < error
     assert tables.reach(longest) and not tables.reach(3 * longest)
+
+
+def test_sketches_are_scanned_piece_by_piece(monkeypatch):
+    model, ids = build(**SETTINGS["mass"]), tokens()
+    expected, _ = read(model, ids, [30, *[1] * 10])
+    monkeypatch.setattr(storage_steps_bmojo, "SCAN", 7)
+    torch.testing.assert_close(read(model, ids, [30, *[1] * 10])[0], expected, **EXACT)
 
 
 def test_distances_are_cut_far_from_the_start():
