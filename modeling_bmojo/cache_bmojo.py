@@ -45,6 +45,8 @@ class BMojoCache(Cache):
         storage: a directory for the keys and values of a storage (`storage_size` > 0), new or as `sync` left it: then
             the cache goes on where that was. None: they are in memory, like everything else.
         check_weights: whether a directory that other weights wrote, or this model with another adapter, is refused.
+        storage_on_host: without a directory, whether keys and values of stored tokens stay in host memory wherever the
+            model is; copies and beams then share what they have in common.
 
     Raises:
         ValueError: no configuration of this kind, nothing to store, or a directory that is refused: not a storage, of
@@ -71,6 +73,7 @@ class BMojoCache(Cache):
         config: BMojoConfig | Iterable[tuple],
         storage: str | os.PathLike | None = None,
         check_weights: bool = True,
+        storage_on_host: bool = False,
     ):
         self._layout = LAYOUT
         self.check_weights = check_weights
@@ -82,8 +85,24 @@ class BMojoCache(Cache):
             raise ValueError(f"config={type(config).__name__}: must be a BMojoConfig; pass model.config.")
         super().__init__(layers=[BMojoCacheLayer(config, i) for i in range(config.num_hidden_layers)])
         self.facts = facts_of(config)
+        if storage_on_host:
+            self._keep_on_host(storage, config)
         if storage is not None:
             self._open(storage, config)
+
+    def _keep_on_host(self, storage, config: BMojoConfig) -> None:
+        if storage is not None:
+            raise ValueError(
+                f"storage_on_host=True, storage={os.fspath(storage)!r}: stored tokens lie in one place; give a "
+                "directory, or storage_on_host=True without one."
+            )
+        if not any(layer.paged_fields() for layer in self.layers):
+            raise ValueError(
+                f"storage_on_host=True: nothing to store, because storage_size={config.storage_size}; set "
+                "storage_size > 0 (from_pretrained(..., storage_size=64)), or leave storage_on_host=False."
+            )
+        for layer in self.layers:
+            layer.keep_on_host()
 
     def _open(self, path: str | os.PathLike, config: BMojoConfig) -> None:
         """Let the storage lie in a directory, and go on where that one was synced."""
@@ -337,7 +356,7 @@ class BMojoCache(Cache):
             self.directory.close()
 
     def __deepcopy__(self, memo: dict) -> "BMojoCache":
-        """Return a copy, which shares what lies in a directory and keeps in memory what it reads itself."""
+        """Return a copy, which shares what lies in pages; what a copy of a directory reads itself is in memory."""
         if self.directory is not None:
             memo[id(self.directory)] = None
         new = type(self).__new__(type(self))
@@ -347,12 +366,17 @@ class BMojoCache(Cache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, config: BMojoConfig, device: torch.device | str | None = None
+        cls,
+        path: str | os.PathLike,
+        config: BMojoConfig,
+        device: torch.device | str | None = None,
+        storage_on_host: bool = False,
     ) -> "BMojoCache":
         """Read a file written by `save`, or by one of an earlier version (formats 4 and 5).
 
         Args:
             path: the file. config: the configuration of the model that will continue it. device: default CPU.
+            storage_on_host: as for a new cache.
 
         Raises:
             ValueError: if the file is missing, damaged, not a B'MOJO cache, holds what no text can leave, or is of a
@@ -362,6 +386,8 @@ class BMojoCache(Cache):
         contents = read_cache(path, config, cache.layers)
         for layer, states in zip(cache.layers, contents.layers):
             layer.restore(states, contents.columns)
+        if storage_on_host:
+            cache._keep_on_host(None, config)
         return cache.to(device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -381,6 +407,8 @@ class BMojoCache(Cache):
         self._require_finished()
         if self.directory is not None:
             raise ValueError(f"storage={self.directory.path!r}: caches with a directory cannot be joined; use one.")
+        if any(layer.on_host for layer in self.layers):
+            raise ValueError("storage_on_host=True: such caches cannot be joined; use one, or storage_on_host=False.")
         return items_of(self.facts, self.layers)
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from .layer_memory_bmojo import LayerMemory
+from .pages_bmojo import Pages
 from .parts_bmojo import LayerSpec
 from .pools_bmojo import Field
 from .states_bmojo import State
@@ -40,8 +41,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         config: the model's configuration. layer_idx: which layer.
     """
 
-    pages: Any = None  # where a cache has a directory: the entries of the states that lie there
+    pages: Any = None  # the entries of stored tokens, where a directory or host memory holds them
     store: Any = None  # that directory; the first layer starts it, with the batch size and dtype
+    on_host: bool = False  # whether host memory does, wherever the model is
     is_compileable = False
     is_croppable = False
     is_sliding = False
@@ -76,11 +78,35 @@ class BMojoCacheLayer(CacheLayerMixin):
         if self.store is not None:
             found = self.store.start(batch, dtype) if self.index == 0 else self.store.layers
             self.pages = found[self.index]
+        elif self.on_host:
+            self.pages = self._host_pages(batch, dtype)
         for name, state in self.memory.declared.items():
             if not self.paged(state):
                 setattr(self, name, state.new(batch, dtype, self.device))
         self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
+
+    def _host_pages(self, batch: int, dtype: torch.dtype) -> Pages | None:
+        fields = {name: Field(shape, kind or dtype) for name, (shape, kind) in self.paged_fields().items()}
+        return Pages(fields, batch) if fields else None
+
+    def keep_on_host(self) -> None:
+        """Let the entries of stored tokens lie in pages in host memory from now on, those that were read included."""
+        self.on_host, names = True, self.in_pages(mirrored=True)
+        if not (self.is_initialized and names):
+            return
+        dtype = next(getattr(self, name).dtype for name in self.in_pages(mirrored=False))
+        self.pages = self._host_pages(len(self.seen), dtype)
+        if self.columns:
+            entries = {}
+            for name, field in names.items():
+                value = getattr(self, name)
+                last = self.memory.declared[name].grows + 1  # the axis of the entries, which are second in pages
+                entries[field] = value.movedim(last, 1)[:, : self.columns]
+            self.pages.write(0, **entries)
+            self.pages.cut(self.seen.cpu())
+        for name in self.in_pages(mirrored=False):
+            setattr(self, name, None)
 
     def prepare(self, hidden: torch.Tensor) -> None:
         """Make the layer ready for input `hidden` `[B, T, E]`: allocated, on its device."""

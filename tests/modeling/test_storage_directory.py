@@ -57,6 +57,44 @@ def test_a_directory_changes_nothing(name, pieces, tmp_path):
     torch.testing.assert_close(found, go_on(model, BMojoCache(model.config), ids, pieces), **EXACT)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_host_memory_changes_nothing(name, tmp_path):
+    """Pads, beams, copies, files: as with tensors; and tensors of a file go there, and back."""
+    model, ids, more = build(**KINDS[name]), tokens(30, 3), tokens(9, 3, seed=4)
+    mask = torch.ones(3, 30, dtype=torch.long)
+    mask[1, :9], mask[2, 12:15] = 0, 0
+    plain, host = BMojoCache(model.config), BMojoCache(model.config, storage_on_host=True)
+    for cache in (plain, host):
+        cache.found = go_on(model, cache, ids, [13, 1, 1, 10, 1, 1, 3], mask)
+    torch.testing.assert_close(host.found[mask > 0], plain.found[mask > 0], **EXACT)
+    assert host.nbytes < plain.nbytes and 0 < plain.storage_nbytes <= host.storage_nbytes
+    del host.found
+    host.save(tmp_path / "cache")
+    loaded = BMojoCache.load(tmp_path / "cache", model.config, storage_on_host=True)
+    assert host.layers[0].stored_keys is None and loaded.layers[0].stored_keys is None
+    forks = [copy.deepcopy(host), loaded, BMojoCache.load(tmp_path / "cache", model.config)]
+    expected = go_on(model, plain, more, [1] * 9)
+    for fork in forks:
+        torch.testing.assert_close(go_on(model, fork, more, [4, 1, 4]), expected, **EXACT)
+    host.reorder_cache(torch.tensor([2, 2, 0]))
+    torch.testing.assert_close(go_on(model, host, more[[2, 2, 0]], [9]), expected[[2, 2, 0]], **EXACT)
+    host.reset()
+    anew = go_on(model, BMojoCache(model.config), more, [9])
+    torch.testing.assert_close(go_on(model, host, more, [9]), anew, **EXACT)
+    options = dict(max_new_tokens=5, num_beams=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+    beams = model.generate(more, past_key_values=BMojoCache(model.config, storage_on_host=True), **options)
+    assert torch.equal(beams, model.generate(more, **options))
+
+
+def test_host_memory_is_refused_where_it_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="storage_on_host=True: nothing to store, because storage_size=0"):
+        BMojoCache(build(storage_size=0).config, storage_on_host=True)
+    with pytest.raises(ValueError, match=r"storage_on_host=True, storage=.*: stored tokens lie in one place"):
+        BMojoCache(build(**MASS).config, storage=tmp_path, storage_on_host=True)
+    with pytest.raises(ValueError, match="storage_on_host=True: such caches cannot be joined"):
+        list(BMojoCache(build(**MASS).config, storage_on_host=True))
+
+
 def test_pads_change_nothing(tmp_path):
     model, ids = build(**MASS), tokens(30, 3)
     mask = torch.ones(3, 30, dtype=torch.long)

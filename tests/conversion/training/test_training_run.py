@@ -64,6 +64,27 @@ def test_alignment_trains_the_new_tensors_and_nothing_else(tmp_path):
         assert not torch.equal(model(ids).logits, fresh(ids).logits)
 
 
+def test_a_graft_with_a_storage_is_trained_as_any_other(tmp_path):
+    """What is fetched, and means, carry gradients into the projections; the result stores and fetches as before."""
+    memory = dict(storage_size=3, fading_mass=True, fading_size=2, fading_stride=2, eidetic_size=0)
+    source, train = tiny_graft(**memory), ["model.layers.*.self_attn.?_proj.weight"]
+    assert run_align(tmp_path, source=str(source), train=train, losses={"kl": 1.0, "hidden": 1.0}) == 0
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert run_finetune(tmp_path, source=str(out), output=str(again), train=train) == 0
+    before, after = tensors(source), tensors(again)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    layers = range(AutoModelForCausalLM.from_pretrained(again).config.num_hidden_layers)
+    assert changed == {f"model.layers.{i}.self_attn.{name}_proj.weight" for i in layers for name in "qkvo"}
+    model = BMojoForCausalLM.from_pretrained(again).eval()
+    assert {name: getattr(model.config, name) for name in memory} == memory
+    ids = torch.arange(4 * W)[None] % 90 + 3
+    with torch.no_grad():
+        fetching = model(ids).logits
+        other = BMojoForCausalLM.from_pretrained(again, storage_size=60).eval()
+        assert not torch.equal(fetching, other(ids).logits)
+    assert all(value > 0 for value in log_of(out)) and len(log_of(again)) == 4
+
+
 def test_report_card_and_folder_of_the_result(tmp_path):
     assert run_align(tmp_path, losses={"mixer": 1.0}) == 0
     out, source = tmp_path / "out", tiny_graft()
