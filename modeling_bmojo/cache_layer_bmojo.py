@@ -173,7 +173,7 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Take in the states that a layer of the same kind had after `columns` columns."""
         batch, device = len(states["seen"]), states["seen"].device
         model = self.memory.dtype({name: value.dtype for name, value in states.items()})
-        states = states | self._mirrors(states["seen"], columns)
+        states = states | self._mirrors(states, columns)
         unsaved = {
             name: state.new(batch, model, device)
             for name, state in self.memory.declared.items()
@@ -187,12 +187,15 @@ class BMojoCacheLayer(CacheLayerMixin):
         if self.even:
             self.pads = None
 
-    def _mirrors(self, seen: torch.Tensor, columns: int) -> dict[str, torch.Tensor]:
-        """Return the states of which pages hold a copy, entries last."""
+    def _mirrors(self, states: dict[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
+        """Return the states of which pages hold a copy, entries last, with as much room as the others have."""
         if self.pages is None:
             return {}
+        seen, growing = states["seen"], [(n, s) for n, s in self.memory.declared.items() if s.grows is not None]
+        room = [states[n].shape[s.grows + 1] for n, s in growing if n in states and s.needs is None]
+        upto = max(room, default=columns)
         fields = self.in_pages(mirrored=True).items() - self.in_pages(mirrored=False).items()
-        dense = {name: self._dense(field, columns, seen) for name, field in fields}
+        dense = {name: self._dense(field, upto, seen) for name, field in fields}
         return {name: value.transpose(2, 3).contiguous().to(seen.device) for name, value in dense.items()}
 
     # --- what parts ask ---------------------------------------------------------------------------------------------
@@ -246,7 +249,9 @@ class BMojoCacheLayer(CacheLayerMixin):
     @property
     def stored_nbytes(self) -> int:
         if self.pages is not None:
-            return self.pages.nbytes
+            size = {name: field.nbytes for name, field in self.pages.fields.items()}
+            own = sum(size[name] for name in self.in_pages(mirrored=False).values())
+            return self.pages.nbytes * own // sum(size.values())
         found = [value for name in self.in_pages(mirrored=False) if (value := getattr(self, name)) is not None]
         return sum(value.numel() * value.element_size() for value in found)
 

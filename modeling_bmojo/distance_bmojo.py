@@ -151,7 +151,7 @@ def with_distances(
     own, distant = (in_blocks_of(value, first, blocks, length) for value in (query, far.query))
     now = in_blocks_of(positions[..., None, None], first, blocks, length)[..., 0, :, 0]
     pairs = (now[..., :, None] - offer.position[..., None, :] > far.limit) & (offer.position >= 0)[..., None, :]
-    if not torch.compiler.is_compiling() and not pairs.view(torch.uint8).amax():
+    if pairs.is_cpu and not torch.compiler.is_compiling() and not pairs.view(torch.uint8).amax():
         return offer
     bias = correction(far, own, distant, offer.keys, offer.position, pairs).to(query.dtype)
     return offer._replace(bias=bias if offer.bias is None else offer.bias + bias)

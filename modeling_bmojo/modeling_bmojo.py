@@ -78,7 +78,7 @@ class BMojoRotaryEmbedding(WideBuffers):
         inv_freq, self.attention_scaling = tables[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-        self._made: tuple[tuple, TurnTables] | None = None
+        self._made: tuple[torch.Tensor, tuple, TurnTables] | None = None
 
     @staticmethod
     def compute_default_rope_parameters(config: BMojoConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
@@ -125,11 +125,13 @@ class BMojoRotaryEmbedding(WideBuffers):
     def _tables(self, longest: int, x: torch.Tensor) -> TurnTables:
         """Return what turns by positions below `longest`, made anew where there is none for as many."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        made_of = x.device, wide, id(self.inv_freq), self.inv_freq._version
-        if self._made is None or self._made[0] != made_of or not self._made[1].reach(longest):
+        own = self.inv_freq  # dynamic RoPE types put another one in its place
+        made_of = x.device, wide, None if own.is_inference() else own._version
+        made = self._made
+        if made is None or made[0] is not own or made[1] != made_of or not made[2].reach(longest):
             with torch.inference_mode(False):  # training may need them next
-                self._made = made_of, TurnTables.made(self.turn, longest, x.device, wide)
-        return self._made[1]
+                self._made = own, made_of, TurnTables.made(self.turn, longest, x.device, wide)
+        return self._made[2]
 
 
 class BMojoMLP(nn.Module):

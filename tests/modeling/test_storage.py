@@ -415,6 +415,34 @@ def test_turns_from_tables_are_those_of_the_positions(dtype, error):
     assert tables.reach(longest) and not tables.reach(3 * longest)
 
 
+ROPES = {
+    "plain": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+    "dynamic": dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0), max_position_embeddings=16),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("name", ["distance", "distance alone"])
+def test_tables_of_turns_are_made_in_any_mode(name, rope):
+    """A model built or first run in inference mode, whose frequencies may be replaced, and trained afterwards."""
+    fields, ids = {**SETTINGS[name], **ROPES[rope]}, tokens(30)
+    expected = build(**fields)(ids, use_cache=False).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(build(**fields)(ids, use_cache=False).logits, expected.detach(), **EXACT)
+    model = build(**fields)
+    with torch.inference_mode():
+        model(ids, use_cache=False)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, **EXACT)
+    model.train()(ids, labels=ids).loss.backward()
+
+
+def test_distances_need_no_values():
+    """On the meta device, where estimates of memory and FLOPs run a model."""
+    model = build(torch.float32, **SETTINGS["distance alone"]).to("meta")
+    out = model(inputs_embeds=torch.empty(2, 20, SIZES["hidden_size"], device="meta"), use_cache=False)
+    assert out.logits.shape == (2, 20, SIZES["vocab_size"])
+
+
 def test_sketches_are_scanned_piece_by_piece(monkeypatch):
     model, ids = build(**SETTINGS["mass"]), tokens()
     expected, _ = read(model, ids, [30, *[1] * 10])

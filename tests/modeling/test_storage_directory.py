@@ -126,6 +126,24 @@ def test_a_sync_writes_states_of_constant_size(tmp_path):
     torch.testing.assert_close(go_on(model, again, more, [1] * 9), expected, **EXACT)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_what_was_reopened_is_saved_to_a_file(name, tmp_path):
+    model, ids, more = build(**KINDS[name]), tokens(31, 2), tokens(9, 2, seed=4)
+    first = BMojoCache(model.config, storage=tmp_path / "s")
+    go_on(model, first, ids, [31])
+    first.sync()
+    first.close()
+    again = BMojoCache(model.config, storage=tmp_path / "s")
+    again.save(tmp_path / "before")
+    expected = go_on(model, again, more, [9])
+    again.save(tmp_path / "after")
+    loaded = [BMojoCache.load(tmp_path / name, model.config) for name in ("before", "after")]
+    torch.testing.assert_close(go_on(model, loaded[0], more, [1] * 9), expected, **EXACT)
+    assert loaded[1].get_seq_length() == 40
+    cells = 2 * 2 * 2 * 2 * model.config.head_dim * 8  # layers, keys and values, rows, heads
+    assert again.storage_nbytes == 256 * cells  # a page of each, sketches not among them
+
+
 def test_beams_share_the_directory(tmp_path):
     model, ids = build(**MASS), tokens(25, 2)
     options = dict(max_new_tokens=8, num_beams=3, do_sample=False, eos_token_id=None, pad_token_id=0)
