@@ -8,6 +8,7 @@ import torch
 
 from conversion.common.sketch_fit import fit_pair, fit_sketches
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
+from modeling_bmojo.attention_bmojo import BMojoAttention
 from modeling_bmojo.sketch_bmojo import KeySketch
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
@@ -69,8 +70,17 @@ class Asked:
             self.scaling = scaling
             return own_queries(sketch, value, scaling)
 
+        own_sketches = BMojoAttention._sketches
+
+        def sketches(attention, *arguments):
+            """Ask at once: the model asks where not all that is stored is fetched."""
+            found, ask = own_sketches(attention, *arguments)
+            ask()
+            return found, ask
+
         monkeypatch.setattr(KeySketch, "keys", keys)
         monkeypatch.setattr(KeySketch, "queries", queries)
+        monkeypatch.setattr(BMojoAttention, "_sketches", sketches)
 
     def of(self, sketch: KeySketch) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(self.keys[id(sketch)]), torch.cat(self.queries[id(sketch)])
