@@ -287,7 +287,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"      {type(model).__name__}, {model.num_parameters() / 1e6:,.0f} million parameters, {model.dtype}")
     print(f"\n[3/5] Read {len(head):,} tokens and answer: {len(head) / window:.1f} times the window of {window}")
     if fetched:
-        print(f"      Older tokens go into a store; for every new token each key/value head fetches {fetched:,} of them.")
+        what = f"for every new token each key/value head fetches {fetched:,} of them."
+        print(f"      Older tokens go into a store; {what}")
     if len(head) > model.config.max_position_embeddings:
         print(
             f"      (more than the {model.config.max_position_embeddings:,} positions that the source was trained for)"
