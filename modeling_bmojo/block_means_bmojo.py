@@ -61,9 +61,10 @@ class Pyramid(NamedTuple):
         """Return P."""
         return self.shown + 2
 
-    def entered(self, level: int, stored: int) -> int:
-        """Return e_l(u), 0 at least."""
-        return max((stored - self._age(level)) // (self.size << level), 0)
+    def entered(self, level: int, stored):
+        """Return e_l(u), 0 at least, of a number or a tensor of them."""
+        found = (stored - self._age(level)) // (self.size << level)
+        return max(found, 0) if isinstance(found, int) else found.clamp(min=0)
 
     def levels(self, stored: int) -> int:
         """Return L: how many levels have been shown blocks."""
@@ -122,12 +123,17 @@ class Pyramid(NamedTuple):
         """Return the means of a level with those that each row has in its ring: what they are made of may be gone."""
         number = torch.arange(first, first + each[0].shape[2], device=seen.device)
         stored = (seen - self.window)[:, None]
-        own = (number >= 2 * self._entered(level + 1, stored)) & (number < self._entered(level, stored))
+        own = (number >= 2 * self.entered(level + 1, stored)) & (number < self.entered(level, stored))
         own, place = own[:, None, :, None], number % self.places
         return tuple(torch.where(own, ring[:, :, level, place], new) for ring, new in zip(rings, each))
 
-    def _entered(self, level: int, stored: torch.Tensor) -> torch.Tensor:
-        return ((stored - self._age(level)) // (self.size << level)).clamp(min=0)
+    def _in_ring(self, level: int, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the number that each place of a ring is for after `seen` `[R]` tokens, and whether that block is
+        shown, `[R, P]`."""
+        stored, place = (seen - self.window)[:, None], torch.arange(self.places, device=seen.device)
+        last = self.entered(level, stored) - 1
+        number = last - (last - place) % self.places
+        return number, number >= 2 * self.entered(level + 1, stored)
 
     @torch.no_grad()
     def rings(self, means: Means, rings: tuple, seen: torch.Tensor, columns: int) -> tuple:
@@ -137,10 +143,8 @@ class Pyramid(NamedTuple):
             rings: those before. columns: of what was read: the most that `seen` can be.
         """
         rings = tuple(grow(ring, 2, self.levels(columns - self.window), 1) for ring in rings)
-        stored, place = (seen - self.window)[:, None], torch.arange(self.places, device=seen.device)
         for level, offset in enumerate(means.offsets):
-            last = self._entered(level, stored) - 1
-            number = last - (last - place) % self.places
+            number, _ = self._in_ring(level, seen)
             index = (number + offset).clamp(0, means.keys.shape[2] - 1)[:, None, :, None]
             for ring, value in zip(rings, (means.keys, means.values)):
                 ring[:, :, level] = value.gather(2, index.expand(-1, value.shape[1], -1, value.shape[3]))
@@ -169,12 +173,9 @@ class Pyramid(NamedTuple):
 
     def arranged(self, ring: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Return a ring after `seen` `[R]` tokens with zeros where no block is shown, and no level that has none."""
-        stored, place = (seen - self.window)[:, None], torch.arange(self.places, device=seen.device)
         ring = ring[:, :, : self.levels(int(seen.max()) - self.window)].clone()
         for level in range(ring.shape[2]):
-            last = self._entered(level, stored) - 1
-            number = last - (last - place) % self.places
-            there = number >= 2 * self._entered(level + 1, stored)
+            _, there = self._in_ring(level, seen)
             ring[:, :, level].masked_fill_(~there[:, None, :, None], 0)
         return ring
 

@@ -22,10 +22,7 @@ LEAST = -2 * LARGEST * STEPS  # less than any step, more than -inf
 @torch.no_grad()
 def largest(scores: torch.Tensor) -> torch.Tensor:
     """Return A `[R, G, ...]` of scores `[R, G, n, ...]`: how much any query head of the group wants a token."""
-    most = scores[:, :, 0].to(torch.promote_types(scores.dtype, torch.float32), copy=True)
-    for head in scores.unbind(dim=2)[1:]:  # several times as fast as amax
-        torch.maximum(most, head, out=most) if head.dtype == most.dtype else most.copy_(torch.maximum(most, head))
-    return most
+    return scores.amax(dim=2).to(torch.promote_types(scores.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -69,10 +66,13 @@ def chosen_places(
     Returns:
         the first `count` places `[R, G, count]` rising, and which of them are chosen, bool; None: all.
     """
-    chosen = _chosen(wanted, count)
-    found = chosen.sum(dim=-1) if not chosen.is_cpu else torch.from_numpy(numpy.count_nonzero(chosen.numpy(), axis=-1))
-    if bool((found == count).all()):
-        among, meant = _of_row(chosen, count), None
+    chosen, meant = _chosen(wanted, count), None
+    if chosen.is_cpu:
+        flat = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # nonzero() makes a column of each axis
+    else:
+        flat = chosen.flatten().nonzero()[:, 0]
+    if len(flat) == chosen[..., 0].numel() * count:  # none has more, so all have as many
+        among = flat.remainder_(chosen.shape[-1]).view(*chosen.shape[:-1], count)
     else:
         among = _places(chosen, count)
         meant = chosen.gather(-1, among)
@@ -105,15 +105,6 @@ def _chosen(wanted: torch.Tensor, count: int) -> torch.Tensor:
         gone = younger <= more[tied][row]  # the youngest of those that are equal to the least
         chosen[tied[row[gone]], place[gone]] = False
     return torch.from_numpy(chosen).view(wanted.shape)
-
-
-def _of_row(chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """Return where bool `[R, G, S]` is true, `[R, G, count]`: as often in every row."""
-    if chosen.is_cpu:
-        flat = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # nonzero() makes a column of each axis
-    else:
-        flat = chosen.flatten().nonzero()[:, 0]
-    return flat.remainder_(chosen.shape[-1]).view(*chosen.shape[:-1], count)
 
 
 def _places(some: torch.Tensor, most: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from modeling_bmojo import (
     BMojoForCausalLM,
     first_difference,
     memory_bytes,
+    storage_ops,
     storage_steps_bmojo,
 )
 from modeling_bmojo.block_means_bmojo import Pyramid, fetched_inside, inside
@@ -387,6 +388,21 @@ def test_ties_go_to_the_older(values, count, data):
             place, meant = chosen_places(steps.clone(), count, where)
             place = place if meant is None else place[meant][None, None]
             assert set(place[0, 0].tolist()) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 11))
+def test_both_forms_of_the_choice_agree(seed, count):
+    """That of other devices and of compiled code, and numpy's, which this machine takes: with equals and -inf."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.randint(-2, 3, (2, 3, 4, 12), generator=generator).float()
+    wanted[torch.rand(wanted.shape, generator=generator) < 0.4] = -torch.inf
+    found = storage_ops._chosen(wanted, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        other = storage_ops._chosen(wanted, count)
+    assert torch.equal(found, other)
+    assert torch.equal(found.sum(-1), (wanted > -torch.inf).sum(-1).clamp(max=count))
 
 
 def test_scores_far_below_the_best_keep_their_order():
