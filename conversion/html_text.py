@@ -11,10 +11,11 @@ of tables, pages that scripts write. Exit status: 0 done, 2 refused.
 import argparse
 import glob
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from bs4 import BeautifulSoup, NavigableString, Tag
+from bs4 import BeautifulSoup, NavigableString, Tag, XMLParsedAsHTMLWarning
 
 from .common.files import write_text
 from .common.programs import run_program
@@ -38,7 +39,9 @@ SHORTEST = 1500  # characters; shorter pages are mostly headings
 
 def html_text(page: str) -> str:
     """Return the text of an HTML page."""
-    soup = BeautifulSoup(page, "lxml")
+    with warnings.catch_warnings():  # XHTML reads well as HTML, and is what many manuals are
+        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
+        soup = BeautifulSoup(page, "lxml")
     for tag in soup.find_all(_leads_elsewhere):
         tag.extract()
     parts: list[str] = []
