@@ -2,10 +2,10 @@
 
     level l has blocks of b_l = b 2^l tokens; block n: tokens [n b_l, (n + 1) b_l), the means of their keys and values
     e_l(u) = floor((u - F b (2^l - 1)) / b_l)        blocks of the level that have been shown once u tokens are stored
-    shown to query t:  2 e_(l+1)(u) <= n < e_l(u),   u = t - W + 1
+    shown to query t:  2 e_(l+1)(u) <= n < e_l(u),   u = t - W + 1,   and t - n b_l <= D_max
 
 So the newest F or F + 1 blocks of each level are shown, and when two are older than that, they become one of the next
-level in the same moment. Nothing else is kept of them: a ring of F + 2 places per level holds all that any later query
+level in the same moment. What is further away than D_max is shown in none: it has no score there (docs/log.md). Nothing else is kept of them: a ring of F + 2 places per level holds all that any later query
 needs, and the number of levels is logarithmic in the text.
 
 Shapes: R rows, G key/value heads, D head dim, S entries, N blocks, L levels, P = F + 2 places of a ring.
@@ -50,11 +50,12 @@ class Means(NamedTuple):
 
 
 class Pyramid(NamedTuple):
-    """The blocks of a layer: W, b and F."""
+    """The blocks of a layer: W, b, F and D_max (None: no limit)."""
 
     window: int
     size: int
     shown: int
+    reach: int | None = None
 
     @property
     def places(self) -> int:
@@ -77,9 +78,17 @@ class Pyramid(NamedTuple):
         return self.shown * self.size * ((1 << level) - 1)
 
     def spans(self, low: int, high: int) -> list[tuple[int, int]]:
-        """Return of each level the numbers `[first, last)` of the blocks that queries low ... high - 1 are shown."""
+        """Return of each level the numbers `[first, last)` of the blocks that queries low ... high - 1 are shown, and
+        maybe of some beyond D_max."""
         before, after = low - self.window + 1, high - self.window
         return [(2 * self.entered(l + 1, before), self.entered(l, after)) for l in range(self.levels(after))]
+
+    def queries(self, level: int, number: int) -> tuple[int, int]:
+        """Return begin and end: the block is shown to queries begin <= t < end."""
+        size, since = self.size << level, self.window - 1
+        begin = (number + 1) * size + since + self._age(level)
+        end = (number // 2 + 1) * 2 * size + since + self._age(level + 1)
+        return begin, end if self.reach is None else min(end, number * size + self.reach + 1)
 
     def between(self, low: int, high: int, offsets: tuple[int, ...], device: torch.device) -> Blocks:
         """Return the blocks that queries at positions low ... high - 1 are shown."""
@@ -201,10 +210,8 @@ def _rows_between(pyramid: Pyramid, low: int, high: int, offsets: tuple[int, ...
     levels: list[tuple[int, int]] = []
     for level, (first, last) in enumerate(pyramid.spans(low, high)):
         size = pyramid.size << level
-        since, until = pyramid.window - 1 + pyramid._age(level), pyramid.window - 1 + pyramid._age(level + 1)
         for number in range(first, last):
-            span = (number + 1) * size + since, (number // 2 + 1) * 2 * size + until
-            found.append((offsets[level] + number, number * size, size, *span))
+            found.append((offsets[level] + number, number * size, size, *pyramid.queries(level, number)))
         levels.append((first, last - first))
     return found, levels
 

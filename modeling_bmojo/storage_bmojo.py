@@ -72,7 +72,7 @@ class Storage(MemoryPart):
         self.limit, self.decay = config.storage_limit, config.storage_decay
         self.sketch_size = config.storage_sketch_size
         self.window, self.size, self.shown = spec.window, spec.stride, spec.blocks
-        self.pyramid = Pyramid(spec.window, spec.stride, spec.blocks)
+        self.pyramid = Pyramid(spec.window, spec.stride, spec.blocks, config.max_rope_distance)
         self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.takes_left = spec.slots > 0
 
@@ -424,11 +424,6 @@ class Storage(MemoryPart):
         rest = blocks.size - inner
         seen = shown[:, None] & (rest > 0)
         bias = rest.clamp(min=1).to(torch.promote_types(dtype, torch.float32)).log()
-        if asking.far is not None:
-            distant = shown & (now - blocks.first > tokens.far.limit)
-            origin = blocks.first.expand(len(keys), -1)
-            change = correction(tokens.far, asking.query, asking.far, keys, origin, distant)
-            bias = bias.repeat_interleave(asking.query.shape[1] // self.heads, dim=1) + change
         position = (blocks.first + blocks.size - 1).expand(len(keys), self.heads, -1)
         return _offered(keys, values, position, bias.to(dtype), seen, count)
 

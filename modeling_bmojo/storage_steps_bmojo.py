@@ -87,6 +87,8 @@ def _blocks_now(now: int, pyramid: Pyramid, device: torch.device, wide: torch.dt
     for level, span in enumerate(spans):
         size = pyramid.size << level
         for number in range(*span):
+            if now >= pyramid.queries(level, number)[1]:
+                continue
             rows[level * pyramid.places + number % pyramid.places] = number * size, (number + 1) * size
     first, end = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2).t().contiguous()
     return BlocksNow(first, end, (end - first).to(wide))
@@ -148,8 +150,6 @@ def mass(step: Step, stored, blocks: BlocksNow, kept: torch.Tensor | None, place
     first, end = torch.searchsorted(place.contiguous(), edges.contiguous()).tensor_split(2, dim=-1)
     bias = (blocks.size - (end - first)).log_()[:, :, None]  # log 0: not there
     keys, values = (value.to(step.query.dtype) for value in stored.means[:2])
-    if step.far is not None:
-        bias = _added(bias, _change(step, keys, blocks.first.expand(*keys.shape[:2], -1)), bias.dtype)
     return Seen(keys, values, bias.to(keys.dtype), (blocks.end - 1).expand(*keys.shape[:2], -1))
 
 

@@ -20,10 +20,11 @@ def first_of(wanted, count):
     return set(order[:count])
 
 
-def shown_blocks(t, window, size, shown):
+def shown_blocks(t, window, size, shown, distance=None):
     """(first token, number of tokens) of every block that query t sees: each token beyond the window is in at most one.
 
-    The newest `shown` blocks of each level, and one more where its pair is not complete.
+    The newest `shown` blocks of each level, and one more where its pair is not complete; none that begins further away
+    than the distance.
     """
     found = []
     age = 0  # how much older than the window a block's last token is when the block joins this level
@@ -32,7 +33,7 @@ def shown_blocks(t, window, size, shown):
         number = 0
         while (number + 1) * size - 1 + window + age <= t:
             pair_ends = (number // 2 + 1) * 2 * size - 1
-            if t < pair_ends + window + older:
+            if t < pair_ends + window + older and (distance is None or t - number * size <= distance):
                 found.append((number * size, size))
             number += 1
         age, size = older, 2 * size
@@ -94,15 +95,13 @@ class OracleStorage:
         tokens = set(range(max(0, t - self.window + 1), t + 1)) | self.eidetic[t] | fetched
         logits = [self.score(t, s, h) for s in sorted(tokens)]
         values = [self.values[s, g] for s in sorted(tokens)]
-        for first, size in shown_blocks(t, self.window, self.size, self.blocks) if self.blocks else []:
+        blocks = shown_blocks(t, self.window, self.size, self.blocks, self.distance) if self.blocks else []
+        for first, size in blocks:
             inside = range(first, first + size)
             rest = size - len(tokens & set(inside))
             if rest == 0:
                 continue
-            far = self.distance is not None and t - first > self.distance
-            # A far block is moved as a whole, so that its first token is at D_max.
-            move = t - first - self.distance if far else 0
-            key = torch.stack([self.turned(self.keys[s, g], s + move) for s in inside]).mean(dim=0)
+            key = torch.stack([self.turned(self.keys[s, g], s) for s in inside]).mean(dim=0)
             logits.append(self.scaling * self.turned(self.query[t, h], t) @ key + math.log(rest))
             values.append(torch.stack([self.values[s, g] for s in inside]).mean(dim=0))
         return torch.softmax(torch.stack(logits), dim=0) @ torch.stack(values)

@@ -20,6 +20,7 @@ from modeling_bmojo import (
 from modeling_bmojo.block_means_bmojo import Pyramid, fetched_inside, inside
 from modeling_bmojo.distance_bmojo import TurnTables
 from modeling_bmojo.storage_ops import chosen_places, in_steps, largest, places_of_first
+from modeling_bmojo.storage_steps_bmojo import Step, blocks_now
 from tests.oracles import oracle_eidetic, oracle_key_innovation, randomize_
 from tests.oracles_storage import OracleStorage, first_of, shown_blocks
 from tests.reading import read, tokens
@@ -477,15 +478,23 @@ def test_distances_are_cut_far_from_the_start():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 90), st.integers(1, 40), st.integers(1, 9), st.integers(2, 5), st.integers(1, 4))
-def test_blocks_are_those_of_the_definition(low, more, window, size, shown):
-    pyramid = Pyramid(window, size, shown)
+@given(
+    st.integers(0, 90), st.integers(1, 40), st.integers(1, 9), st.integers(2, 5), st.integers(1, 4),
+    st.none() | st.integers(0, 60),
+)  # fmt: skip
+def test_blocks_are_those_of_the_definition(low, more, window, size, shown, reach):
+    pyramid = Pyramid(window, size, shown, reach)
     offsets = tuple(1000 * level for level in range(20))
     blocks = pyramid.between(low, low + more, offsets, torch.device("cpu"))
     for t in range(low, low + more):
         here = (blocks.begin <= t) & (t < blocks.end)
         found = sorted(zip(blocks.first[here].tolist(), blocks.size[here].tolist()))
-        assert found == sorted(shown_blocks(t, window, size, shown))
+        assert found == sorted(shown_blocks(t, window, size, shown, reach))
+        now = blocks_now(Step(torch.zeros(1), None, None, 1.0, t, window), pyramid)
+        rows = zip(now.first.tolist(), now.size.int().tolist(), now.end.tolist())
+        assert sorted((first, count) for first, count, end in rows if end) == found
+        if reach is not None:
+            continue
         # Every token that has left the window and whose block is complete is in exactly one of them.
         covered = [s for first, count in found for s in range(first, first + count)]
         assert covered == list(range(max(0, (t - window + 1) // size * size)))
