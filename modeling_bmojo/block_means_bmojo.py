@@ -5,8 +5,9 @@
     shown to query t:  2 e_(l+1)(u) <= n < e_l(u),   u = t - W + 1,   and t - n b_l <= D_max
 
 So the newest F or F + 1 blocks of each level are shown, and when two are older than that, they become one of the next
-level in the same moment. What is further away than D_max is shown in none: it has no score there (docs/log.md). Nothing else is kept of them: a ring of F + 2 places per level holds all that any later query
-needs, and the number of levels is logarithmic in the text.
+level in the same moment. A block that begins further away than D_max is not shown: beyond it means do harm
+(docs/log.md). Nothing else is kept of them: a ring of F + 2 places per level holds all that any later query needs, and
+the number of levels is logarithmic in the text.
 
 Shapes: R rows, G key/value heads, D head dim, S entries, N blocks, L levels, P = F + 2 places of a ring.
 """

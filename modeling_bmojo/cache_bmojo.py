@@ -6,7 +6,7 @@ A transformers `Cache` of one `BMojoCacheLayer` per layer, which can be looked a
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
 from .eidetic_bmojo import EideticMemory
 from .parts_bmojo import LayerSpec
+from .rollback_bmojo import DRAFTED, Rollback
 from .store_bmojo import Directory
 from .weights_bmojo import weights_fingerprint
 
@@ -47,6 +48,8 @@ class BMojoCache(Cache):
         check_weights: whether a directory that other weights wrote, or this model with another adapter, is refused.
         storage_on_host: without a directory, whether keys and values of stored tokens stay in host memory wherever the
             model is; copies and beams then share what they have in common.
+        rollback_limit: how many columns `crop` can take back, None: none; what has once been further back than that is
+            settled. It costs up to four copies of the states of constant size.
 
     Raises:
         ValueError: no configuration of this kind, nothing to store, or a directory that is refused: not a storage, of
@@ -67,6 +70,7 @@ class BMojoCache(Cache):
     # Of the class, so that a cache that an earlier version pickled has them too.
     directory: Directory | None = None
     check_weights, _claimed = True, False
+    rollback: Rollback | None = None
 
     def __init__(
         self,
@@ -74,7 +78,10 @@ class BMojoCache(Cache):
         storage: str | os.PathLike | None = None,
         check_weights: bool = True,
         storage_on_host: bool = False,
+        rollback_limit: int | None = None,
     ):
+        if rollback_limit is not None:
+            self.allow_rollback(rollback_limit)
         self._layout = LAYOUT
         self.check_weights = check_weights
         if isinstance(config, Iterator | list | tuple):
@@ -197,8 +204,17 @@ class BMojoCache(Cache):
             ValueError: unless it is the mask that they were read with.
         """
         columns, first = self.get_seq_length(), self.layers[0]
-        if columns > 0 and not torch.compiler.is_compiling():
+        if columns == 0 or torch.compiler.is_compiling():
+            return
+        waiting = None if self.rollback is None else self.rollback.waits()
+        if waiting is None:
             check_past_mask(mask, columns, first.seen, first.pads, known=first.even)
+            return
+        real = waiting.real().to(first.seen.device)
+        pads = torch.zeros_like(first.seen) if first.pads is None and first.even else first.pads
+        if pads is not None:
+            pads = pads + pads_in(real, first.columns)
+        check_past_mask(mask, columns, first.seen + real.sum(dim=1), pads, known=first.even)
 
     def _require_finished(self) -> None:
         if self.layers[0].unfinished:
@@ -215,11 +231,78 @@ class BMojoCache(Cache):
         yield
         first.unfinished = before
 
+    # --- taking back ------------------------------------------------------------------------------------------------
+
+    def allow_rollback(self, limit: int = DRAFTED) -> None:
+        """Let `crop` take back up to `limit` columns of those that are read from now on.
+
+        Raises:
+            ValueError: unless limit is an integer of 1 or more.
+        """
+        self.rollback = Rollback(limit)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back columns, pads included, exactly: what is read next is read as if they had not been.
+
+        Args:
+            tokens_to_remove: minus their number, as transformers has it; 0 takes back nothing. A positive number is
+                how many are to be left, as until transformers 5.22.
+
+        Raises:
+            ValueError: for a cache without `rollback_limit`, more than that or than was read since, or a cache whose
+                last forward stopped halfway.
+        """
+        columns = self.get_seq_length()
+        count = -tokens_to_remove if tokens_to_remove <= 0 else columns - tokens_to_remove
+        if count <= 0:
+            return
+        if self.rollback is None:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: this cache has forgotten what it would have to restore; make it "
+                "with BMojoCache(config, rollback_limit=n), or go back to a copy.deepcopy of it."
+            )
+        self._require_finished()
+        self.rollback.check(count)
+        with self._writing():
+            self.rollback.back(self.layers, count)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` takes anything back."""
+        return self.rollback is not None
+
+    def activate_past_recording(self) -> None:
+        """Allow rollback: transformers calls this before it drafts tokens that it may take back."""
+        if self.rollback is None:
+            self.allow_rollback()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many columns were read and not taken back."""
+        waiting = 0 if self.rollback is None else self.rollback.waiting
+        return super().get_seq_length(layer_idx) + waiting
+
+    def settle(self) -> None:
+        """Read again what waits for the next forward after a `crop`, so that the states are those of the last column.
+
+        Raises:
+            ValueError: if the model that read it is gone.
+        """
+        if self.rollback is None or not self.rollback.waiting:
+            return
+        reader = self.rollback.reader()
+        if reader is None:
+            raise ValueError(
+                f"{CACHE_NAME}: {self.rollback.waiting} columns wait to be read again after crop, and the model that "
+                "read them is gone; let a model read the next tokens first."
+            )
+        reader.read_waiting(self)
+
     # --- what it holds ----------------------------------------------------------------------------------------------
 
     @property
     def last_hidden(self) -> torch.Tensor | None:
         """The model's output for each row's last real token, `[B, E]`; None before the first forward."""
+        self.settle()
         return self.layers[-1].last_hidden
 
     @property
@@ -229,12 +312,13 @@ class BMojoCache(Cache):
     @property
     def seen(self) -> torch.Tensor | None:
         """Real tokens read per row, `[B]` int64; None before the first forward."""
+        self.settle()
         return self.layers[0].seen
 
     @property
     def nbytes(self) -> int:
         """Return bytes of all states in memory; what lies in a directory is counted by `storage_nbytes` alone."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers) + (0 if self.rollback is None else self.rollback.nbytes)
 
     @property
     def storage_nbytes(self) -> int:
@@ -249,6 +333,7 @@ class BMojoCache(Cache):
         """
         if not -len(self.layers) <= layer_idx < len(self.layers):
             raise ValueError(f"layer_idx={layer_idx}: the cache has {len(self.layers)} layers; layers count from 0.")
+        self.settle()
         layer = self.layers[layer_idx]
         if not layer.spec.slots:
             raise ValueError(
@@ -272,19 +357,24 @@ class BMojoCache(Cache):
     def reset(self) -> None:
         self.layers[0].unfinished = True
         super().reset()
+        if self.rollback is not None:
+            self.rollback.reset()
         self.layers[0].unfinished = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         with self._writing():
             super().reorder_cache(beam_idx)
+            self._map_rollback(lambda value: value.index_select(0, beam_idx.to(value.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         with self._writing():
             super().batch_repeat_interleave(repeats)
+            self._map_rollback(lambda value: value.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         with self._writing():
             super().batch_select_indices(indices)
+            self._map_rollback(lambda value: value[indices.to(value.device)])
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Move a layer's states back to the device where they were allocated."""
@@ -304,7 +394,12 @@ class BMojoCache(Cache):
             for layer in self.layers:
                 layer.to(device)
                 layer.device = torch.device(device)
+            self._map_rollback(lambda value: value.to(device))
         return self
+
+    def _map_rollback(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.rollback is not None:
+            self.rollback.map(function)
 
     # --- its ways out and in ----------------------------------------------------------------------------------------
 
@@ -319,6 +414,7 @@ class BMojoCache(Cache):
         if not self.layers[0].is_initialized:
             raise ValueError("the cache is empty: run the model with cache=cache before saving it.")
         self._require_finished()
+        self.settle()
         columns = self.get_seq_length()
 
         def still() -> None:
@@ -341,6 +437,7 @@ class BMojoCache(Cache):
         if not self.layers[0].is_initialized:
             raise ValueError("the cache is empty: run the model with cache=cache before syncing it.")
         self._require_finished()
+        self.settle()
         elsewhere = self._elsewhere()
         own = [{n: value for n, value in layer.states().items() if n not in elsewhere} for layer in self.layers]
         contents = Contents(self.get_seq_length(), [_on_host(*each) for each in zip(self.layers, own)])
@@ -405,6 +502,7 @@ class BMojoCache(Cache):
             ValueError: if a forward stopped halfway.
         """
         self._require_finished()
+        self.settle()
         if self.directory is not None:
             raise ValueError(f"storage={self.directory.path!r}: caches with a directory cannot be joined; use one.")
         if any(layer.on_host for layer in self.layers):

@@ -25,6 +25,7 @@ from .layer_memory_bmojo import LayerMemory
 from .pages_bmojo import Pages
 from .parts_bmojo import LayerSpec
 from .pools_bmojo import Field
+from .rollback_bmojo import Kept
 from .states_bmojo import State
 
 
@@ -221,6 +222,31 @@ class BMojoCacheLayer(CacheLayerMixin):
         self.even = self.even and lengths is None
         self.columns += columns
 
+    # --- going back (`rollback_bmojo`) ------------------------------------------------------------------------------
+
+    def kept(self) -> Kept:
+        """Return a copy of the states that do not merely follow the text."""
+        states = {name: value.clone() for name, value in self.states().items() if not self._follows(name)}
+        return Kept(states, self.columns, self.even)
+
+    def back_to(self, kept: Kept) -> None:
+        """Make the states what they were; of those that follow the text the end is no longer read."""
+        for name, value in self.states().items():
+            if not self._follows(name):
+                setattr(self, name, kept.states[name].clone() if name in kept.states else self._unread(name, value))
+        self.columns, self.even = kept.columns, kept.even
+        if self.pages is not None:
+            self.pages.cut(self.seen.cpu())
+
+    def _follows(self, name: str) -> bool:
+        return name in self.memory.declared and self._grows_by_token(name, self.memory.declared[name])
+
+    def _unread(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
+        """Return a state before the first token."""
+        if name in self.memory.declared:
+            return torch.full_like(value, self.memory.declared[name].fill)
+        return torch.zeros_like(value) if name == "seen" else None
+
     # --- what transformers' Cache asks of a layer -------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -301,6 +327,6 @@ class BMojoCacheLayer(CacheLayerMixin):
         if tokens_to_remove == 0:
             return
         raise ValueError(
-            f"tokens_to_remove={tokens_to_remove}: a B'MOJO memory has forgotten what it would have to restore; keep a "
-            "copy.deepcopy of the cache (its size is constant) and go back to that."
+            f"tokens_to_remove={tokens_to_remove}: a layer alone has forgotten what it would have to restore; make the "
+            "cache with a rollback_limit and call its crop, or go back to a copy.deepcopy of it."
         )

@@ -73,14 +73,15 @@ class BMojoConfig(BackboneConfig):
         fading_mass: what a fading token is. False: one SSM output at every s-th position (the paper's form). True: the
             mean key and value of s tokens that have left the window, which counts for as many tokens as are neither
             kept nor fetched (log of their number on its score); the newest F blocks of s tokens, before them F of 2 s,
-            F of 4 s and so on, so that the whole past is there.
+            F of 4 s and so on, so that the whole past is there, up to `max_rope_distance`.
         storage_size: K, stored tokens that every query fetches per key/value head (docs/model.md, "Storage"); 0 stores
             nothing.
         storage_candidates: C, stored tokens that the sketch names, of which exact scores choose K; `None`: all.
         storage_sketch_size: r, bytes of a key's sketch, per key/value head; `None`: none (with all as candidates).
         storage_decay: lambda >= 0, what is added to a stored token's score, in the choice alone, per innovation since
             the text began: old tokens are fetched less where much has changed since.
-        storage_limit: N, the newest stored tokens that are offered; `None`: all.
+        storage_limit: N, the newest stored tokens that are offered; `None`: all. The first tokens of a text are what
+            attention leans on: keep them with `eidetic_size`, 4 and more.
         max_rope_distance: D_max, the largest distance that RoPE turns by in a `"bmojo"` layer: a token further away is
             attended to as if at D_max. `None`: no limit.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).

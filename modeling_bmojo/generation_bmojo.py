@@ -7,11 +7,15 @@ read, and that a row that has ended reads nothing more (transformers feeds it pa
 from typing import Any
 
 import torch
-from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode, StoppingCriteriaList
 
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, cache_argument
 from .inputs_bmojo import check_cache, new_token_mask
+from .rollback_bmojo import DRAFTED
+
+
+DRAFTS = ("prompt_lookup_num_tokens", "num_assistant_tokens")  # how many tokens generate() drafts at a time
 
 
 class EndedRows(StoppingCriteriaList):
@@ -39,10 +43,10 @@ class BMojoGenerationMixin(GenerationMixin):
     """`GenerationMixin` whose memory is a `BMojoCache`."""
 
     def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
-        """`GenerationMixin.generate`, on a `BMojoCache`; refuses the modes that need to take tokens back.
+        """`GenerationMixin.generate`, on a `BMojoCache`; with `rollback_limit` where drafts are taken back.
 
         Raises:
-            ValueError: for contrastive search, assisted decoding, another cache implementation, a mask that does not
+            ValueError: for contrastive search, another cache implementation, a mask that does not
                 fit the prompt, or a cache of another kind or model.
         """
         _refuse_modes([kwargs, vars(generation_config or self.generation_config)])
@@ -80,6 +84,8 @@ class BMojoGenerationMixin(GenerationMixin):
                 f"input_ids has {input_ids.shape[1]} tokens and the cache has read {past}: nothing new to read; "
                 "pass the whole text, or only the new tokens with an attention_mask for what was read and what is new."
             )
+        if past and next_sequence_length is None and cache.rollback is not None and cache.rollback.known:
+            next_sequence_length, cache.rollback.known = input_ids.shape[1] - cache.rollback.known, 0
         padded = None if ended_rows is None else ended_rows.padded
         if padded is not None and cache is not None and bool(padded.any()):
             attention_mask = _without(attention_mask, padded.to(input_ids.device))
@@ -103,6 +109,14 @@ class BMojoGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
+        stated = getattr(kwargs.get("generation_config"), "_mask_length", None) if mask is None else mask.shape[1]
+        if cache is not None and stated == input_ids.shape[1]:
+            # transformers would read a text anew whose beginning the cache has read.
+            cache.rollback.known = cache.get_seq_length()
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
         """None: the model counts real tokens itself, and goes on rightly behind right and inner pads."""
 
@@ -113,6 +127,16 @@ class BMojoGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_NAME]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = BMojoCache(self.config)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
+            self._let_drafts_be_taken_back(generation_config, model_kwargs.get(CACHE_NAME))
+
+    @staticmethod
+    def _let_drafts_be_taken_back(generation_config: GenerationConfig, cache: BMojoCache | None) -> None:
+        """Let the cache of this generate(), unless it can, take back what it reads from here on."""
+        drafted = max(getattr(generation_config, name, None) or 0 for name in DRAFTS)
+        if cache is not None and (cache.rollback is None or cache.rollback.limit < drafted):
+            cache.settle()
+            cache.allow_rollback(max(drafted, DRAFTED))
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
@@ -148,13 +172,12 @@ def _refuse_modes(places: list[dict]) -> None:
 
     refused = {
         "penalty_alpha": "contrastive search re-reads its candidates; use sampling (do_sample=True)",
-        "assistant_model": "assisted decoding rejects drafted tokens; decode without an assistant",
-        "prompt_lookup_num_tokens": "prompt lookup decoding rejects drafted tokens; decode without it",
+        "assistant_early_exit": "early exit drafts with fewer layers on one cache; give an assistant_model",
     }
     for name, reason in refused.items():
         if asked(name):
             value = asked(name) if isinstance(asked(name), int | float) else type(asked(name)).__name__
-            raise ValueError(f"{name}={value}: a B'MOJO memory cannot take back what it has read, and {reason}.")
+            raise ValueError(f"{name}={value}: what the memory of a B'MOJO layer has read it has read, and {reason}.")
     if asked("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
             f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory is constant in size and has "

@@ -53,6 +53,7 @@ from .layout_bmojo import Rows, Turns, sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
 from .peft_bmojo import NoPrompts
+from .rollback_bmojo import Columns, read_waiting, read_with_rollback
 
 
 logger = logging.get_logger(__name__)
@@ -267,7 +268,7 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = False
     _can_compile_fullgraph = False
-    _is_stateful = True
+    _is_stateful = False  # assisted decoding may run: its caches take back what was drafted (`rollback_bmojo`)
     _keep_in_fp32_modules_strict = ["scalars", "sketch"]
     # A folder may hold sketches of keys, and its model be loaded without storage.
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.sketch\."]
@@ -337,7 +338,6 @@ class BMojoModel(BMojoPreTrainedModel):
         self.accept_config()
         self.post_init()
 
-    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -386,8 +386,8 @@ class BMojoModel(BMojoPreTrainedModel):
         if self.config.embedding_multiplier != 1.0:
             inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         batch, columns = inputs_embeds.shape[:2]
-        fresh = past_key_values is None
-        if not fresh:
+        past = 0
+        if past_key_values is not None:
             check_cache(past_key_values, self.config, batch)
             past_key_values.claim(self)
             if self.gradient_checkpointing and self.training:
@@ -395,31 +395,48 @@ class BMojoModel(BMojoPreTrainedModel):
                     f"{CACHE_NAME} in training with gradient checkpointing: recomputation would not find the states "
                     "as they were; switch one of them off, or call model.eval() to generate."
                 )
-        past = 0 if fresh else past_key_values.get_seq_length()
+            past = past_key_values.get_seq_length()
         mask = new_token_mask(attention_mask, batch, columns, past, past_key_values)
+        new = Columns(inputs_embeds, mask, position_ids)
+        packing = {"seq_idx": seq_idx, "cu_seq_lens": packing_lengths(cu_seq_lens_q, kwargs)}
+        if past_key_values is None or past_key_values.rollback is None:
+            return self._read(new, past_key_values, packing, use_cache, **kwargs)
+        return read_with_rollback(self, new, past_key_values, packing, **kwargs)
+
+    @capture_outputs
+    def _read(
+        self, new: Columns, past_key_values: BMojoCache | None, packing: dict, use_cache: bool | None = None, **kwargs
+    ):
+        """Read columns that were checked. Decorated, so that `output_hidden_states` and `output_attentions` are what
+        the layers give, and `return_dict` is honoured."""
+        inputs_embeds, mask, position_ids = new
         output_attentions = kwargs.pop("output_attentions", None)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        packing = {"seq_idx": seq_idx, "cu_seq_lens": packing_lengths(cu_seq_lens_q, kwargs)}
         rows, packed = build_rows(
             inputs_embeds, mask, position_ids, packing, past_key_values, self.rotary_emb, bool(output_attentions)
         )
         # Packed sequences end in many states: there is no single one to continue from.
-        if fresh and not packed and self._wants_cache(use_cache):
+        if past_key_values is None and not packed and self._wants_cache(use_cache):
             past_key_values = BMojoCache(self.config)
 
         for layer in self.layers:
-            layer.check_hooks(rows, columns, past_key_values is not None)
+            layer.check_hooks(rows, inputs_embeds.shape[1], past_key_values is not None)
         if past_key_values is not None:
             past_key_values.begin(mask)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, rows=rows, past_key_values=past_key_values)
-        last_hidden = None if past_key_values is None else past_key_values.last_hidden
+        last_hidden = None if past_key_values is None else past_key_values.layers[-1].last_hidden
         hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
         if past_key_values is not None:
             past_key_values.finish(hidden_states[:, -1])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
+
+    @torch.no_grad()
+    def read_waiting(self, cache: BMojoCache) -> None:
+        """Read what waits in a cache after `crop`; the cache asks for it."""
+        read_waiting(self, cache)
 
     def accept_config(self) -> None:
         """Say that the layers are what the configuration says now: for code that has changed both."""

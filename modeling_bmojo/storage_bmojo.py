@@ -206,7 +206,7 @@ class Storage(MemoryPart):
 
     def _clocks(self, tokens: Tokens, layer: Any) -> torch.Tensor | None:
         """Return E `[R, T]` of the new tokens, summed in float64 from left to right; a pad has that before it."""
-        if not self.decay:
+        if not self.decay or tokens.innovation is None:  # nobody judges a text inside the window that no cache keeps
             return None
         pads = tokens.positions(layer) < 0
         wide = tokens.innovation.to(widest(pads.device)).masked_fill(pads, 0.0)

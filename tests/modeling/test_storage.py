@@ -414,6 +414,14 @@ def test_scores_far_below_the_best_keep_their_order():
         assert place[0, 0].tolist() == [0, 5] and bool(meant.all())
 
 
+@pytest.mark.parametrize("count", [1, SIZES["window_size"]])
+def test_decay_inside_the_window(count):
+    model, ids = build(**SETTINGS["decay"]), tokens(count)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(read(model, ids)[0], expected, **EXACT)
+
+
 def test_decay_goes_on_beyond_what_scores_can_be():
     """Whatever the decay, of a long text the newest stored tokens are fetched if it is strong."""
     for decay in (1e2, 1e4):
