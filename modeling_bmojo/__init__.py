@@ -33,6 +33,7 @@ from .modeling_bmojo import (
     BMojoModel,
     BMojoPreTrainedModel,
 )
+from .prefix_bmojo import PrefixMemory
 
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "MemoryView",
     "Passage",
     "PassagesView",
+    "PrefixMemory",
     "RememberedToken",
     "attribute",
     "bmojo_lora_config",

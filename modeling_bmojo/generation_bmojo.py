@@ -4,6 +4,7 @@ What is said here and nowhere else: the modes that a bounded memory cannot serve
 read, and that a row that has ended reads nothing more (transformers feeds it pads as if they were text).
 """
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, cache_argument
 from .inputs_bmojo import check_cache, new_token_mask
+from .prefix_bmojo import PrefixMemory
 from .rollback_bmojo import DRAFTED
 
 
@@ -42,12 +44,22 @@ class EndedRows(StoppingCriteriaList):
 class BMojoGenerationMixin(GenerationMixin):
     """`GenerationMixin` whose memory is a `BMojoCache`."""
 
-    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
+    def generate(
+        self,
+        inputs=None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        prefix_memory: PrefixMemory | None = None,
+        **kwargs,
+    ):
         """`GenerationMixin.generate`, on a `BMojoCache`; with `rollback_limit` where drafts are taken back.
 
+        Args:
+            prefix_memory: what was read before: of a prompt that begins with it the rest alone is read.
+
         Raises:
-            ValueError: for contrastive search, another cache implementation, a mask that does not
-                fit the prompt, or a cache of another kind or model.
+            ValueError: for contrastive search, early exit, another cache implementation, a mask that does not fit the
+                prompt, or a cache of another kind or model.
         """
         _refuse_modes([kwargs, vars(generation_config or self.generation_config)])
         cache, mask = cache_argument(kwargs), kwargs.get("attention_mask")
@@ -57,6 +69,9 @@ class BMojoGenerationMixin(GenerationMixin):
         prompt = next(
             (v for v in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if v is not None), None
         )
+        if prefix_memory is not None:
+            cache = _known(prefix_memory, prompt, mask, cache)
+            kwargs |= {} if cache is None else {CACHE_NAME: cache}
         if mask is not None and prompt is not None and prompt.dim() > 1:
             past = 0 if cache is None else cache.get_seq_length()
             new_token_mask(mask, *prompt.shape[:2], past=past)
@@ -65,6 +80,10 @@ class BMojoGenerationMixin(GenerationMixin):
                 # Here and not only in forward: transformers drops a mask of nothing but ones on the way.
                 cache.check_mask(mask[:, :past])
         return super().generate(inputs, generation_config, **kwargs)
+
+    def prefix_memory(self, folder: str | os.PathLike, max_bytes: int | None = None) -> PrefixMemory:
+        """Return the texts that this model has read and kept in a folder; see `PrefixMemory`."""
+        return PrefixMemory(self, folder, max_bytes)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Where `generate_batch` and the continuous batching of `transformers serve` begin: refused."""
@@ -152,6 +171,15 @@ def _without(attention_mask: torch.Tensor | None, padded: torch.Tensor) -> torch
     # In place: generate() made this tensor for this step, and makes the next step's from it.
     attention_mask[:, -1].masked_fill_(padded.to(attention_mask.device), 0)
     return attention_mask
+
+
+def _known(prefixes: PrefixMemory, prompt: torch.Tensor | None, mask: torch.Tensor | None, cache: BMojoCache | None):
+    """Return the cache of the longest known beginning of a prompt, None if there is none."""
+    if cache is not None:
+        raise ValueError("prefix_memory and a cache: both say what was read before; pass one of them.")
+    if prompt is None or prompt.dim() != 2 or (mask is not None and not bool(mask.all())):
+        raise ValueError("prefix_memory: needs input_ids [1, tokens] without pads; ask row by row.")
+    return prefixes.longest(prompt)
 
 
 def _refuse_empty_rows(mask: torch.Tensor) -> None:

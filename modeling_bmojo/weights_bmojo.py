@@ -11,13 +11,17 @@ SAMPLES = 16  # numbers of each weight, evenly spread: whatever trains a weight 
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return 64 hexadecimal digits that are other ones for other weights, names, shapes or dtypes."""
+    """Return 64 hexadecimal digits that are other ones for other weights, names, shapes, dtypes or adapters in use."""
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         count = value.numel()
         index = torch.linspace(0, max(count - 1, 0), min(count, SAMPLES), dtype=torch.float64).long()
         found = value.detach().reshape(-1)[index.to(value.device)].to("cpu", torch.float64)
         digest.update(f"{name} {list(value.shape)} {value.dtype};".encode() + bytes(found.numpy()))
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):  # peft's layers
+            used = [] if module.disable_adapters else list(module.active_adapters)
+            digest.update(f"{name} uses {used};".encode())
     return digest.hexdigest()
 
 
