@@ -32,6 +32,8 @@ GOALS = {
     "storage decode 8192": 1.3,
     "storage prefill 2048": 1.3,
     "storage prefill 8192": 1.0,
+    "prompt lookup": 1 / 1.5,
+    "prefix 8192": 0.02,
     "innovation 32768": 0.03,
     "train 2048": 1.5,
     "cuda scan": 1.05,

@@ -243,7 +243,7 @@ def test_a_damaged_manifest_is_named(content, tmp_path):
 def test_folders_of_something_else_are_refused(tmp_path):
     (tmp_path / "prefixes").mkdir()
     (tmp_path / "prefixes" / "thesis.txt").write_text("all of it")
-    with pytest.raises(ValueError, match="is not empty and has no prefixes.json"):
+    with pytest.raises(ValueError, match=r"is not empty and has no prefixes\.json"):
         opened(tmp_path)
     assert os.listdir(tmp_path / "prefixes") == ["thesis.txt"]
 
