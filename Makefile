@@ -28,8 +28,8 @@ HAVE_VERSIONS := $(OTHER_VERSIONS:%=$(VENVS)/transformers-%/.have)
 # What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints and
 # the code they carry, Trainer, and what users reported of other models.
 CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache cache_file cache_ways checkpoint compile \
-	config_files decay_clock extending family family_s6 fsdp2 generate hooks linear padding parity rotary trainer training \
-	travel)) \
+	config_files decay_clock extending family family_s6 fsdp2 generate hooks linear padding parity prefix rollback rotary \
+	trainer training travel)) \
 	tests/conversion/training/test_four_bit.py $(addprefix tests/project/test_,contract.py versions.py)
 
 .DEFAULT_GOAL := help

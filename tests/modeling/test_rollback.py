@@ -70,7 +70,7 @@ TURNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, LIMIT)), min_size=1
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@settings(max_examples=12, **QUICK)
+@settings(max_examples=6, **QUICK)
 @given(st.integers(1, 30), TURNS, st.integers(0, 99))
 def test_what_was_taken_back_was_never_read(name, first, turns, seed):
     model, ids = build(**SETTINGS[name]), tokens(120)
@@ -95,7 +95,7 @@ def test_what_was_taken_back_was_never_read(name, first, turns, seed):
 
 
 @pytest.mark.parametrize("name", ["output", "stride", "mixed", "storage"])
-@settings(max_examples=8, **QUICK)
+@settings(max_examples=4, **QUICK)
 @given(st.data())
 def test_pads_are_taken_back_too(name, data):
     model, ids, total = build(**SETTINGS[name]), tokens(26, rows=3), 26
