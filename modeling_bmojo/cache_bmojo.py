@@ -20,6 +20,7 @@ from .cache_pads_bmojo import check_past_mask, pads_in
 from .compat_bmojo import CACHE_NAME
 from .configuration_bmojo import BMojoConfig
 from .eidetic_bmojo import EideticMemory
+from .fields_bmojo import is_int
 from .parts_bmojo import LayerSpec
 from .rollback_bmojo import DRAFTED, Rollback
 from .store_bmojo import Directory
@@ -71,6 +72,7 @@ class BMojoCache(Cache):
     directory: Directory | None = None
     check_weights, _claimed = True, False
     rollback: Rollback | None = None
+    one_for_all = False  # its one row was read for every row that generate() makes of a prompt
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class BMojoCache(Cache):
         layers agree."""
         self._require_finished()
         check_now(self.facts, config)
-        if batch is not None and self.get_seq_length() > 0 and self.batch_size != batch:
+        if batch is not None and self.layers[0].is_initialized and self.batch_size != batch:
             raise ValueError(
                 f"{CACHE_NAME} has batch size {self.batch_size} but the input has {batch} rows; use one cache per "
                 "batch, or batch_repeat_interleave / batch_select_indices to change it."
@@ -234,12 +236,15 @@ class BMojoCache(Cache):
     # --- taking back ------------------------------------------------------------------------------------------------
 
     def allow_rollback(self, limit: int = DRAFTED) -> None:
-        """Let `crop` take back up to `limit` columns of those that are read from now on.
+        """Let `crop` take back up to `limit` columns of those that are read from now on, or are held already.
 
         Raises:
             ValueError: unless limit is an integer of 1 or more.
         """
-        self.rollback = Rollback(limit)
+        found = Rollback(limit)
+        if self.rollback is None:
+            self.rollback = found
+        self.rollback.limit = limit
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back columns, pads included, exactly: what is read next is read as if they had not been.
@@ -253,6 +258,8 @@ class BMojoCache(Cache):
                 last forward stopped halfway.
         """
         columns = self.get_seq_length()
+        if not is_int(tokens_to_remove):
+            raise ValueError(f"tokens_to_remove={tokens_to_remove!r}: must be an integer, minus what is taken back.")
         count = -tokens_to_remove if tokens_to_remove <= 0 else columns - tokens_to_remove
         if count <= 0:
             return

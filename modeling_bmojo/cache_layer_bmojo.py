@@ -233,7 +233,8 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Make the states what they were; of those that follow the text the end is no longer read."""
         for name, value in self.states().items():
             if not self._follows(name):
-                setattr(self, name, kept.states[name].clone() if name in kept.states else self._unread(name, value))
+                was = kept.states[name].to(value.device, copy=True) if name in kept.states else None
+                setattr(self, name, self._unread(name, value) if was is None else was)
         self.columns, self.even = kept.columns, kept.even
         if self.pages is not None:
             self.pages.cut(self.seen.cpu())

@@ -63,6 +63,9 @@ class BMojoGenerationMixin(GenerationMixin):
         """
         _refuse_modes([kwargs, vars(generation_config or self.generation_config)])
         cache, mask = cache_argument(kwargs), kwargs.get("attention_mask")
+        if getattr(generation_config, "is_assistant", False) and mask is None and kwargs.get("input_ids") is not None:
+            # What is drafted may be a pad's number; transformers would take it for one.
+            mask = kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         if cache is not None:
             check_cache(cache, self.config)
             kwargs[CACHE_NAME] = cache
@@ -70,7 +73,7 @@ class BMojoGenerationMixin(GenerationMixin):
             (v for v in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if v is not None), None
         )
         if prefix_memory is not None:
-            cache = _known(prefix_memory, prompt, mask, cache)
+            cache = _known(self, prefix_memory, prompt, mask, cache)
             kwargs |= {} if cache is None else {CACHE_NAME: cache}
         if mask is not None and prompt is not None and prompt.dim() > 1:
             past = 0 if cache is None else cache.get_seq_length()
@@ -105,6 +108,8 @@ class BMojoGenerationMixin(GenerationMixin):
             )
         if past and next_sequence_length is None and cache.rollback is not None and cache.rollback.known:
             next_sequence_length, cache.rollback.known = input_ids.shape[1] - cache.rollback.known, 0
+        if past and next_sequence_length is not None and cache.rollback is not None and cache.rollback.drafting:
+            _let_drafts_be_taken_back(cache, next_sequence_length)
         padded = None if ended_rows is None else ended_rows.padded
         if padded is not None and cache is not None and bool(padded.any()):
             attention_mask = _without(attention_mask, padded.to(input_ids.device))
@@ -130,11 +135,20 @@ class BMojoGenerationMixin(GenerationMixin):
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
+        asked = [kwargs.get("generation_config"), getattr(kwargs.get("assistant_model"), "generation_config", None)]
+        drafted = max(getattr(config, name, None) or 0 for config in asked for name in DRAFTS)
+        _let_drafts_be_taken_back(cache, 2 * drafted)  # an assistant's tokens may be more of ours
         stated = getattr(kwargs.get("generation_config"), "_mask_length", None) if mask is None else mask.shape[1]
         if cache is not None and stated == input_ids.shape[1]:
             # transformers would read a text anew whose beginning the cache has read.
             cache.rollback.known = cache.get_seq_length()
-        return super()._assisted_decoding(input_ids, *args, **kwargs)
+        if cache is not None:
+            cache.rollback.drafting = True
+        try:
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
+        finally:
+            if cache is not None:
+                cache.rollback.drafting, cache.rollback.known = False, 0
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
         """None: the model counts real tokens itself, and goes on rightly behind right and inner pads."""
@@ -142,25 +156,26 @@ class BMojoGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        if model_kwargs.get(CACHE_NAME) is not None:
-            model_kwargs[CACHE_NAME]._is_user_defined = True
+        if (cache := model_kwargs.get(CACHE_NAME)) is not None:
+            cache._is_user_defined = True
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if cache.one_for_all and rows > 1:
+                cache.batch_repeat_interleave(rows)
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = BMojoCache(self.config)
         if generation_mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
-            self._let_drafts_be_taken_back(generation_config, model_kwargs.get(CACHE_NAME))
-
-    @staticmethod
-    def _let_drafts_be_taken_back(generation_config: GenerationConfig, cache: BMojoCache | None) -> None:
-        """Let the cache of this generate(), unless it can, take back what it reads from here on."""
-        drafted = max(getattr(generation_config, name, None) or 0 for name in DRAFTS)
-        if cache is not None and (cache.rollback is None or cache.rollback.limit < drafted):
-            cache.settle()
-            cache.allow_rollback(max(drafted, DRAFTED))
+            _let_drafts_be_taken_back(model_kwargs.get(CACHE_NAME), DRAFTED)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
         """Return the 2-D mask as it is: the memories decide what a token sees."""
         return attention_mask
+
+
+def _let_drafts_be_taken_back(cache: BMojoCache | None, count: int) -> None:
+    """Let a cache take back so many columns, unless it can."""
+    if cache is not None and (cache.rollback is None or cache.rollback.limit < count):
+        cache.allow_rollback(max(count, DRAFTED))
 
 
 def _without(attention_mask: torch.Tensor | None, padded: torch.Tensor) -> torch.Tensor:
@@ -173,13 +188,18 @@ def _without(attention_mask: torch.Tensor | None, padded: torch.Tensor) -> torch
     return attention_mask
 
 
-def _known(prefixes: PrefixMemory, prompt: torch.Tensor | None, mask: torch.Tensor | None, cache: BMojoCache | None):
+def _known(model, prefixes: PrefixMemory, prompt: torch.Tensor | None, mask: torch.Tensor | None, cache):
     """Return the cache of the longest known beginning of a prompt, None if there is none."""
+    if all(module is not prefixes.reader for module in model.modules()):
+        raise ValueError("prefix_memory is another model's; make one with this model's prefix_memory(folder).")
     if cache is not None:
         raise ValueError("prefix_memory and a cache: both say what was read before; pass one of them.")
     if prompt is None or prompt.dim() != 2 or (mask is not None and not bool(mask.all())):
         raise ValueError("prefix_memory: needs input_ids [1, tokens] without pads; ask row by row.")
-    return prefixes.longest(prompt)
+    cache = prefixes.longest(prompt)
+    if cache is not None:
+        cache.one_for_all = True
+    return cache
 
 
 def _refuse_empty_rows(mask: torch.Tensor) -> None:
@@ -199,13 +219,13 @@ def _refuse_modes(places: list[dict]) -> None:
         return next((place[name] for place in places if name in place), None)
 
     refused = {
-        "penalty_alpha": "contrastive search re-reads its candidates; use sampling (do_sample=True)",
+        "penalty_alpha": "contrastive search goes on with several candidates; use sampling (do_sample=True)",
         "assistant_early_exit": "early exit drafts with fewer layers on one cache; give an assistant_model",
     }
     for name, reason in refused.items():
         if asked(name):
             value = asked(name) if isinstance(asked(name), int | float) else type(asked(name)).__name__
-            raise ValueError(f"{name}={value}: what the memory of a B'MOJO layer has read it has read, and {reason}.")
+            raise ValueError(f"{name}={value}: one memory per row cannot serve it; {reason}.")
     if asked("cache_implementation") not in (None, "dynamic"):
         raise ValueError(
             f"cache_implementation={asked('cache_implementation')!r}: a B'MOJO memory is constant in size and has "

@@ -99,7 +99,8 @@ def new_token_mask(
     return None if bool(mask.all()) else mask
 
 
-def _check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None) -> None:
+def check_columns(batch: int, columns: int, position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None) -> None:
+    """Raise ValueError unless each that is given has one number per column."""
     for name, value in {"position_ids": position_ids, "seq_idx": seq_idx}.items():
         if value is not None and (value.dim() != 2 or value.shape[0] not in (1, batch) or value.shape[1] != columns):
             raise ValueError(
@@ -191,7 +192,7 @@ def build_rows(
     batch, columns = inputs_embeds.shape[:2]
     device = inputs_embeds.device
     past = 0 if cache is None else cache.get_seq_length()
-    _check_columns(batch, columns, position_ids, packing["seq_idx"])
+    check_columns(batch, columns, position_ids, packing["seq_idx"])
     # As for masks: values are not looked at where that would stop compiled code or stall a GPU at every step.
     looks = not torch.compiler.is_compiling() and (columns > 1 or device.type == "cpu")
     if past and looks and position_ids is not None:

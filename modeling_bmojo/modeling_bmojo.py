@@ -46,7 +46,7 @@ from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, on
 from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
 from .distance_bmojo import TurnTables
 from .generation_bmojo import BMojoGenerationMixin
-from .inputs_bmojo import build_rows, carry_last, check_cache, check_tokens, new_token_mask
+from .inputs_bmojo import build_rows, carry_last, check_cache, check_columns, check_tokens, new_token_mask
 from .kernels_hub import offer_slots, take_kernels
 from .layer_memory_bmojo import LayerMemory
 from .layout_bmojo import Rows, Turns, sequence_starts
@@ -401,6 +401,7 @@ class BMojoModel(BMojoPreTrainedModel):
         packing = {"seq_idx": seq_idx, "cu_seq_lens": packing_lengths(cu_seq_lens_q, kwargs)}
         if past_key_values is None or past_key_values.rollback is None:
             return self._read(new, past_key_values, packing, use_cache, **kwargs)
+        check_columns(batch, columns, position_ids, seq_idx)
         return read_with_rollback(self, new, past_key_values, packing, **kwargs)
 
     @capture_outputs

@@ -74,7 +74,7 @@ class PrefixMemory:
             input_ids: `[1, T]`.
 
         Raises:
-            ValueError: for another shape, a model that has changed, or a damaged file.
+            ValueError: for another shape, a model that has changed, or a damaged file. OSError: if the folder is gone.
         """
         self._require_same()
         return self._longest(_one_row(input_ids), input_ids.shape[1] - 1)
@@ -87,17 +87,19 @@ class PrefixMemory:
                 share a beginning; None: at the end alone.
 
         Raises:
-            ValueError: for another shape, a model that has changed, or a damaged file. OSError: if a file cannot be
-                written.
+            ValueError: for another shape, a model that has changed or is in training mode, or a damaged file. OSError:
+                if the folder is gone or a file cannot be written.
         """
         if every is not None and (not is_int(every) or every < 1):
             raise ValueError(f"every={every!r}: must be an integer >= 1, tokens, or None for the end alone.")
         self._require_same()
+        if self.reader.training:
+            raise ValueError("the model is in training mode, whose dropout would be kept; call model.eval() first.")
         ids, total = _one_row(input_ids), input_ids.shape[1]
         cache = self._longest(ids, total) or BMojoCache(self.reader.config)
         while (here := cache.get_seq_length()) < total:
             upto = min(here + PIECE, total, total if every is None else (here // every + 1) * every)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.reader.device.type, enabled=False):
                 self.reader(input_ids[:, here:upto].to(self.reader.device), **{CACHE_NAME: cache})
             if upto == total or (every is not None and upto % every == 0):
                 self._keep(cache, ids[:upto])
@@ -132,21 +134,26 @@ class PrefixMemory:
 
     def _keep(self, cache: BMojoCache, ids: torch.Tensor) -> None:
         path = self._path(ids)
-        if self.max_bytes is not None and cache.nbytes > self.max_bytes:
-            logger.warning_once(
-                f"max_bytes={self.max_bytes}: a cache of {len(ids)} tokens takes {cache.nbytes} bytes and is not kept."
-            )
-            return
         cache.save(path)
-        files = sorted(self._files(), key=lambda file: file[2].st_mtime_ns)
-        excess = 0 if self.max_bytes is None else sum(stat.st_size for _, _, stat in files) - self.max_bytes
-        for _, name, stat in files:
+        if self.max_bytes is None:
+            return
+        files = {os.path.join(self.folder, name): stat for _, name, stat in self._files()}
+        size = files[path].st_size if path in files else 0
+        if size > self.max_bytes:
+            logger.warning_once(f"max_bytes={self.max_bytes}: {len(ids)} tokens left {size} bytes, which are not kept.")
+            self._remove(path)
+            return
+        excess = sum(stat.st_size for stat in files.values()) - self.max_bytes
+        for old in sorted(files.keys() - {path}, key=lambda old: files[old].st_mtime_ns):
             if excess <= 0:
                 break
-            if os.path.join(self.folder, name) != path:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(self.folder, name))
-                excess -= stat.st_size
+            self._remove(old)
+            excess -= files[old].st_size
+
+    @staticmethod
+    def _remove(path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.remove(path)
 
     def _files(self) -> list[tuple[int, str, os.stat_result]]:
         """Return tokens, name and stat of each."""
@@ -175,12 +182,12 @@ class PrefixMemory:
     def _open(self) -> None:
         self.model, name = self._model(), os.path.join(self.folder, MANIFEST)
         if not os.path.exists(name):
-            if os.path.isdir(self.folder) and os.listdir(self.folder):
+            others = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+            if [other for other in others if not other.startswith(MANIFEST)]:  # another process may be writing it
                 raise ValueError(f"folder={self.folder!r}: is not empty and has no {MANIFEST}; give a new folder.")
             os.makedirs(self.folder, exist_ok=True)
             write_whole(name, self._write_manifest)
-            return
-        try:
+        try:  # what was written too: another model may have been faster
             with open(name, encoding="utf-8") as file:
                 written = json.load(file)
             different = _difference(written, self.model)

@@ -45,12 +45,17 @@ class Columns(NamedTuple):
         return Columns(*(None if value is None else value[:, first:last] for value in self))
 
     def with_next(self, new: "Columns") -> "Columns":
-        """Return these columns and then `new`."""
-        mask = None
+        """Return these columns and then `new`, where those are."""
+        mask, positions, device = None, None, new.embeds.device
         if self.mask is not None or new.mask is not None:
-            mask = torch.cat([self.real(), new.real()], dim=1)
-        positions = None if self.positions is None else torch.cat([self.positions, new.positions], dim=1)
-        return Columns(torch.cat([self.embeds, new.embeds.to(self.embeds)], dim=1), mask, positions)
+            mask = torch.cat([self.real().to(device), new.real()], dim=1)
+        if self.positions is not None:
+            positions = torch.cat([self.positions.to(new.positions), new.positions], dim=1)
+        return Columns(torch.cat([self.embeds.to(new.embeds), new.embeds], dim=1), mask, positions)
+
+    def copied(self) -> "Columns":
+        """Return a copy without gradients, of what else may belong to others or be a view of more."""
+        return Columns(*(None if value is None else value.detach().clone() for value in self))
 
     def fits(self, new: "Columns") -> bool:
         """Whether both count their positions themselves or both say them."""
@@ -89,7 +94,8 @@ class Rollback:
         self.copies: list[list[Kept]] = []
         self.read: list[Columns] = []
         self.waiting = 0
-        self.known = 0  # columns of the text that a generate() drafts on which were read before it
+        # Of a generate() that drafts: whether it does, and columns of its prompt that were read before it.
+        self.drafting, self.known = False, 0
         self._reader: Any = None
 
     # Reading ---------------------------------------------------------------------------------------------------------
@@ -126,7 +132,7 @@ class Rollback:
 
     def after(self, new: Columns, reader: Any) -> None:
         """Take note of what was read by which model."""
-        self.read.append(Columns(*(None if value is None else value.detach() for value in new)))
+        self.read.append(new.copied())
         self._reader = weakref.ref(reader)
         here = self._at(0) + self._held()
         while len(self.copies) > 1 and self._at(1) <= here - self.limit:
@@ -143,10 +149,12 @@ class Rollback:
         held = self._held()
         if count <= min(self.limit, held):
             return
-        why = f"rollback_limit={self.limit}" if count > self.limit else f"{held} were read since it is allowed"
+        why, remedy = f"rollback_limit={self.limit}", "make the cache with a larger one, or "
+        if count <= self.limit:
+            why, remedy = f"{held} were read since it is allowed and are not settled", ""
         raise ValueError(
-            f"crop of {count} columns: {why}, so that at most {min(self.limit, held)} can be taken back; make the "
-            "cache with a larger rollback_limit, or go back to a copy.deepcopy of it."
+            f"crop of {count} columns: {why}, so that at most {min(self.limit, held)} can be taken back; {remedy}go "
+            "back to a copy.deepcopy of the cache."
         )
 
     def back(self, layers: list, count: int) -> None:
@@ -171,7 +179,7 @@ class Rollback:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.copies, self.read, self.waiting = [], [], 0
+        self.copies, self.read, self.waiting, self.known = [], [], 0, 0
 
     @property
     def nbytes(self) -> int:
@@ -198,12 +206,13 @@ class Rollback:
         while count:
             first = self.read.pop(0)
             if first.count > count:
-                self.read.insert(0, first.part(count, first.count))
+                self.read.insert(0, first.part(count, first.count).copied())
             count -= min(count, first.count)
 
     def __deepcopy__(self, memo: dict) -> "Rollback":
         """Return a copy; tensors are shared, because nothing here is written in place."""
         new = type(self)(self.limit)
+        new.drafting, new.known = self.drafting, self.known
         new.copies, new.read, new.waiting, new._reader = [*self.copies], [*self.read], self.waiting, self._reader
         return new
 
@@ -221,6 +230,8 @@ def read_with_rollback(model: Any, new: Columns, cache: Any, packing: dict, **kw
     return_dict = kwargs.pop("return_dict", getattr(model.config, "return_dict", True))
     shown = [kwargs.get(name) or getattr(model.config, name, False) for name in SHOWN]
     whole = any(shown) or any(value is not None for value in packing.values())
+    # What a cache holds is detached: a gradient that goes through all of it needs it read at once.
+    whole = whole or (torch.is_grad_enabled() and new.embeds.requires_grad)
     if new.positions is not None:
         new = new._replace(positions=new.positions.expand(len(new.embeds), -1))
     waiting = rollback.waits()
@@ -263,9 +274,13 @@ def _read(model: Any, columns: Columns, cache: Any, whole: bool, **kwargs: Any) 
     found = []
     for first, last in pairwise(edges):
         part = columns.part(first, last)
-        rollback.before(cache.layers, part)
-        out = model._read(part, cache, return_dict=True, **kwargs)
-        rollback.after(part, model)
+        try:
+            rollback.before(cache.layers, part)
+            out = model._read(part, cache, return_dict=True, **kwargs)
+            rollback.after(part, model)
+        except BaseException:
+            cache.layers[0].unfinished |= first > 0  # half of it was read
+            raise
         found.append(out.last_hidden_state)
     if len(found) > 1:
         out.last_hidden_state = torch.cat(found, dim=1)

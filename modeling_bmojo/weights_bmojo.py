@@ -19,9 +19,10 @@ def weights_fingerprint(model: nn.Module) -> str:
         found = value.detach().reshape(-1)[index.to(value.device)].to("cpu", torch.float64)
         digest.update(f"{name} {list(value.shape)} {value.dtype};".encode() + bytes(found.numpy()))
     for name, module in model.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):  # peft's layers
+        if isinstance(getattr(module, "disable_adapters", None), bool):  # peft's layers
             used = [] if module.disable_adapters else list(module.active_adapters)
-            digest.update(f"{name} uses {used};".encode())
+            scaling = getattr(module, "scaling", {})
+            digest.update(f"{name} uses {[(each, scaling.get(each)) for each in used]};".encode())
     return digest.hexdigest()
 
 

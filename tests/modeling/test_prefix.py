@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from modeling_bmojo import CACHE_NAME, BMojoCache, PrefixMemory, prefix_bmojo
+from modeling_bmojo.weights_bmojo import weights_fingerprint
 from tests.modeling.test_rollback import EXACT, NEAR, SETTINGS, build, go_on, unread
 from tests.reading import tokens as any_tokens
 
@@ -180,6 +181,25 @@ def test_threads_read_one_text_at_once(tmp_path):
     assert not [name for name in os.listdir(tmp_path / "prefixes") if "partial" in name]
 
 
+def test_several_answers_begin_with_one_prefix(tmp_path):
+    model, prefixes = opened(tmp_path)
+    ids = tokens(40, rows=1)
+    prefixes.read(ids[:, :30])
+    for options in (dict(num_beams=3), dict(num_beams=2, num_return_sequences=2)):
+        found = model.generate(ids, max_new_tokens=6, do_sample=False, prefix_memory=prefixes, **options)
+        assert torch.equal(found, model.generate(ids, max_new_tokens=6, do_sample=False, **options))
+    torch.manual_seed(0)
+    found = model.generate(ids, max_new_tokens=3, do_sample=True, num_return_sequences=3, prefix_memory=prefixes)
+    assert found.shape == (3, 43)
+
+
+def test_another_writer_at_the_same_moment_is_waited_for(tmp_path):
+    (tmp_path / "prefixes").mkdir()
+    (tmp_path / "prefixes" / "prefixes.json.partial-12345678-99999999-00000000").write_text("{")
+    model, prefixes = opened(tmp_path)
+    assert prefixes.lengths == []
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 def test_another_models_folder_is_refused(tmp_path):
     model, prefixes = opened(tmp_path)
@@ -208,6 +228,43 @@ def test_an_adapter_reads_for_itself(tmp_path):
         prefixes.longest(ids)
     found = peft.generate(input_ids=ids, max_new_tokens=5, do_sample=False, prefix_memory=prefixes)
     assert torch.equal(found, peft.generate(input_ids=ids, max_new_tokens=5, do_sample=False))
+
+
+def test_an_adapter_with_another_scaling_is_another(tmp_path):
+    peft = get_peft_model(build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    prefixes = PrefixMemory(peft, tmp_path / "prefixes")
+    prefixes.read(tokens(20, rows=1))
+    for module in peft.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+    with pytest.raises(ValueError, match="has changed since"):
+        prefixes.longest(tokens(30, rows=1))
+
+
+def test_weights_alone_make_the_fingerprint_of_a_plain_model():
+    model = build()
+    found = weights_fingerprint(model.model)
+    assert found == weights_fingerprint(build().model) != weights_fingerprint(model.model.layers)
+
+
+def test_dropout_is_not_kept(tmp_path):
+    model, prefixes = opened(tmp_path)
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        prefixes.read(tokens(20, rows=1))
+    model.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = prefixes.read(tokens(20, rows=1))
+    torch.testing.assert_close(cache.last_hidden, prefixes.read(tokens(20, rows=1)).last_hidden)
+    fresh = BMojoCache(model.config)
+    go_on(model, fresh, tokens(20, rows=1))
+    torch.testing.assert_close(cache.last_hidden, fresh.last_hidden, **EXACT)
+
+
+def test_another_model_of_the_same_configuration_does_not_ask(tmp_path):
+    model, prefixes = opened(tmp_path)
+    with pytest.raises(ValueError, match="another model's"):
+        build().generate(tokens(9, rows=1), prefix_memory=prefixes)
 
 
 def test_a_model_that_was_trained_since_is_refused(tmp_path):

@@ -356,6 +356,86 @@ def test_an_edited_turn_is_answered_as_if_the_first_form_had_not_been():
     assert torch.equal(model.generate(edited, max_new_tokens=8, do_sample=False, **{CACHE_NAME: cache}), plain)
 
 
+def test_a_drafted_pad_is_text():
+    model, prompt = build(), tokens(9, rows=1).repeat(1, 3)
+    plain = model.generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=60)
+    common = plain[0, 27:].mode().values.item()
+    plain = model.generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=common)
+    for drafter in ("itself", "prompt lookup"):
+        found = model.generate(
+            prompt, max_new_tokens=30, do_sample=False, pad_token_id=common, **DRAFTERS[drafter](model)
+        )
+        assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+def test_long_drafts_are_taken_back(schedule):
+    model, assistant, prompt = build(), build(num_hidden_layers=1), tokens(9, rows=1)
+    assistant.generation_config.update(num_assistant_tokens=90, num_assistant_tokens_schedule=schedule)
+    plain = model.generate(prompt, max_new_tokens=120, do_sample=False)
+    for each in (assistant, model):
+        each.generation_config.update(num_assistant_tokens=90, num_assistant_tokens_schedule=schedule)
+        found = model.generate(prompt, max_new_tokens=120, do_sample=False, assistant_model=each)
+        assert torch.equal(found, plain)
+
+
+def test_a_limit_that_is_raised_keeps_what_is_held():
+    model, ids = build(), tokens(30)
+    cache = BMojoCache(model.config, rollback_limit=LIMIT)
+    go_on(model, cache, ids[:, :20])
+    cache.crop(-1)
+    cache.allow_rollback(2 * LIMIT)
+    assert cache.get_seq_length() == 19
+    torch.testing.assert_close(go_on(model, cache, ids[:, 19:]).logits, unread(model, ids)[:, 19:], **EXACT)
+    with pytest.raises(ValueError, match="rollback_limit=0"):
+        cache.allow_rollback(0)
+
+
+def test_gradients_go_through_all_that_is_read_at_once():
+    model, ids = build(), tokens(40, rows=1)
+    found = []
+    for cache in (BMojoCache(model.config), BMojoCache(model.config, rollback_limit=LIMIT)):
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embeds, **{CACHE_NAME: cache}).logits[0, -1].square().sum().backward()
+        found.append(embeds.grad)
+    assert found[0][0, 0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+
+
+def test_what_was_read_is_its_own():
+    model, ids = build(), tokens(30)
+    embeds = model.get_input_embeddings()(ids[:, :20]).detach()
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, 12] = False
+    expected = unread(model, ids, torch.cat([mask, torch.ones(2, 10, dtype=torch.bool)], dim=1))
+    cache = BMojoCache(model.config, rollback_limit=LIMIT)
+    with torch.no_grad():
+        model(inputs_embeds=embeds, attention_mask=mask, **{CACHE_NAME: cache})
+    embeds.zero_()
+    mask.fill_(True)
+    cache.crop(-3)
+    torch.testing.assert_close(go_on(model, cache, ids[:, 17:]).logits, expected[:, 17:], **EXACT)
+    assert len(pickle.dumps(cache.rollback)) < 1.5 * cache.rollback.nbytes + 20000
+
+
+def test_a_read_that_stops_between_its_parts_is_noticed(monkeypatch):
+    model, ids = build(), tokens(60)
+    cache = BMojoCache(model.config, rollback_limit=LIMIT)
+    before, calls = cache.rollback.before, []
+
+    def second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        before(*args)
+
+    monkeypatch.setattr(cache.rollback, "before", second)
+    with pytest.raises(MemoryError):
+        go_on(model, cache, ids)
+    with pytest.raises(ValueError, match="stopped halfway"):
+        go_on(model, cache, ids)
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("limit", [0, -1, True, 2.5, "6"])
 def test_limits_that_are_none_are_refused(limit):
@@ -385,6 +465,32 @@ def test_all_of_a_short_text_is_taken_back():
     cache.crop(-5)
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(go_on(model, cache, ids).logits, unread(model, ids), **EXACT)
+
+
+def test_another_batch_after_all_was_taken_back_is_refused():
+    model, ids = build(), tokens(30)
+    cache = BMojoCache(model.config, rollback_limit=LIMIT)
+    go_on(model, cache, ids[:, :5])
+    cache.crop(-5)
+    with pytest.raises(ValueError, match="batch size 2 but the input has 1 rows"):
+        go_on(model, cache, ids[:1])
+
+
+@pytest.mark.parametrize("value", [2.0, True, None, "3"])
+def test_what_is_taken_back_is_a_number(value):
+    with pytest.raises(ValueError, match="must be an integer"):
+        BMojoCache(build().config, rollback_limit=LIMIT).crop(value)
+
+
+@pytest.mark.parametrize("shape", [(3, 13), (13,), (2, 5)])
+def test_positions_of_another_shape_are_refused(shape):
+    model, ids = build(), tokens(30)
+    cache = BMojoCache(model.config, rollback_limit=LIMIT)
+    go_on(model, cache, ids[:, :20])
+    cache.crop(-3)
+    with pytest.raises(ValueError, match="position_ids of shape"):
+        go_on(model, cache, ids[:, 17:], position_ids=torch.zeros(shape, dtype=torch.int64))
+    torch.testing.assert_close(go_on(model, cache, ids[:, 17:]).logits, unread(model, ids)[:, 17:], **EXACT)
 
 
 def test_a_forward_that_is_refused_leaves_what_waits():
