@@ -83,7 +83,8 @@ class BMojoConfig(BackboneConfig):
         storage_limit: N, the newest stored tokens that are offered; `None`: all. The first tokens of a text are what
             attention leans on: keep them with `eidetic_size`, 4 and more.
         max_rope_distance: D_max, the largest distance that RoPE turns by in a `"bmojo"` layer: a token further away is
-            attended to as if at D_max. `None`: no limit.
+            attended to as if at D_max. `None`: no limit. Three quarters of what a source was trained on: the last
+            quarter it has hardly seen (docs/log.md).
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
