@@ -4,7 +4,7 @@
                                   [--overwrite | --reuse]
 
 The source, a sliding window, the same with attention sinks, a window of the same bytes, a fresh graft and any other
-grafts: NLL by position, passkey retrieval, agreement with the source, speed and bytes, in one table. The settings are
+grafts: NLL by position, passkey retrieval, agreement with the source, speed and bytes, RULER's tasks. The settings are
 described in conversion/evaluation/settings.py and docs/evaluation.md. Exit status: 0 done, 2 refused or failed with a
 message, 130 interrupted; what was measured until then is stored, and --reuse goes on from there.
 """
@@ -22,6 +22,7 @@ from .common.staging import sole_writer
 from .evaluation.job import prepare, run
 from .evaluation.plot import draw
 from .evaluation.report import markdown, summarise
+from .evaluation.ruler_report import summarise_ruler
 from .evaluation.settings import SECTIONS, EvaluationSettings, load_evaluation
 from .evaluation.store import PLOT_FILE, TABLE_FILE, Store, check_folder
 
@@ -68,6 +69,9 @@ def _evaluate(settings: EvaluationSettings, command: str, overwrite: bool, reuse
     run(job, store)
     sections = {name: getattr(settings, name) for name in SECTIONS}
     figures = summarise(job.rows, store.measurements, job.window, sections)
+    if settings.ruler:
+        ruler = summarise_ruler(job.rows, store.measurements, settings.as_dict())
+        figures = [{**row, "ruler": ruler[row["model"]]} for row in figures]
     table = markdown(figures, settings.as_dict(), job.window, store.header)
     write_text(folder / TABLE_FILE, table)
     if settings.plot:

@@ -6,6 +6,7 @@
     equal_memory   `window` and `sinks` with a window as large as the bytes of our memory allow: two rows
     fresh          a graft that was not trained
     graft          a checkpoint folder: aligned, fine-tuned, or grafted otherwise
+    press          the source with a cache that NVIDIA's kvpress compresses, for RULER's tasks (presses.py)
 
 The windows are `BMojoForCausalLM` itself, whose sliding layers equal transformers' (tests/modeling/test_family.py),
 so they are exact at any length and cost O(T W). Sinks are its eidetic memory with a constant innovation: nothing beats
@@ -27,6 +28,7 @@ from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 from ..common.running import assembled
 from ..grafting.pipeline import Plan, build_tensors
 from ..grafting.sources import source_files
+from .presses import PressedSource
 
 
 ROWS = ("source", "window", "sinks", "equal_memory", "fresh")
@@ -97,6 +99,14 @@ class Models:
 
     def sinks(self, count: int, size: int, name: str, kind: str = "sinks") -> Row:
         return self._row(name, kind, self._plain(window_size=size, eidetic_size=count))
+
+    def pressed(self, press: str, python: str, like: str, like_facts: Mapping[str, Any]) -> Row:
+        """Return the source with a cache that `press` compresses to the bytes of the row `like`."""
+        facts = {"kind": "press", "press": press, "like": like, "its": like_facts, "source": self.files}
+        build = lambda: PressedSource(  # noqa: E731
+            python, press, self._load_source(), self.plan.source.tokenizer(), self.dtype
+        )
+        return Row(f"{press}, bytes of {like}", "press", None, 0, facts, build)
 
     def fresh(self) -> Row:
         return self._row("fresh graft", "fresh", self.plan.config)

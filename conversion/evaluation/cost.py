@@ -62,6 +62,11 @@ def cache_bytes(cache: Any) -> int:
     return sum(value.nbytes for layer in cache.layers for value in (layer.keys, layer.values))
 
 
+def device_bytes(cache: Any) -> int:
+    """Return `cache_bytes` without the keys and values of stored tokens, which lie in the host's memory."""
+    return cache_bytes(cache) - (cache.storage_nbytes if type(cache).__name__ == "BMojoCache" else 0)
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,9 @@
 """The evaluation itself: checks everything, then measures model by model and stores every measurement at once.
 
 Order of work: source, texts, grafts, lengths and output are checked before any weights are read. Then, for each row of
-the table: build the model, read the texts (NLL, agreement), hide passkeys, time it, drop the model. A measurement is
-kept under a fingerprint of all that decides it (`Job.key`), so that an interrupted run goes on where it stopped.
+the table: build the model, read the texts (NLL, agreement), hide passkeys, time it, solve RULER's tasks, drop the
+model. A measurement is kept under a fingerprint of all that decides it (`Job.key`), so that an interrupted run goes on
+where it stopped; the samples of RULER's tasks are kept one by one.
 """
 
 import hashlib
@@ -29,13 +30,16 @@ from .agreement import continue_greedily, equal_prefix, equal_share
 from .baselines import Models, Row, equal_memory_window
 from .cost import measure_cost
 from .passkey import Prompt, make_prompts, score_prompts
+from .presses import check_presses
+from .ruler import Prompts, solve
 from .settings import EvaluationSettings, graft_entries
 from .store import Store, hardware
 
 
 @dataclass(frozen=True)
 class Job:
-    """An evaluation that was checked and can start. texts: ids `[1, T]` each; window: the W that positions count in."""
+    """An evaluation that was checked and can start. texts: ids `[1, T]` each; window: the W that positions count in;
+    ruler: makes the prompts of RULER's tasks, None without them."""
 
     settings: EvaluationSettings
     rows: list[Row]
@@ -43,6 +47,27 @@ class Job:
     prompts: list[Prompt]
     window: int
     code: str
+    ruler: Prompts | None = None
+
+    def sections(self, row: Row) -> list[str]:
+        """Return the names of all that is measured of a row."""
+        settings = self.settings
+        pairs = [(task, length) for length in settings.ruler_lengths for task in settings.ruler_tasks]
+        ruler = [ruler_section(*pair) for pair in pairs] * settings.ruler
+        if row.kind == "press":
+            return ruler
+        found = ["reading"] * (settings.nll or settings.agreement) + ["passkey"] * settings.passkey
+        return found + ["cost"] * settings.cost + ruler
+
+    def missing(self, row: Row, store: Store) -> list[str]:
+        """Return those that `store` does not hold, or not whole."""
+        return [section for section in self.sections(row) if not self._holds(row, section, store)]
+
+    def _holds(self, row: Row, section: str, store: Store) -> bool:
+        if not store.has(row.name, section, self.key(row, section)):
+            return False
+        samples = store.get(row.name, section).get("samples")
+        return samples is None or len(samples) >= self.settings.ruler_samples
 
     def key(self, row: Row, section: str) -> str:
         """Fingerprint of everything that decides a measurement: code, model, texts, and the section's settings.
@@ -58,7 +83,8 @@ class Job:
             "passkey": [fingerprint([prompt.ids for prompt in self.prompts]), [p.digits for p in self.prompts]],
             "cost": [fingerprint(self.texts[:1]), settings.decode_tokens, settings.cost_rounds, hardware(device)],
         }
-        parts = [self.code, row.facts, settings.dtype, device, settings.chunk, of_section[section]]
+        ruler = [section, None if self.ruler is None else self.ruler.facts()]
+        parts = [self.code, row.facts, settings.dtype, device, settings.chunk, of_section.get(section, ruler)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -92,6 +118,7 @@ def prepare(settings: EvaluationSettings) -> Job:
         raise ValueError(f"source={settings.source!r}: has no tokenizer, so it reads no text; add one to its folder.")
     models = Models(plan, device, getattr(torch, settings.dtype))
     rows = _rows(settings, models, _grafts(settings, plan, tokenizer))
+    rows += _press_rows(settings, models, rows)
     texts = read_texts(settings.builtin, settings.files, settings.topics)
     if settings.topics is None:
         ids = sequences(tokenizer, texts, settings.tokens, settings.texts)
@@ -108,7 +135,22 @@ def prepare(settings: EvaluationSettings) -> Job:
             settings.passkey_digits,
             settings.seed,
         )
-    return Job(settings, rows, ids, prompts, plan.config.window_size, code_fingerprint())
+    ruler = _ruler_prompts(settings, tokenizer, texts) if settings.ruler else None
+    return Job(settings, rows, ids, prompts, plan.config.window_size, code_fingerprint(), ruler)
+
+
+def _ruler_prompts(settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str]) -> Prompts:
+    """Return what makes RULER's prompts, of which each length and task has one."""
+    prompts = Prompts(tokenizer, "\n\n".join(texts.values()), settings.ruler_template, settings.seed)
+    for length in settings.ruler_lengths:
+        for task in settings.ruler_tasks:
+            prompts.make(task, length, 0)
+    return prompts
+
+
+def ruler_section(task: str, length: int) -> str:
+    """Return the name under which a task's samples of a length are stored."""
+    return f"ruler {task} {length}"
 
 
 def _check_lengths(settings: EvaluationSettings, positions: int) -> None:
@@ -174,6 +216,20 @@ def _rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Ro
     return rows
 
 
+def _press_rows(settings: EvaluationSettings, models: Models, rows: list[Row]) -> list[Row]:
+    """Return the source with caches that a press compresses to the bytes of another row's memory."""
+    if not settings.presses:
+        return []
+    names = [row.name for row in rows]
+    ours = [row.name for row in rows if row.kind == "graft"] + [row.name for row in rows if row.kind == "fresh"]
+    like = settings.presses_like or next(iter(ours), None)
+    if like not in names:
+        raise ValueError(f"presses_like={settings.presses_like!r}: presses take the bytes of a row, one of {names}.")
+    check_presses(settings.press_python, settings.presses)
+    facts = next(row.facts for row in rows if row.name == like)
+    return [models.pressed(press, settings.press_python, like, facts) for press in settings.presses]
+
+
 def _equal_rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Row]:
     """Return windows of the bytes of each of our memories, without and with sinks, which then count among the bytes."""
     ours = [(name, config) for _, name, config, _ in grafts]
@@ -197,20 +253,32 @@ def _equal_rows(settings: EvaluationSettings, models: Models, grafts: list) -> l
 
 def run(job: Job, store: Store) -> None:
     """Measure what `store` does not hold yet, one model in memory at a time, and stores each measurement at once."""
-    settings = job.settings
-    sections = {
-        "reading": settings.nll or settings.agreement,
-        "passkey": settings.passkey,
-        "cost": settings.cost,
-    }
     for row in job.rows:
-        missing = [name for name, on in sections.items() if on and not store.has(row.name, name, job.key(row, name))]
+        missing = job.missing(row, store)
         if not missing:
             continue
         model = row.build()
         for section in missing:
-            store.put(row.name, section, job.key(row, section), _measure(job, row, model, section, store))
+            if section.startswith("ruler "):
+                _solve(job, row, model, section, store)
+            else:
+                store.put(row.name, section, job.key(row, section), _measure(job, row, model, section, store))
         del model
+
+
+def _solve(job: Job, row: Row, model: torch.nn.Module, section: str, store: Store) -> None:
+    """Answer the prompts of one task and length that `store` does not hold, storing each."""
+    key, settings, (_, task, length) = job.key(row, section), job.settings, section.split()
+    samples, like = store.get(row.name, section)["samples"] if store.has(row.name, section, key) else [], None
+    if row.kind == "press":
+        like = [sample["bytes"] for sample in store.get(row.facts["like"], section)["samples"]]
+    with tqdm(total=settings.ruler_samples, initial=len(samples), desc=f"{row.name}: {task} {length}") as bar:
+        while len(samples) < settings.ruler_samples:
+            which = job.ruler, task, int(length), len(samples)
+            done = model.solve(*which, like[len(samples)]) if like else solve(model, *which, settings.chunk)
+            samples = [*samples, done]
+            store.put(row.name, section, key, {"samples": samples})
+            bar.update()
 
 
 def _measure(job: Job, row: Row, model: torch.nn.Module, section: str, store: Store) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The diagrams of an evaluation: NLL along the text (above the source's), NLL against bytes, passkeys by distance."""
+"""The diagrams of an evaluation: NLL along the text (above the source's), NLL against bytes, passkeys by distance, and
+RULER's tasks by length and by depth."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ def draw(figures: Sequence[Mapping[str, Any]], measurements: Mapping[str, Any], 
     """Draw what was measured; writes nothing where there is nothing to draw.
 
     Args:
-        figures: of `evaluation_report.summarise`. measurements: what they were made from.
+        figures: of `report.summarise`. measurements: what they were made from.
     """
+    ruled, figures = figures, [row for row in figures if row["kind"] != "press"]
     panels = []
     if any("nll" in row for row in figures):
         panels.append(lambda axes: _along_the_text(axes, figures, measurements, window))
@@ -23,6 +25,10 @@ def draw(figures: Sequence[Mapping[str, Any]], measurements: Mapping[str, Any], 
         panels.append(lambda axes: _against_bytes(axes, figures))
     if any("passkey" in row for row in figures):
         panels.append(lambda axes: _passkeys(axes, figures, measurements, window))
+    if any("ruler" in row for row in ruled):
+        panels.append(lambda axes: _ruler_by_length(axes, ruled))
+        if any(entry["task"].startswith("niah_single") for entry in ruled[0]["ruler"]):
+            panels.append(lambda axes: _ruler_by_depth(axes, ruled, measurements))
     if not panels:
         return
     figure = new_figure(5.2 * len(panels), 4.6)
@@ -31,7 +37,7 @@ def draw(figures: Sequence[Mapping[str, Any]], measurements: Mapping[str, Any], 
         panel(axes)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
     save_figure(figure, path)
 
@@ -73,3 +79,36 @@ def _passkeys(axes: Any, figures: Sequence[Mapping[str, Any]], measured: Mapping
     axes.set_xscale("symlog", base=2, linthresh=16)
     axes.set_xlabel(f"tokens between needle and question's end (dotted: W = {window:,})", fontsize=8)
     axes.set_title("NLL of each key's digits, nats", fontsize=9)
+
+
+def _ruler_by_length(axes: Any, figures: Sequence[Mapping[str, Any]]) -> None:
+    """Mean of the tasks; bars are the mean of their intervals."""
+    for index, row in enumerate(figures):
+        lengths = sorted({entry["length"] for entry in row["ruler"]})
+        by_length = [[entry for entry in row["ruler"] if entry["length"] == length] for length in lengths]
+        mean = [_mean([entry["score"] for entry in entries]) for entries in by_length]
+        below = [_mean([entry["score"] - entry["low"] for entry in entries]) for entries in by_length]
+        above = [_mean([entry["high"] - entry["score"] for entry in entries]) for entries in by_length]
+        axes.errorbar(lengths, mean, yerr=[below, above], label=row["model"], capsize=2, **_style(index))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("tokens of prompt and answer", fontsize=8)
+    axes.set_title("RULER's tasks, share of answers found", fontsize=9)
+
+
+def _ruler_by_depth(axes: Any, figures: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> None:
+    """Single needles of all lengths, in five parts of the text."""
+    for index, row in enumerate(figures):
+        wanted = [f"ruler {e['task']} {e['length']}" for e in row["ruler"] if e["task"].startswith("niah_single")]
+        samples = [sample for name in wanted for sample in measured[row["model"]][name]["samples"]]
+        parts = [[s["score"] for s in samples if min(s["depths"][0] // 20, 4) == part] for part in range(5)]
+        points = [(20 * part + 10, _mean(scores)) for part, scores in enumerate(parts) if scores]
+        axes.plot(*zip(*points), label=row["model"], **_style(index))
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("depth of the needle, percent of the text", fontsize=8)
+    axes.set_title("single needles found", fontsize=9)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

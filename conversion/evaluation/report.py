@@ -12,9 +12,11 @@ from typing import Any
 from ..common.nll import mean_and_error
 from .baselines import Row
 from .passkey import by_distance
+from .ruler_report import ruler_table
 
 
 Figures = dict[str, Any]
+TABLED = ("nll", "agreement", "passkey", "cost")  # the sections of the first table
 BUCKETS = ("inside W", "W to 4W", "4W to 16W", "beyond 16W", "beyond W")
 
 
@@ -26,11 +28,15 @@ def summarise(
     Args:
         sections: which of `settings.SECTIONS` are on, by name.
     """
-    nll = {row.kind: measurements[row.name]["reading"]["nll"] for row in rows if "reading" in measurements[row.name]}
+    known = {row.kind: measurements[row.name] for row in rows}
+    nll = {kind: measured["reading"]["nll"] for kind, measured in known.items() if "reading" in measured}
     found = []
     for row in rows:
         measured = measurements[row.name]
         figures: Figures = {"model": row.name, "kind": row.kind, "window": row.window, "slots": row.slots}
+        found.append(figures)
+        if row.kind == "press":  # for RULER's tasks only
+            continue
         if sections["nll"]:
             figures |= _nll_figures(measured["reading"]["nll"], nll.get("source"), nll.get("sinks"))
         if sections["agreement"]:
@@ -39,7 +45,6 @@ def summarise(
             figures["passkey"] = by_distance(measured["passkey"]["prompts"], window)
         if sections["cost"]:
             figures |= {name: measured["cost"][name] for name in ("prefill", "decode", "cache_bytes", "tokens")}
-        found.append(figures)
     return found
 
 
@@ -116,25 +121,33 @@ def _equal(shares: Mapping[str, Any] | None) -> str:
 
 
 def markdown(figures: Sequence[Figures], settings: Mapping[str, Any], window: int, header: Mapping[str, Any]) -> str:
-    """Return the table with a line on how to read it and one on where it comes from."""
+    """Return the tables of all sections that are on, each with lines on how to read it, and where they come from."""
+    tabled = [row for row in figures if row["kind"] != "press"]
+    parts = [*_table(tabled, settings, window)] if any(settings[name] for name in TABLED) else []
+    if any("ruler" in row for row in figures):
+        parts.append(ruler_table({row["model"]: row["ruler"] for row in figures}, settings))
+    machine = header["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    origin = (
+        f"{settings['source']}, {settings['dtype']}; `{header['command']}`; commit {machine['commit'] or 'unknown'}; "
+        f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads; {versions}"
+    )
+    return "\n\n".join([*parts, origin]) + "\n"
+
+
+def _table(figures: Sequence[Figures], settings: Mapping[str, Any], window: int) -> tuple[str, str]:
     columns = _columns(figures, settings["greedy_tokens"])
     lines = ["| " + " | ".join(heading for heading, _ in columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in figures]
-    machine = header["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     count = len(settings["topics"]) if settings["topics"] else settings["texts"]
     text = ", ".join(settings["topics"] or settings["files"] or [f"{settings['builtin']}, held out"])
     note = (
-        f"{settings['source']}, {settings['dtype']}; {count} texts of {settings['tokens']:,} tokens ({text}). NLL in "
-        f"nats per token by the length of what was read before it, W = {window}; \u00b1 is the standard error over "
-        "texts. Above the source: beyond W, text by text. Gap closed: of the way from window + sinks to the source, "
-        "beyond W. Passkeys and agreement likewise by what was read before."
+        f"{count} texts of {settings['tokens']:,} tokens ({text}). NLL in nats per token by the length of what was "
+        f"read before it, W = {window}; \u00b1 is the standard error over texts. Above the source: beyond W, text by "
+        "text. Gap closed: of the way from window + sinks to the source, beyond W. Passkeys and agreement likewise by "
+        "what was read before."
     )
     if any("passkey" in row for row in figures):
         lengths = ", ".join(f"{length:,}" for length in settings["passkey_lengths"])
         note += f" Passkeys of {settings['passkey_digits']} digits in {lengths} tokens, by distance."
-    origin = (
-        f"`{header['command']}`; commit {machine['commit'] or 'unknown'}; {machine['device']}, "
-        f"{machine['cores']} cores, {machine['threads']} threads; {versions}"
-    )
-    return "\n\n".join(["\n".join(lines), note, origin]) + "\n"
+    return "\n".join(lines), note

@@ -1,7 +1,7 @@
 """Settings of an evaluation: one flat YAML file, `--set key=value` on top, everything checked before any work.
 
 Keys are the fields of `EvaluationSettings` plus the memory fields of `BMojoConfig`, which say what the fresh graft is.
-What can only be checked against the source, the grafts and the texts is checked in `evaluation.py`.
+What can only be checked against the source, the grafts and the texts is checked in `job.py`.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,11 @@ from ..data.texts import BUILTINS
 from ..grafting.families import MEMORY_FIELDS
 from ..grafting.settings import GraftSettings, build_settings
 from .baselines import ROWS
+from .ruler import TEMPLATES
+from .ruler_tasks import TASKS
 
 
-SECTIONS = ("nll", "agreement", "passkey", "cost")
+SECTIONS = ("nll", "agreement", "passkey", "cost", "ruler")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -34,6 +36,10 @@ class EvaluationSettings:
     nll, agreement, passkey, cost: the sections, each on or off. greedy_tokens: how far both models write on.
     passkey_lengths, passkey_depths, passkey_trials, passkey_digits: prompts in tokens, places in [0, 1], prompts per
         pair of them, digits of the key. decode_tokens, cost_rounds: tokens written and repetitions for the costs.
+    ruler: the benchmark's tasks (`ruler_tasks.TASKS`), off unless asked for. ruler_tasks, ruler_lengths, ruler_samples:
+        which, in how many tokens, and how many of each. ruler_template: "none", or the tokenizer's "chat" template.
+    presses: classes of NVIDIA's kvpress that compress the source's cache to the bytes of the row `presses_like` (the
+        first graft, or else the fresh one), for RULER's tasks. press_python: the Python that has kvpress.
     layers, ssm_init, smoother_tau, memory: of the fresh graft; layers are also those that the windows replace.
     allow_pickle: read a source of pickled weights. dtype, device: what is computed in and where.
     seed: of passkeys and initialisation. plot: draw the PNG.
@@ -61,6 +67,14 @@ class EvaluationSettings:
     passkey_digits: int = 5
     decode_tokens: int = 32
     cost_rounds: int = 1
+    ruler: bool = False
+    ruler_tasks: Annotated[list[str], RULED] = field(default_factory=lambda: list(TASKS)[:3])
+    ruler_lengths: Annotated[list[int], RULED] = field(default_factory=lambda: [2048, 4096])
+    ruler_samples: int = 20
+    ruler_template: Annotated[str, RULED] = "none"
+    presses: Annotated[list[str], RULED] = field(default_factory=list)
+    presses_like: str | None = None
+    press_python: str = ".venvs/kvpress/bin/python"
     layers: Annotated[str | list[int], RULED] = "all"
     ssm_init: Annotated[str, RULED] = "smoother"
     smoother_tau: Annotated[list[float], RULED] = field(default_factory=lambda: [2.0, 16.0])
@@ -111,6 +125,7 @@ def _check(settings: EvaluationSettings) -> None:
         raise ValueError("layers='measured': choosing layers is conversion.graft's work; give its folder under grafts.")
     _check_rows(settings)
     _check_passkey(settings)
+    _check_ruler(settings)
     _check_grafts(settings.grafts)
     settings.graft_settings()
 
@@ -125,10 +140,31 @@ def _check_rows(settings: EvaluationSettings) -> None:
         raise ValueError(f"agreement=True, rows={rows!r}: agreement is with the source; add it, or agreement: false.")
 
 
-def _check_passkey(settings: EvaluationSettings) -> None:
-    lengths, depths = settings.passkey_lengths, settings.passkey_depths
+def _check_token_lengths(name: str, lengths: Any) -> None:
     if not isinstance(lengths, list) or not lengths or not all(type(value) is int and value > 0 for value in lengths):
-        raise ValueError(f"passkey_lengths={lengths!r}: must be a list of lengths in tokens, e.g. [1024, 2048].")
+        raise ValueError(f"{name}={lengths!r}: must be a list of lengths in tokens, e.g. [1024, 2048].")
+    if len(set(lengths)) != len(lengths):
+        raise ValueError(f"{name}={lengths!r}: must be different lengths.")
+
+
+def _check_ruler(settings: EvaluationSettings) -> None:
+    tasks = settings.ruler_tasks
+    if not isinstance(tasks, list) or not tasks or len(set(map(str, tasks))) != len(tasks):
+        raise ValueError(f"ruler_tasks={tasks!r}: must be a list of different tasks, of {list(TASKS)}.")
+    for task in tasks:
+        check_choice("ruler_tasks", task, TASKS)
+    _check_token_lengths("ruler_lengths", settings.ruler_lengths)
+    check_choice("ruler_template", settings.ruler_template, TEMPLATES)
+    presses = settings.presses
+    if not isinstance(presses, list) or len(set(map(str, presses))) != len(presses):
+        raise ValueError(f"presses={presses!r}: must be a list of different classes of kvpress, e.g. [SnapKVPress].")
+    if presses and not settings.ruler:
+        raise ValueError(f"presses={presses!r}: are measured by RULER's tasks only; set ruler: true, or presses: [].")
+
+
+def _check_passkey(settings: EvaluationSettings) -> None:
+    depths = settings.passkey_depths
+    _check_token_lengths("passkey_lengths", settings.passkey_lengths)
     numbers = isinstance(depths, list) and depths and all(type(value) in (int, float) for value in depths)
     if not numbers or not all(0 <= value <= 1 for value in depths):
         raise ValueError(f"passkey_depths={depths!r}: must be a list of numbers from 0 (beginning) to 1 (end).")
