@@ -26,6 +26,7 @@ from .ruler_words import ADJECTIVES, NOUNS
 
 
 DEPTHS = [round(100 * index / 39) for index in range(40)]  # percent of the hay, as in the benchmark
+_ADJECTIVES, _NOUNS = ADJECTIVES.split(), NOUNS.split()
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 
@@ -82,7 +83,7 @@ class Task:
 
 
 def _word_key(chance: random.Random) -> str:
-    return f"{chance.choice(ADJECTIVES.split())}-{chance.choice(NOUNS.split())}"
+    return f"{chance.choice(_ADJECTIVES)}-{chance.choice(_NOUNS)}"
 
 
 def _uuid(chance: random.Random) -> str:
@@ -99,7 +100,7 @@ MAKERS = {"words": _word_key, "numbers": _number, "uuids": _uuid}
 def _distinct(make: Callable[[random.Random], str], count: int, chance: random.Random) -> list[str]:
     """Return `count` different ones: a key that stands for two values would have two right answers."""
     found: dict[str, None] = {}
-    for _ in range(100 * count):
+    for _ in range(20 * count):
         found.setdefault(make(chance))
         if len(found) == count:
             return list(found)
@@ -175,9 +176,13 @@ def _track(order: Order) -> Sample:
 COMMON = 10
 
 
-def _word_list(order: Order, count: int, often: int, seldom: int) -> tuple[str, list[str]]:
-    """Return a numbered list in which ten words stand `often` and `count` - 10 others `seldom` times; and the ten."""
-    known = order.hay.vocabulary
+def _word_list(order: Order, count: int, often: int, seldom: int, besides: str) -> tuple[str, list[str]]:
+    """Return a numbered list in which ten words stand `often` and `count` - 10 others `seldom` times; and the ten.
+
+    Args:
+        besides: what is said around the list: its words are in none, or they would be no evidence of reading.
+    """
+    known = [word for word in order.hay.vocabulary if word not in besides]
     if count > len(known):
         raise ValueError(
             f"ruler: cwe of {order.length:,} tokens needs {count} different words, the text has {len(known)}; name "
@@ -195,10 +200,10 @@ def _common_words(order: Order) -> Sample:
     opening = "Below is a numbered list of words, some of which appear more often than others. Memorize those.\n"
     question = f"\nQuestion: What are the {COMMON} most common words in the list above?"
     prefix = f" Answer: The {COMMON} words that appear most often in the list are:"
-    listed, common = _word_list(order, *((20, 3, 1) if short else (40, 10, 3)))
+    listed, common = _word_list(order, *((20, 3, 1) if short else (40, 10, 3)), question + prefix)
     said = " ".join(f"{place}. {word}" for place, word in enumerate(common, 1))
     example = f"{opening}{listed}{question}{prefix} {said}\n"
-    listed, common = _word_list(order, order.size, *((6, 1) if short else (30, 3)))
+    listed, common = _word_list(order, order.size, *((6, 1) if short else (30, 3)), question + prefix)
     return Sample(example + opening + listed, question, prefix, tuple(common))
 
 
