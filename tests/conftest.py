@@ -66,6 +66,11 @@ class GGUFSource(NamedTuple):
     filename: str
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few and long tests first, so that no process is left alone with one: those of the package come last."""
+    items.sort(key=lambda item: (Path(__file__).parent / "modeling") in item.path.parents)
+
+
 def pytest_collection_finish() -> None:
     """Everything is imported: every later collection of garbage, and each training asks for one, passes it over."""
     gc.collect()
