@@ -23,6 +23,9 @@ from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
+pytestmark = pytest.mark.own_settings
+
+
 PAD = 0
 MODELS = {
     "plain": {},

@@ -14,6 +14,9 @@ from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
+pytestmark = pytest.mark.own_settings
+
+
 ONE = dict(num_hidden_layers=1)  # what is traced of more layers, "mixed-layers" and the prompt show
 SETTINGS = {
     "output": ONE,

@@ -14,6 +14,9 @@ from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
 
 
+pytestmark = pytest.mark.own_settings
+
+
 PAD = 0
 BASE = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "pad_token_id": PAD}
 SETTINGS = {

@@ -17,6 +17,9 @@ from tests.oracles import algorithm1_forward, randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
 
 
+pytestmark = pytest.mark.own_settings
+
+
 TOKENS = 44
 BASE = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 SETTINGS = {
