@@ -26,7 +26,8 @@ OTHER_VERSIONS := 5.20.2 5.24.0
 VENVS := .venvs
 HAVE_VERSIONS := $(OTHER_VERSIONS:%=$(VENVS)/transformers-%/.have)
 # What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints and
-# the code they carry, Trainer, and what users reported of other models.
+# the code they carry, Trainer, and what users reported of other models. Of tests whose cases are settings of our own
+# computation (marked own_settings), which no version of transformers sees, a quarter of the cases.
 CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache cache_file cache_ways checkpoint compile \
 	config_files decay_clock extending family family_s6 fsdp2 generate hooks linear padding parity prefix rollback rotary \
 	trainer training travel)) \
@@ -59,17 +60,19 @@ demo: $(HAVE_PACKAGE) $(if $(SOURCE),,$(HAVE_SMOLLM2))
 	@HF_HUB_DISABLE_TELEMETRY=1 $(if $(SOURCE),,HF_HUB_OFFLINE=1) \
 		$(PY) -m conversion.demo $(if $(SOURCE),--source "$(SOURCE)") $(ARGS)
 
-# One process per core, four at most (each may hold a real model); tests/conftest.py gives each a single torch thread.
+# One process per core, four at most (each may hold a real model); tests/conftest.py gives each a single torch thread,
+# and the long files come first: sorted by number of tests, those with few and long ones would be left to the end.
+PYTEST_SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(HAVE_TEST) $(HAVE_SMOLLM2)
 	@echo "==> test: pytest, one process per core"
-	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
+	@$(PY) -m pytest $(PYTEST_SPREAD) --durations 15 $(ARGS)
 
 test-versions: $(OTHER_VERSIONS:%=test-version-%)
 
 .PHONY: $(OTHER_VERSIONS:%=test-version-%)
 $(OTHER_VERSIONS:%=test-version-%): test-version-%: $(VENVS)/transformers-%/.have
 	@echo "==> test: the core tests on transformers $*"
-	@$(VENVS)/transformers-$*/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(CORE_TESTS) $(ARGS)
+	@$(VENVS)/transformers-$*/bin/python -m pytest $(PYTEST_SPREAD) --sample-own-settings $(CORE_TESTS) $(ARGS)
 
 test-faults: $(HAVE_TEST)
 	@echo "==> test-faults: graft, align, finetune, restore and fit_storage, killed and without space at their file events"
@@ -135,14 +138,15 @@ $(HAVE_TEST): $(HAVE_PACKAGE)
 	@$(PIP) install $(QUIET) -c constraints.txt -e ".[test]"
 	@touch $@
 
-# As .venv, but for the version of transformers; of the test tools only what the core tests use.
-$(HAVE_VERSIONS): $(VENVS)/transformers-%/.have: $(HAVE_VENV) pyproject.toml constraints.txt
+# .venv with another transformers in front of it: everything else is that of constraints.txt and is there already.
+$(HAVE_VERSIONS): $(VENVS)/transformers-%/.have: $(HAVE_TEST) pyproject.toml constraints.txt
 	@echo "==> set-up: an environment with transformers $*"
-	@mkdir -p $(VENVS)
-	@$(PY) -m venv --without-pip $(@D) && sed '/^transformers==/d' constraints.txt >$(@D)/constraints.txt
-	@$(PIP) --python $(@D)/bin/python install $(TORCH_QUIET) $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "$(TORCH)"
-	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c $(@D)/constraints.txt "transformers==$*" -e ".[convert,train]" \
-		hypothesis pytest pytest-xdist
+	@rm -rf $(@D) && mkdir -p $(VENVS) && $(PY) -m venv --without-pip $(@D)
+	@sed '/^transformers==/d' constraints.txt >$(@D)/constraints.txt
+	@$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		>"$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
+	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c $(@D)/constraints.txt "transformers==$*"
+	@$(@D)/bin/python -c "import transformers; assert transformers.__version__ == '$*', transformers"
 	@touch $@
 
 $(HAVE_BENCH): $(HAVE_PACKAGE)

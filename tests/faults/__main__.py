@@ -13,6 +13,7 @@ torch and transformers are imported once; every run is a fork of this process. L
 """
 
 import argparse
+import gc
 import os
 import pickle
 import re
@@ -115,18 +116,23 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
     return "; ".join(f"{name}: {kind}" for name, kind in zip(names, kinds)) or None
 
 
+def kind_of(name: str, path: str) -> tuple[str, str]:
+    """Event and file, where nothing tells apart steps, shards, random names, and the files of a result or a checkpoint
+    besides weights, states and accounts.
+    """
+    path = re.sub(r"partial-[0-9a-f-]+|[0-9a-f]{12}|\d+", "N", path)
+    another = re.search(r"[.-]N/", path) and not re.search(r"safetensors|report|/files\.json|state\.", path)
+    return name, "another file of a result or a checkpoint" if another and name != "torch.save" else path
+
+
 def points(events: list[tuple[str, str]], modes: list[str], every: int) -> list[tuple[int, str]]:
     """Where to disturb, and how: each `every`-th event of those at which a mode can do anything.
 
-    0: the first event of every kind, and to kill at, the last one. Kinds do not tell apart steps, random names, and the
-    files of a result or a checkpoint besides weights, states and accounts.
+    0: the first event of every kind, and to kill at, the last one.
     """
     kinds: dict[tuple, list[int]] = {}
     for number, (name, path) in enumerate(events):
-        kind = re.sub(r"[0-9a-f]{12}|\d+", "N", path)
-        if "-N/" in kind and not re.search("safetensors|report|files|state", kind) and name != "torch.save":
-            kind = "another file of a result or a checkpoint"
-        kinds.setdefault((name, kind), []).append(number)
+        kinds.setdefault(kind_of(name, path), []).append(number)
     first, last = ([numbers[place] for numbers in kinds.values()] for place in (0, -1))
     found = []
     for mode in modes:
@@ -205,6 +211,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen = [each for each in all_scenarios(folder) if not given.only or each.name in given.only]
+        gc.collect()
+        gc.freeze()  # the Trainer collects garbage: not once more among all that was imported, in every fork
         for count, wrong in side_by_side(chosen, folder, given.modes, given.every, given.at_once):
             total, failures = total + count, failures + wrong
     print(f"{total} disturbances, {len(failures)} failed; {time.monotonic() - begin:.0f} s")

@@ -1,10 +1,11 @@
-"""One of two processes that load a model under transformers' FSDP2 and write what they compute.
+"""One of two processes that load models under transformers' FSDP2 and write what each computes into its folder.
 
-torchrun --nproc-per-node 2 tests/launched/fsdp2_launched.py MODEL DTYPE OUT.pt
+torchrun --nproc-per-node 2 tests/launched/fsdp2_launched.py DTYPE MODEL ...
 """
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from transformers.distributed import DistributedConfig
@@ -32,14 +33,16 @@ def prompt() -> torch.Tensor:
     return torch.arange(1, 41)[None] % 50 + 1
 
 
-def main(folder: str, dtype: str, out: str) -> None:
+def main(dtype: str, *folders: str) -> None:
     torch.distributed.init_process_group("gloo")
-    config = DistributedConfig(fsdp_size=2)
-    model = BMojoForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), distributed_config=config)
-    sharded = [name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"]
-    found = compute(model, prompt()) | {"sharded": sharded}
-    if torch.distributed.get_rank() == 0:
-        torch.save(found, out)
+    for folder in folders:
+        print(f"model: {folder}", file=sys.stderr, flush=True)  # which one an error that follows is about
+        config = DistributedConfig(fsdp_size=2)
+        model = BMojoForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), distributed_config=config)
+        sharded = [name for name, value in model.named_parameters() if type(value).__name__ == "DTensor"]
+        found = compute(model, prompt()) | {"sharded": sharded}
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, Path(folder) / "found.pt")
 
 
 if __name__ == "__main__":

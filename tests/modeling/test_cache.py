@@ -23,6 +23,9 @@ from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, VOCAB, WINDOW
 
 
+pytestmark = pytest.mark.own_settings
+
+
 BASE = SIZES
 STATES = {
     "output": {},

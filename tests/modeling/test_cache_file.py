@@ -26,6 +26,9 @@ from tests.modeling.test_cache import STATES, build, go_on, padded, read, tokens
 from tests.tiny import SIZES
 
 
+pytestmark = pytest.mark.own_settings
+
+
 # Damage --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["output", "mixed-layers"])
 def test_one_flipped_bit_is_refused_wherever_it_is(name, tmp_path):

@@ -32,6 +32,9 @@ from tests.modeling.test_cache import (
 from tests.tiny import MIXED_LAYERS, SIZES
 
 
+pytestmark = pytest.mark.own_settings
+
+
 # An unfinished forward -----------------------------------------------------------------------------------------------
 def interrupted(model, layer=1):
     """A cache whose forward was interrupted in a layer."""

@@ -14,12 +14,16 @@ from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
+pytestmark = pytest.mark.own_settings
+
+
+ONE = dict(num_hidden_layers=1)  # what is traced of more layers, "mixed-layers" and the prompt show
 SETTINGS = {
-    "output": {},
-    "state-decay": dict(innovation="state", eidetic_decay=0.05),
-    "key": dict(innovation="key"),
-    "no-projections": dict(ssm_projected=False),
-    "stride": dict(window_size=6, fading_stride=3),
+    "output": ONE,
+    "state-decay": dict(ONE, innovation="state", eidetic_decay=0.05),
+    "key": dict(ONE, innovation="key"),
+    "no-projections": dict(ONE, ssm_projected=False),
+    "stride": dict(ONE, window_size=6, fading_stride=3),
     "mixed-layers": MIXED_LAYERS,
 }
 # The first token is traced with the numbers it finds, the second finds them changed and is traced with symbols.
@@ -95,7 +99,7 @@ def test_training_compiles_once(name):
 
 @torch.no_grad()
 def test_a_prompt_compiles_with_its_cache():
-    model = build("output").double().eval()
+    model = build("output", num_hidden_layers=2).double().eval()
     ids = torch.randint(0, VOCAB, (2, 23))
     cache, reference = BMojoCache(model.config), BMojoCache(model.config)
     found = compiled(model)(ids, past_key_values=cache).logits

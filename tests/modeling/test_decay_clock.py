@@ -14,6 +14,9 @@ from tests.oracles import randomize_
 from tests.tiny import SIZES, VOCAB
 
 
+pytestmark = pytest.mark.own_settings
+
+
 def build(**fields):
     fields = dict(innovation="key", eidetic_decay=0.4, decay_clock="innovation") | fields
     torch.manual_seed(0)

@@ -22,25 +22,31 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"plain": {}, "s6": {"ssm_type": "mamba"}, "mixed": MIXED_LAYERS, "unprojected": UNPROJECTED}
 
 
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory) -> dict[tuple[str, bool], Path]:
+    """Folders of the models, by setting and `ssm_scalars_in_fp32`; the two processes start once and go through all."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    models = {(name, kept): folder / f"{name}-{kept}" for name in SETTINGS for kept in (True, False)}
+    for (name, kept), model in models.items():
+        torch.manual_seed(0)
+        config = BMojoConfig(**{**SIZES, **SETTINGS[name]}, ssm_scalars_in_fp32=kept)
+        randomize_(BMojoForCausalLM(config).float()).save_pretrained(model)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "launched" / "fsdp2_launched.py"), "bfloat16", *map(str, models.values())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return models
+
+
 @pytest.mark.parametrize("in_fp32", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_compute_what_one_does(name, in_fp32, tmp_path):
+def test_two_processes_compute_what_one_does(name, in_fp32, computed):
     """In bfloat16, where the SSM's scalars stay fp32 and are a shard of their own, if transformers makes them."""
-    config = BMojoConfig(**{**SIZES, **SETTINGS[name]}, ssm_scalars_in_fp32=in_fp32)
-    randomize_(BMojoForCausalLM(config).float()).save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [
-        str(ROOT / "tests" / "launched" / "fsdp2_launched.py"),
-        str(tmp_path / "model"),
-        "bfloat16",
-        str(tmp_path / "out.pt"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = torch.load(tmp_path / "out.pt")
+    folder = computed[name, in_fp32]
+    found = torch.load(folder / "found.pt")
     kept = {"ssm_scalars_in_fp32": in_fp32 and SHARDS_BY_DTYPE}
-    model = BMojoForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16, **kept)
+    model = BMojoForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kept)
     expected = compute(model, prompt())
     assert sorted(found["sharded"]) == sorted(name for name, _ in model.named_parameters())
     assert torch.equal(found["generated"], expected["generated"])

@@ -15,6 +15,9 @@ from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED, VOCAB
 
 
+pytestmark = pytest.mark.own_settings
+
+
 BASE = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "pad_token_id": 0}
 UNTIED = {"tie_fading_projections": False}
 SETTINGS = {

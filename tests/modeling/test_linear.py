@@ -16,6 +16,9 @@ from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
 
+pytestmark = pytest.mark.own_settings
+
+
 SETTINGS = {"mixed": MIXED_LAYERS, "unprojected": UNPROJECTED, "s6": {"ssm_type": "mamba"}}
 
 

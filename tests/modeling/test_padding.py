@@ -4,6 +4,8 @@ The matrix: {left, right, inner} pads x {one row, many} x {one prefill, chunks, 
 memories and gradients alike. Pads hold random token ids, so that what leaks shows. Rows overflow the eidetic memory.
 """
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,9 @@ from hypothesis import strategies as st
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
+
+
+pytestmark = pytest.mark.own_settings
 
 
 PAD = 0
@@ -35,6 +40,12 @@ COLUMNS = 48
 def build(name="output", cls=BMojoForCausalLM, **fields):
     config = BMojoConfig(**{**BASE, **SETTINGS[name], **fields})
     return randomize_(cls(config)).double().eval()
+
+
+@functools.cache
+def shared(name):
+    """The model of a setting for tests that change nothing of it: what a row is alone, is computed once for all."""
+    return build(name)
 
 
 def sequences(lengths, seed=0):
@@ -77,7 +88,12 @@ def read(model, ids, mask, pieces=None, own_mask=False, **kwargs):
 
 def alone(model, row):
     """Logits [T, V] and cache of a row by itself in one forward."""
-    logits, cache = read(model, row[None], None)
+    return _alone(model, tuple(row.tolist()))
+
+
+@functools.lru_cache(maxsize=256)
+def _alone(model, row):
+    logits, cache = read(model, torch.tensor([row]), None)
     return logits[0], cache
 
 
@@ -150,7 +166,7 @@ def test_the_rows_overflow_their_memories():
 @pytest.mark.parametrize("count", ROWS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_one_prefill(name, pattern, count):
-    model, rows = build(name), sequences(ROWS[count])
+    model, rows = shared(name), sequences(ROWS[count])
     ids, mask = pad(rows, pattern)
     logits, cache = read(model, ids, mask)
     assert_rows_alone(model, rows, logits, mask, cache)
@@ -165,7 +181,7 @@ def test_one_prefill(name, pattern, count):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_chunked_prefill(name, pattern, count):
     """Chunks longer and shorter than the window, and single columns; with left pads whole chunks are pads for a row."""
-    model, rows = build(name), sequences(ROWS[count])
+    model, rows = shared(name), sequences(ROWS[count])
     ids, mask = pad(rows, pattern)
     pieces = [7, 1, 4, 17, 1, 1, 13, 4]
     if pattern == "left":
@@ -179,7 +195,7 @@ def test_chunked_prefill(name, pattern, count):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_column_by_column(name, pattern):
     """Decoding steps in which some rows have a pad: those rows stay as they are."""
-    model, rows = build(name), sequences([20, 9, 13])
+    model, rows = shared(name), sequences([20, 9, 13])
     ids, mask = pad(rows, pattern, columns=24)
     logits, cache = read(model, ids, mask, [1] * 24)
     assert_rows_alone(model, rows, logits, mask, cache)
@@ -190,7 +206,7 @@ def test_column_by_column(name, pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_second_turn(name, pattern, count):
     """Two turns, each padded: the memory goes on as if the row had been read alone, in one go."""
-    model = build(name)
+    model = shared(name)
     first, second = sequences(ROWS[count]), sequences([9, 4, 25, 1][: len(ROWS[count])], seed=1)
     turns = [pad(first, pattern), pad(second, pattern, columns=26, seed=1)]
     ids, mask = (torch.cat(parts, dim=1) for parts in zip(*turns, strict=True))
@@ -216,10 +232,16 @@ def generate(model, ids, mask, cache=None, **kwargs):
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1), out.past_key_values
 
 
+@functools.lru_cache(maxsize=256)
+def generated_alone(model, row):
+    ids = torch.tensor([row])
+    return generate(model, ids, torch.ones_like(ids))
+
+
 def assert_generates_as_alone(model, rows, result):
     new, logits, cache = result
     for index, row in enumerate(rows):
-        own_new, own_logits, own_cache = generate(model, row[None], torch.ones_like(row[None]))
+        own_new, own_logits, own_cache = generated_alone(model, tuple(row.tolist()))
         assert_near(logits[index], own_logits[0], f"row {index}")
         assert new[index].tolist() == own_new[0].tolist()
         assert_same_memory(cache, index, own_cache)
@@ -229,20 +251,20 @@ def assert_generates_as_alone(model, rows, result):
 @pytest.mark.parametrize("count", ROWS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_generate(name, pattern, count):
-    model, rows = build(name), sequences(ROWS[count])
+    model, rows = shared(name), sequences(ROWS[count])
     assert_generates_as_alone(model, rows, generate(model, *pad(rows, pattern)))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_generate_with_chunked_prefill(pattern):
-    model, rows = build("mixed-layers"), sequences(ROWS["many"])
+    model, rows = shared("mixed-layers"), sequences(ROWS["many"])
     assert_generates_as_alone(model, rows, generate(model, *pad(rows, pattern), prefill_chunk_size=7))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_generate_a_second_turn(pattern):
     """Prompt, answer, second prompt, answer: the whole conversation's ids and mask go in, the cache goes on."""
-    model = build("mixed-layers")
+    model = shared("mixed-layers")
     first, second = sequences([30, 11, 2]), sequences([5, 16, 9], seed=1)
     ids, mask = pad(first, pattern)
     answer, _, cache = generate(model, ids, mask)
@@ -265,7 +287,7 @@ def test_any_mask_in_any_pieces(name, data):
     while left:
         pieces.append(data.draw(st.integers(1, left), label="piece"))
         left -= pieces[-1]
-    model = build(name)
+    model = shared(name)
     ids = torch.randint(1, VOCAB, mask.shape)
     logits, cache = read(model, ids, mask, pieces, own_mask=data.draw(st.booleans(), label="own mask"))
     rows = [row[real == 1] for row, real in zip(ids, mask, strict=True)]
@@ -452,21 +474,31 @@ def boundaries(kind, lengths):
     return dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=max(flat), max_length_k=max(flat))
 
 
+@functools.cache
+def separate_ones(name, packing):
+    """Logits of each sequence alone, then loss and gradients of their weighted sum."""
+    model, (rows, _) = build(name).train(), pack(PACKS[packing])
+    with torch.no_grad():
+        logits = [model(input_ids=row[None]).logits[0] for row in rows]
+    return logits, gradients(model, weighted_sum(model, rows)[1])
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", ["position_ids", "seq_idx", "cu_seq_lens_q"])
 @pytest.mark.parametrize("packing", PACKS)
 def test_packed_sequences_equal_separate_ones(name, kind, packing):
     model = build(name).train()
     rows, ids = pack(PACKS[packing])
-    parts, separate = weighted_sum(model, rows)
+    parts, _ = weighted_sum(model, rows)
     arguments = boundaries(kind, PACKS[packing])
+    expected, separate = separate_ones(name, packing)
     with torch.no_grad():
         logits = model(input_ids=ids, **arguments).logits.flatten(0, 1).split([len(row) for row in rows])
-        for actual, row in zip(logits, rows, strict=True):
-            assert_near(actual, model(input_ids=row[None]).logits[0])
+        for actual, wanted in zip(logits, expected, strict=True):
+            assert_near(actual, wanted)
     weights = torch.cat(parts).view(*ids.shape, VOCAB)
     packed = gradients(model, lambda: (model(input_ids=ids, **arguments).logits * weights).sum())
-    assert_same_gradients(packed, gradients(model, separate))
+    assert_same_gradients(packed, separate)
 
 
 def test_all_boundaries_together():

@@ -69,6 +69,7 @@ def same(one, other, **tolerance):
 TURNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, LIMIT)), min_size=1, max_size=7)
 
 
+@pytest.mark.own_settings
 @pytest.mark.parametrize("name", SETTINGS)
 @settings(max_examples=6, **QUICK)
 @given(st.integers(1, 30), TURNS, st.integers(0, 99))
@@ -94,6 +95,7 @@ def test_what_was_taken_back_was_never_read(name, first, turns, seed):
     same(cache, fresh, **NEAR)
 
 
+@pytest.mark.own_settings
 @pytest.mark.parametrize("name", ["output", "stride", "mixed", "storage"])
 @settings(max_examples=4, **QUICK)
 @given(st.data())
@@ -217,6 +219,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.own_settings
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", ["output", "storage"])

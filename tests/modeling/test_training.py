@@ -9,6 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 
 
+pytestmark = pytest.mark.own_settings
+
+
 WINDOW = 6
 
 

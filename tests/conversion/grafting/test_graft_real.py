@@ -4,9 +4,11 @@ Inside the window both compute the same. Beyond it the graft must be no worse th
 against the plain sliding window and the sliding window that also keeps the first four tokens (attention sinks).
 """
 
+import functools
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +27,15 @@ PROMPTS = (
     "Write one sentence about the sea.",
     "In 1995, version 3.12.4 had\n\n42 bugs. How many bugs were there?",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """The file is read anew for every config, tokenizer and model. What gguf makes of its words is kept meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
