@@ -21,6 +21,8 @@ HAVE_TEST := $(VENV)/.have-test
 HAVE_BENCH := $(VENV)/.have-bench
 HAVE_NOTEBOOKS := $(VENV)/.have-notebooks
 HAVE_RUFF := $(VENV)/.have-ruff
+HAVE_KVPRESS := .venvs/kvpress/.have
+KVPRESS := kvpress==0.5.5
 # The oldest and the newest transformers that are supported besides the pinned one, each in an environment of its own.
 OTHER_VERSIONS := 5.20.2 5.24.0
 VENVS := .venvs
@@ -147,6 +149,14 @@ $(HAVE_VERSIONS): $(VENVS)/transformers-%/.have: $(HAVE_TEST) pyproject.toml con
 		>"$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
 	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c $(@D)/constraints.txt "transformers==$*"
 	@$(@D)/bin/python -c "import transformers; assert transformers.__version__ == '$*', transformers"
+	@touch $@
+
+# kvpress, whose presses are a row of conversion.evaluate, needs an older transformers than ours.
+$(HAVE_KVPRESS): $(HAVE_TORCH) constraints.txt
+	@echo "==> set-up: an environment with kvpress"
+	@rm -rf $(@D) && mkdir -p $(VENVS) && $(PY) -m venv --without-pip $(@D)
+	@$(PIP) --python $(@D)/bin/python install $(QUIET) $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") \
+		"$(TORCH)" "$(KVPRESS)" gguf
 	@touch $@
 
 $(HAVE_BENCH): $(HAVE_PACKAGE)

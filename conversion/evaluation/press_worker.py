@@ -1,7 +1,6 @@
 """Answers prompts with a source whose cache NVIDIA's kvpress compresses; run by the Python of its own environment.
 
-    python press_worker.py FOLDER PRESS DTYPE DEVICE      one JSON prompt per line in, one JSON answer per line out
-
+`presses.PressedSource` starts `main(FOLDER, PRESS, DTYPE, DEVICE)`: one JSON prompt per line in, one JSON answer out.
 kvpress (PyPI) needs an older transformers than ours, so this file imports nothing of this project. A press removes keys
 and values from the cache once the context was read; the question is read afterwards, at the positions it has in the
 text, and answered greedily. What comes out of a step that goes wrong is an "error" line, and the next prompt is read.
@@ -48,7 +47,3 @@ def main(folder: str, name: str, dtype: str, device: str) -> None:
             print(json.dumps({"said": said, "bytes": held}), flush=True)
         except Exception as error:
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -21,6 +21,7 @@ from .ruler_tasks import TASKS
 
 
 WORKER = Path(__file__).with_name("press_worker.py")
+START = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](*sys.argv[2:])"
 LEAST = 64  # tokens of a context that every press can work with (SnapKV looks at the last 64)
 
 
@@ -70,7 +71,16 @@ class PressedSource(nn.Module):
         _save_plain(model, self.folder.name)
         tokenizer.save_pretrained(self.folder.name)
         device = next(model.parameters()).device
-        command = [python, str(WORKER), self.folder.name, press, str(dtype).removeprefix("torch."), str(device)]
+        command = [
+            python,
+            "-c",
+            START,
+            str(WORKER),
+            self.folder.name,
+            press,
+            str(dtype).removeprefix("torch."),
+            str(device),
+        ]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.worker = subprocess.Popen(command, text=True, env=_environment(), **pipes)
         self._read()
