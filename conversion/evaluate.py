@@ -23,8 +23,9 @@ from .evaluation.job import prepare, run
 from .evaluation.plot import draw
 from .evaluation.report import markdown, summarise
 from .evaluation.ruler_report import summarise_ruler
-from .evaluation.settings import SECTIONS, EvaluationSettings, load_evaluation
+from .evaluation.settings import SECTIONS, EvaluationSettings, graft_entries, load_evaluation
 from .evaluation.store import PLOT_FILE, TABLE_FILE, Store, check_folder
+from .grafting.card import with_evaluation_told
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,6 +75,11 @@ def _evaluate(settings: EvaluationSettings, command: str, overwrite: bool, reuse
         figures = [{**row, "ruler": ruler[row["model"]]} for row in figures]
     table = markdown(figures, settings.as_dict(), job.window, store.header)
     write_text(folder / TABLE_FILE, table)
+    if settings.cards:
+        for graft, _, _ in graft_entries(settings):
+            card = graft / "README.md"
+            told = card.read_text(encoding="utf-8") if card.is_file() else ""
+            write_text(card, with_evaluation_told(told, table))
     if settings.plot:
         draw(figures, store.measurements, job.window, folder / PLOT_FILE)
     store.write(finished=True, window=job.window, summary=figures)

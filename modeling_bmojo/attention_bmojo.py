@@ -198,7 +198,9 @@ class BMojoAttention(nn.Module):
         """Return what pairs beyond `max_rope_distance` need, of queries without positions."""
         if turns is None or turns.at_limit is None or self.spec.kind != "bmojo":
             return None
-        return Far(self.config.max_rope_distance, rotate(query, turns.at_limit), turns.turn, self.scaling)
+        config = self.config
+        bounds = config.max_rope_distance, config.max_rope_distance_start
+        return Far(*bounds, rotate(query, turns.at_limit), turns.turn, self.scaling)
 
     def _attend(self, query, keys, values, offers, front: int, columns: int | None):
         """One softmax per query over the offers; the first `front` queries see the tokens before them."""

@@ -51,12 +51,13 @@ class Means(NamedTuple):
 
 
 class Pyramid(NamedTuple):
-    """The blocks of a layer: W, b, F and D_max (None: no limit)."""
+    """The blocks of a layer: W, b, F and D_max (None: no limit), which holds for queries from `start` on."""
 
     window: int
     size: int
     shown: int
     reach: int | None = None
+    start: int = 0
 
     @property
     def places(self) -> int:
@@ -89,7 +90,7 @@ class Pyramid(NamedTuple):
         size, since = self.size << level, self.window - 1
         begin = (number + 1) * size + since + self._age(level)
         end = (number // 2 + 1) * 2 * size + since + self._age(level + 1)
-        return begin, end if self.reach is None else min(end, number * size + self.reach + 1)
+        return begin, end if self.reach is None else min(end, max(number * size + self.reach + 1, self.start))
 
     def between(self, low: int, high: int, offsets: tuple[int, ...], device: torch.device) -> Blocks:
         """Return the blocks that queries at positions low ... high - 1 are shown."""

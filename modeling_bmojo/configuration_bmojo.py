@@ -85,6 +85,8 @@ class BMojoConfig(BackboneConfig):
         max_rope_distance: D_max, the largest distance that RoPE turns by in a `"bmojo"` layer: a token further away is
             attended to as if at D_max. `None`: no limit. Three quarters of what a source was trained on: the last
             quarter it has hardly seen (docs/log.md).
+        max_rope_distance_start: position of the first query that `max_rope_distance` holds for; those before it turn by
+            any distance. A source's positions: up to there a model that stores all is what its source is.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
@@ -176,6 +178,7 @@ class BMojoConfig(BackboneConfig):
     storage_decay: float = memory(0.0)
     storage_limit: int | None = memory(None)
     max_rope_distance: int | None = memory(None)
+    max_rope_distance_start: int = memory(0)
     memory_block_size: int = speed(64)
     kernel_backend: str = speed("auto", live=True)
 
@@ -273,7 +276,13 @@ class BMojoConfig(BackboneConfig):
         require_choice(self, "decay_clock", DECAY_CLOCKS)
 
     def _validate_distance(self) -> None:
+        require_int(self, "max_rope_distance_start", 0, "it is a position; 0 is all")
         if self.max_rope_distance is None:
+            if self.max_rope_distance_start:
+                raise ValueError(
+                    f"max_rope_distance_start={self.max_rope_distance_start}: says from where max_rope_distance holds, "
+                    "which is None; give a distance, or leave it at 0."
+                )
             return
         least = self.window_size - 1
         require_int(self, "max_rope_distance", max(least, 0), f"the window alone spans {least}; null is no limit")

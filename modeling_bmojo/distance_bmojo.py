@@ -2,6 +2,8 @@
 
     score(t, s) = sigma (R_d q_t) . k_s,   d = min(t - s, D_max)      q, k before RoPE, R_d RoPE's turn by d positions
 
+for queries t from `max_rope_distance_start` on; d = t - s for those before it.
+
 Queries and keys come turned to their positions, and R_t q . R_s k = R_(t - s) q . k. For far pairs both are turned
 back, q to D_max and k to 0, and the difference of the two scores is added as a bias to what the softmax forms by
 itself.
@@ -60,11 +62,12 @@ class TurnTables(NamedTuple):
 class Far(NamedTuple):
     """What far pairs need.
 
-    limit: D_max. query: `[R, T, H, D]` queries at position D_max. turn: from positions to RoPE's cos and sin `[..., R]`
-    without scaling, the first half of sin negated. scaling: sigma.
+    limit: D_max. start: the first query it holds for. query: `[R, T, H, D]` queries at position D_max. turn: from
+    positions to RoPE's cos and sin `[..., R]` without scaling, the first half of sin negated. scaling: sigma.
     """
 
     limit: int
+    start: int
     query: torch.Tensor
     turn: Callable[[torch.Tensor], Tables]
     scaling: float
@@ -124,6 +127,8 @@ def step_correction(
     Args:
         query, far_query: `[B, G, H / G, D]`. keys: `[B, G, S, D]` at their positions, origin `[B, G, S]`.
     """
+    if now < far.start:
+        return None
     own, other = query[:, :, :, None], far_query[:, :, :, None]
     distant = (origin < now - far.limit) & (origin >= 0)
     if torch.compiler.is_compiling():
@@ -151,6 +156,7 @@ def with_distances(
     own, distant = (in_blocks_of(value, first, blocks, length) for value in (query, far.query))
     now = in_blocks_of(positions[..., None, None], first, blocks, length)[..., 0, :, 0]
     pairs = (now[..., :, None] - offer.position[..., None, :] > far.limit) & (offer.position >= 0)[..., None, :]
+    pairs = pairs & (now >= far.start)[..., :, None]
     if pairs.is_cpu and not torch.compiler.is_compiling() and not pairs.view(torch.uint8).amax():
         return offer
     bias = correction(far, own, distant, offer.keys, offer.position, pairs).to(query.dtype)

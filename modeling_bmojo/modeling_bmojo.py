@@ -111,7 +111,7 @@ class BMojoRotaryEmbedding(WideBuffers):
         """
         config = self.config
         limit = config.max_rope_distance
-        far = limit is not None and longest - 1 > limit
+        far = limit is not None and longest - 1 > limit and longest > config.max_rope_distance_start
         sketched = config.storage_size > 0 and config.storage_sketch_size is not None
         if not (far or sketched):
             return None

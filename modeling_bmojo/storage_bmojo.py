@@ -72,7 +72,8 @@ class Storage(MemoryPart):
         self.limit, self.decay = config.storage_limit, config.storage_decay
         self.sketch_size = config.storage_sketch_size
         self.window, self.size, self.shown = spec.window, spec.stride, spec.blocks
-        self.pyramid = Pyramid(spec.window, spec.stride, spec.blocks, config.max_rope_distance)
+        distances = config.max_rope_distance, config.max_rope_distance_start
+        self.pyramid = Pyramid(spec.window, spec.stride, spec.blocks, *distances)
         self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.takes_left = spec.slots > 0
 
@@ -402,6 +403,7 @@ class Storage(MemoryPart):
         if place is None:
             place = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
         bound, whole = asking.positions - tokens.far.limit, keys.shape[2]
+        bound = bound.masked_fill(asking.positions < tokens.far.start, 0)
         if not torch.compiler.is_compiling():
             some = (place < bound.max()).flatten(0, -2).any(dim=0).nonzero()  # places rise: what is far comes first
             if not len(some):

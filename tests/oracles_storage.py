@@ -20,12 +20,13 @@ def first_of(wanted, count):
     return set(order[:count])
 
 
-def shown_blocks(t, window, size, shown, distance=None):
+def shown_blocks(t, window, size, shown, distance=None, start=0):
     """(first token, number of tokens) of every block that query t sees: each token beyond the window is in at most one.
 
     The newest `shown` blocks of each level, and one more where its pair is not complete; none that begins further away
-    than the distance.
+    than the distance, which holds from query `start` on.
     """
+    distance = None if t < start else distance
     found = []
     age = 0  # how much older than the window a block's last token is when the block joins this level
     while size <= t:
@@ -46,12 +47,13 @@ class OracleStorage:
     Args:
         query `[T, H, D]`, keys, values `[T, G, D]`: without positions. eidetic: by token t the set of eidetic tokens.
         fetched K, candidates C or None, sketch None or (P, U, m, c), decay, surprise `[T]` (E), limit N or None,
-        blocks F (0: none), size b, distance D_max or None, theta of RoPE, scaling sigma.
+        blocks F (0: none), size b, distance D_max or None, which holds from query `start` on, theta of RoPE, scaling
+        sigma.
     """
 
     def __init__(
         self, query, keys, values, window, eidetic, fetched, candidates=None, sketch=None, decay=0.0, surprise=None,
-        limit=None, blocks=0, size=1, distance=None, theta=10000.0, scaling=1.0,
+        limit=None, blocks=0, size=1, distance=None, start=0, theta=10000.0, scaling=1.0,
     ):  # fmt: skip
         self.__dict__.update(locals())
         self.repeat = query.shape[1] // keys.shape[1]
@@ -61,7 +63,7 @@ class OracleStorage:
         return rotate(x[None], position, self.theta, torch.float32)[0]
 
     def score(self, t, s, h):
-        apart = t - s if self.distance is None else min(t - s, self.distance)
+        apart = t - s if self.distance is None or t < self.start else min(t - s, self.distance)
         return self.scaling * self.turned(self.query[t, h], apart) @ self.keys[s, h // self.repeat]
 
     def guess(self, t, s, h):
@@ -95,7 +97,7 @@ class OracleStorage:
         tokens = set(range(max(0, t - self.window + 1), t + 1)) | self.eidetic[t] | fetched
         logits = [self.score(t, s, h) for s in sorted(tokens)]
         values = [self.values[s, g] for s in sorted(tokens)]
-        blocks = shown_blocks(t, self.window, self.size, self.blocks, self.distance) if self.blocks else []
+        blocks = shown_blocks(t, self.window, self.size, self.blocks, self.distance, self.start) if self.blocks else []
         for first, size in blocks:
             inside = range(first, first + size)
             rest = size - len(tokens & set(inside))

@@ -42,7 +42,8 @@ class EvaluationSettings:
         first graft, or else the fresh one), for RULER's tasks. press_python: the Python that has kvpress.
     layers, ssm_init, smoother_tau, memory: of the fresh graft; layers are also those that the windows replace.
     allow_pickle: read a source of pickled weights. dtype, device: what is computed in and where.
-    seed: of passkeys and initialisation. plot: draw the PNG.
+    seed: of passkeys, RULER's tasks and initialisation. plot: draw the PNG. cards: write the tables into the README.md
+        of the grafts' folders.
     """
 
     source: str
@@ -83,6 +84,7 @@ class EvaluationSettings:
     device: Annotated[str, RULED] = "auto"
     seed: int = 0
     plot: bool = True
+    cards: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
 
     def graft_settings(self) -> GraftSettings:

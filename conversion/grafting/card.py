@@ -11,6 +11,7 @@ from modeling_bmojo import BMojoConfig, memory_bytes
 
 
 BEGIN, END = "<!-- sketches -->", "<!-- end of sketches -->"
+MEASURED, END_MEASURED = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 def source_bytes(config: BMojoConfig, source: Mapping[str, Any], dtype: torch.dtype, tokens: int) -> int:
@@ -120,7 +121,17 @@ def sketches_told(facts: Mapping[str, Any]) -> str:
 
 def with_sketches_told(card: str, facts: Mapping[str, Any]) -> str:
     """Return a card that tells of the sketches, instead of earlier ones if it did."""
-    told = sketches_told(facts)
-    if BEGIN in card and END in card:
-        return re.sub(f"{BEGIN}.*?{END}", lambda match: told, card, count=1, flags=re.DOTALL)
-    return f"{card.rstrip()}\n\n## Storage\n\n{told}\n".lstrip()
+    return _with_section(card, "Storage", sketches_told(facts), BEGIN, END)
+
+
+def with_evaluation_told(card: str, tables: str) -> str:
+    """Return a card that holds the tables of an evaluation, instead of an earlier one's if it did."""
+    told = f"{MEASURED}\n{tables.strip()}\n{END_MEASURED}"
+    return _with_section(card, "Measured", told, MEASURED, END_MEASURED)
+
+
+def _with_section(card: str, heading: str, told: str, begin: str, end: str) -> str:
+    """Return a card with `told` between its marks, or in a section of its own at the end."""
+    if begin in card and end in card:
+        return re.sub(f"{begin}.*?{end}", lambda match: told, card, count=1, flags=re.DOTALL)
+    return f"{card.rstrip()}\n\n## {heading}\n\n{told}\n".lstrip()

@@ -463,6 +463,7 @@ OTHER_VALUES = {
     "storage_decay": 0.5,
     "storage_limit": 300,
     "max_rope_distance": 100,
+    "max_rope_distance_start": 7,
     "tie_fading_projections": False,
     "ssm_type": "mamba",
     "ssm_num_heads": 8,
@@ -484,6 +485,7 @@ OTHER_VALUES = {
 NEEDED_BY = {
     "fading_mass": dict(storage_size=3, fading_stride=5),
     "storage_candidates": dict(storage_size=3, storage_sketch_size=2),
+    "max_rope_distance_start": dict(max_rope_distance=90),
 }
 
 

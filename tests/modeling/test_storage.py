@@ -42,6 +42,7 @@ SETTINGS = {
     "decay": dict(MASS, storage_decay=0.7),
     "decay without eidetic memory": dict(SKETCHED, storage_decay=0.7, eidetic_size=0),
     "distance": dict(MASS, max_rope_distance=9),
+    "distance from a position on": dict(MASS, max_rope_distance=9, max_rope_distance_start=21),
     "distance of the window": dict(MASS, max_rope_distance=4, fading_size=1),
     "distance alone": dict(PLAIN, storage_size=0, max_rope_distance=6),
     "no positions": dict(MASS, rope_parameters=None),
@@ -95,6 +96,7 @@ def oracle_of(model, query, keys, values):
         config.fading_size if config.fading_mass else 0,
         config.fading_stride,
         config.max_rope_distance,
+        config.max_rope_distance_start,
         1e4 if config.rope_parameters is None else config.rope_parameters["rope_theta"],
         config.head_dim**-0.5,
     )
@@ -488,16 +490,16 @@ def test_distances_are_cut_far_from_the_start():
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 90), st.integers(1, 40), st.integers(1, 9), st.integers(2, 5), st.integers(1, 4),
-    st.none() | st.integers(0, 60),
+    st.none() | st.integers(0, 60), st.integers(0, 120),
 )  # fmt: skip
-def test_blocks_are_those_of_the_definition(low, more, window, size, shown, reach):
-    pyramid = Pyramid(window, size, shown, reach)
+def test_blocks_are_those_of_the_definition(low, more, window, size, shown, reach, start):
+    pyramid = Pyramid(window, size, shown, reach, start)
     offsets = tuple(1000 * level for level in range(20))
     blocks = pyramid.between(low, low + more, offsets, torch.device("cpu"))
     for t in range(low, low + more):
         here = (blocks.begin <= t) & (t < blocks.end)
         found = sorted(zip(blocks.first[here].tolist(), blocks.size[here].tolist()))
-        assert found == sorted(shown_blocks(t, window, size, shown, reach))
+        assert found == sorted(shown_blocks(t, window, size, shown, reach, start))
         now = blocks_now(Step(torch.zeros(1), None, None, 1.0, t, window), pyramid)
         rows = zip(now.first.tolist(), now.size.int().tolist(), now.end.tolist())
         assert sorted((first, count) for first, count, end in rows if end) == found
@@ -541,6 +543,8 @@ def test_inside_counts_by_block():
         (dict(fading_mass=True), r"fading_mass=True: needs storage_size > 0"),
         (dict(fading_mass=True, storage_size=1), r"fading_stride=1: must lie in \[2, 1,048,576\] with fading_mass"),
         (dict(max_rope_distance=3), r"max_rope_distance=3: must be an integer >= 4"),
+        (dict(max_rope_distance_start=-1, max_rope_distance=9), r"max_rope_distance_start=-1: must be an integer >= 0"),
+        (dict(max_rope_distance_start=5), r"max_rope_distance_start=5.*give a distance"),
     ],
     ids=str,
 )

@@ -200,7 +200,15 @@ def test_chunks_change_no_figure(tmp_path, source):
 def test_a_graft_may_be_evaluated_with_other_memories(tmp_path, source):
     assert graft(tmp_path, source=str(source), output="mine", window_size=16) == 0
     entry = {"folder": str(tmp_path / "mine"), "name": "narrow", "window_size": 8, "eidetic_size": 4, "fading_size": 1}
-    assert evaluate(tmp_path, source, grafts=[entry], passkey=False, cost=False, rows=["source", "fresh"]) == 0
+    options = {"grafts": [entry], "passkey": False, "cost": False, "rows": ["source", "fresh"]}
+    assert evaluate(tmp_path, source, **options) == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert evaluate(tmp_path, source, "--reuse", cards=True, **options) == 0
+    told, table = (tmp_path / "mine" / "README.md").read_text(), (tmp_path / "out" / "table.md").read_text()
+    assert told.startswith(card.rstrip()) and told.count("## Measured") == told.count(table.strip()) == 1
+    assert evaluate(tmp_path, source, "--overwrite", "--set", "texts=1", cards=True, **options) == 0
+    again = (tmp_path / "mine" / "README.md").read_text()
+    assert again.count("## Measured") == 1 and table.strip() not in again
     fresh, narrow = stored(tmp_path)["summary"][1:]
     assert narrow["model"] == "narrow" and narrow["window"] == 8
     assert narrow["nll"]["beyond W"] == pytest.approx(fresh["nll"]["beyond W"], abs=1e-5)
