@@ -23,7 +23,7 @@ class Common(
         config_class, fields, classes = MODELS[self.name]
         self.all_model_classes = tuple(classes.values())
         self.model_tester = Tester(self, config_class, fields, classes)
-        self.config_tester = common.ConfigTester(self, config_class=config_class, hidden_size=36)
+        self.config_tester = common.ConfigTester(self, config_class=config_class, hidden_size=32)
 
     def test_config(self):
         self.config_tester.run_common_tests()
