@@ -68,6 +68,10 @@ class LayerMemory:
         config: the model's configuration. layer_idx: which layer.
     """
 
+    # No `__dict__`: transformers' exporters look for tensors in every attribute that they find in a cache, and rebuild
+    # the tuples on their way.
+    __slots__ = ("bounded", "declared", "fading", "hidden", "innovation", "parts", "signal", "spec", "takes_left")
+
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         self.spec: LayerSpec = config.layer_spec(layer_idx)
         self.parts: list[MemoryPart] = [part(config, self.spec) for part in PARTS if part.belongs(config, self.spec)]

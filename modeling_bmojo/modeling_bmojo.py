@@ -42,6 +42,7 @@ from .arguments_bmojo import built_fields, check_built, packing_lengths, refuse_
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .buffers_bmojo import WideBuffers
 from .cache_bmojo import BMojoCache
+from .cache_tree_bmojo import register as register_cache_tree
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
 from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
 from .distance_bmojo import TurnTables
@@ -708,6 +709,8 @@ def _refuse_packing(
                 "each sequence as a row of its own, padded."
             )
 
+
+register_cache_tree()
 
 # Auto class -> what it makes of our configuration; transformers' heads get their backbone in this way, too.
 AUTO_CLASSES = {

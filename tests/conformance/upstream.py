@@ -4,7 +4,9 @@ They come out of the source distribution that `make test-conformance` unpacks in
 """
 
 import importlib
+import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 from unittest import mock
@@ -52,18 +54,30 @@ def mount() -> types.SimpleNamespace:
             module = types.ModuleType(f"{PACKAGE}.{name}")
             vars(module).update(contents)
             sys.modules[module.__name__] = module
-    # Two of the files would import transformers a second time, from beside the tests.
-    with mock.patch("transformers.utils.direct_transformers_import", lambda *_, **__: transformers):
-        names = ("configuration_common", "fsdp_mixin", "modeling_common", "tensor_parallel_mixin", "training_mixin")
-        found = [importlib.import_module(f"{PACKAGE}.test_{name}") for name in names]
-    configuration, fsdp, modeling, tensor_parallel, training = found
+    configuration, fsdp, modeling, pipeline, tensor_parallel, training = _modules()
     return types.SimpleNamespace(
         ConfigTester=configuration.ConfigTester,
         FSDPTesterMixin=fsdp.FSDPTesterMixin,
         ModelTesterMixin=modeling.ModelTesterMixin,
+        PipelineTesterMixin=pipeline.PipelineTesterMixin,
         TensorParallelTesterMixin=tensor_parallel.TensorParallelTesterMixin,
         TrainingTesterMixin=training.TrainingTesterMixin,
         GenerationTesterMixin=standins.GenerationTesterMixin,
         fsdp=fsdp,
+        pipeline=pipeline,
         tensor_parallel=tensor_parallel,
     )
+
+
+def _modules() -> list[types.ModuleType]:
+    names = ("configuration_common", "fsdp_mixin", "modeling_common", "pipeline_mixin", "tensor_parallel_mixin")
+    names += ("training_mixin",)
+    with tempfile.TemporaryDirectory() as folder:
+        # The pipelines' tests read a list of models that is not in the distribution.
+        reports = Path(folder) / "reports"
+        reports.mkdir()
+        (reports / "tiny_model_summary.json").write_text("{}", encoding="utf-8")
+        # Two of the files would import transformers a second time, from beside the tests.
+        once = mock.patch("transformers.utils.direct_transformers_import", lambda *_, **__: transformers)
+        with once, mock.patch.dict(os.environ, {"TRANSFORMERS_TINY_MODEL_PATH": folder}):
+            return [importlib.import_module(f"{PACKAGE}.test_{name}") for name in names]
