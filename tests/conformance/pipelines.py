@@ -34,7 +34,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, WORDS)}}
     core = Tokenizer(models.WordLevel(words, unk_token="w3"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_input_names=["input_ids", "attention_mask"])
+    special = dict(
+        pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_input_names=["input_ids", "attention_mask"]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **special)
 
 
@@ -55,7 +57,7 @@ def offer(mixin: types.ModuleType, folder: Path, config, classes: dict) -> None:
 class PipelineTests:
     """One task: its pipeline, examples, and what a result is."""
 
-    task: str
+    task: str  # as `pipeline` calls it
     examples = ["w5 w6 w7 w8 w9 w10", "w11 w12", "w13 w14 w15"]
     options: dict = {}
 
@@ -103,7 +105,7 @@ class TextClassificationPipelineTests(PipelineTests):
 
 
 class ZeroShotClassificationPipelineTests(PipelineTests):
-    task = "zero-shot"
+    task = "zero-shot-classification"
     options = dict(candidate_labels=["w20", "w21 w22"], hypothesis_template="w23 {}")
 
     def check(self, result) -> None:

@@ -1,9 +1,9 @@
 """What transformers' common tests import and its source distribution leaves out, as far as they use it.
 
-    GenerationTesterMixin, ExportTesterMixin   the tests of generate() and of export: tests/modeling/test_generate.py,
-                                               test_generate_modes.py and test_export.py cover what they check
-    config_common_kwargs                       fields that every configuration takes
-    run_distributed and its parts              processes on the CPU, connected by gloo
+GenerationTesterMixin, ExportTesterMixin   the tests of generate() and of export: tests/modeling/test_generate.py,
+                                           test_generate_modes.py and test_export.py cover what they check
+config_common_kwargs                       fields that every configuration takes
+run_distributed and its parts              processes on the CPU, connected by gloo
 """
 
 import functools

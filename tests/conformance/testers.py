@@ -4,11 +4,11 @@ Shapes: batch 5, 13 tokens, which is beyond the window of 4, so that all memorie
 """
 
 import torch
+from transformers import FalconH1Config, LlamaConfig
 from transformers.models.falcon_h1 import modeling_falcon_h1 as falcon_h1
 from transformers.models.llama import modeling_llama as llama
 
 import modeling_bmojo as bmojo
-from transformers import FalconH1Config, LlamaConfig
 
 
 SIZES = dict(

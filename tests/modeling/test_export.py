@@ -4,6 +4,7 @@ A program is for one number of new tokens; how many were read before it does not
 """
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from modeling_bmojo.compat_bmojo import CACHE_NAME
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
+
+# A saved program holds its sample inputs, and torch 2.13 warns of every class that is not its own by a broken message.
+logging.getLogger("torch._export.serde.serialize").setLevel(logging.ERROR)
 
 SETTINGS = {"bmojo": {}, "mixed": MIXED_LAYERS, "s6": dict(ssm_type="mamba", innovation="key")}
 
@@ -40,14 +44,18 @@ def assert_near(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
-def assert_same_states(cache, other):
-    """What is read: room for growing may differ."""
-    assert cache.get_seq_length() == other.get_seq_length()
-    for (keys, values, others), wanted in zip(cache, other, strict=True):
-        for value, expected in zip((keys, values, *others), (*wanted[:2], *wanted[2]), strict=True):
-            assert (value is None) is (expected is None)
-            if value is not None and value.is_floating_point():
-                assert_near(value, expected)
+def assert_same_memory(model, cache, other):
+    """The same tokens and states, though entries may stand in other places; and eager code reads on alike."""
+    assert type(cache) is BMojoCache and cache.get_seq_length() == other.get_seq_length()
+    for layer, wanted in zip(cache.layers, other.layers, strict=True):
+        found = layer.states()
+        for name, expected in wanted.states().items():
+            if name in ("positions", "seen"):
+                assert torch.equal(found[name].sort().values, expected.sort().values)
+            elif name in ("ssm", "conv", "last_hidden"):
+                assert_near(found[name], expected)
+    more = tokens(5, seed=2)
+    assert_near(model(more, cache=cache).logits, model(more, cache=other).logits)
 
 
 @pytest.mark.parametrize("name, masked", [("bmojo", True), ("mixed", False)])
@@ -60,8 +68,7 @@ def test_a_prompt(name, masked):
         mask["attention_mask"][0, :3] = 0
     found, expected = program(input_ids=other, **mask), model(other, **mask)
     assert_near(found.logits, expected.logits)
-    assert type(cache_of(found)) is BMojoCache
-    assert_same_states(cache_of(found), cache_of(expected))
+    assert_same_memory(model, cache_of(found), cache_of(expected))
 
 
 @pytest.mark.parametrize("name, columns", [("bmojo", 1), ("bmojo", 8), ("mixed", 1), ("mixed", 8), ("s6", 1)])
@@ -76,9 +83,7 @@ def test_one_program_reads_on_after_any_number_of_columns(name, columns, tmp_pat
         found, expected = program(input_ids=part, **{CACHE_NAME: cache}), model(part, cache=reference)
         cache = cache_of(found)
         assert_near(found.logits, expected.logits)
-    assert_same_states(cache, reference)
-    # What comes out is an ordinary cache: eager code reads on.
-    assert_near(model(ids[:, :5], cache=cache).logits, model(ids[:, :5], cache=reference).logits)
+    assert_same_memory(model, cache, reference)
 
 
 def test_padded_chunks():
