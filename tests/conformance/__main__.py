@@ -17,17 +17,7 @@ from tests.conformance.outcomes import EXCEPTIONS, OURS, REFERENCE, Recorder, di
 
 HERE = Path(__file__).resolve().parent
 # Not those of our own tests: their warnings are errors, and their markers are all there is.
-OPTIONS = [
-    "-o",
-    "addopts=",
-    "-o",
-    "filterwarnings=",
-    "-p",
-    "no:cacheprovider",
-    "--disable-warnings",
-    "--tb=short",
-    "-q",
-]
+OPTIONS = "-o addopts= -o filterwarnings= -p no:cacheprovider --disable-warnings --tb=short -q".split()
 
 
 def main(arguments: list[str]) -> int:

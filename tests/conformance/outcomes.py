@@ -17,7 +17,7 @@ WORSE = ("", "passed", "skipped", "failed")
 
 
 class Outcome(NamedTuple):
-    """ "passed", "skipped" (a test of several classes: all of them) or "failed"; reason: of a skip, by pytest."""
+    """state: "passed", "skipped" or "failed"; reason: of a skip, as the test gives it."""
 
     state: str
     reason: str = ""
@@ -30,7 +30,7 @@ class Recorder:
         self.outcomes: dict[str, dict[str, Outcome]] = {}
 
     def pytest_runtest_logreport(self, report) -> None:
-        """Keep the worst of a test's phases; of its subtests a skip is none as long as another runs."""
+        """Keep the worst of a test's phases and subtests: a test that is skipped for one class of a model is skipped."""
         _, owner, name = report.nodeid.split("::")
         found = self.outcomes.setdefault(owner.removesuffix("Test"), {})
         state = report.outcome
@@ -58,10 +58,8 @@ def disagreements(outcomes: dict[str, dict[str, Outcome]], exceptions: dict[str,
     for name in sorted(found.keys() | exceptions.keys()):
         said = exceptions.get(name, {})
         if found.get(name, []) != said.get("models", []):
-            reason = next(
-                (outcomes[model][name].reason for model in found.get(name, []) if name in outcomes[model]), ""
-            )
-            wrong.append(f"{name}: skipped for {found.get(name, [])} ({reason}), listed for {said.get('models', [])}")
+            reasons = {outcomes[model].get(name, Outcome("")).reason for model in found.get(name, [])}
+            wrong.append(f"{name}: skipped for {found.get(name, [])} {reasons}, listed for {said.get('models', [])}")
         elif not said.get("reason"):
             wrong.append(f"{name}: has no reason")
     return wrong

@@ -71,7 +71,7 @@ def test_a_prompt(name, masked):
     assert_same_memory(model, cache_of(found), cache_of(expected))
 
 
-@pytest.mark.parametrize("name, columns", [("bmojo", 1), ("bmojo", 8), ("mixed", 1), ("mixed", 8), ("s6", 1)])
+@pytest.mark.parametrize("name, columns", [("bmojo", 1), ("bmojo", 8), ("s6", 1)])
 def test_one_program_reads_on_after_any_number_of_columns(name, columns, tmp_path):
     """From a file, as it is deployed; the second call is the first with another length than was traced."""
     model, ids = build(name), tokens(70)
@@ -143,7 +143,7 @@ def test_what_is_no_tree():
     model, ids = build(), tokens(13)
     taken_back = BMojoCache(model.config, rollback_limit=3)
     model(ids, cache=taken_back)
-    with pytest.raises(ValueError, match="rollback_limit=3: .*cannot be exported"):
+    with pytest.raises(ValueError, match=r"rollback_limit=3: .*cannot be exported"):
         pytree.tree_flatten(taken_back)
     half = cache_of(model(ids))
     half.layers[0].unfinished = True
