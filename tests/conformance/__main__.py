@@ -17,7 +17,8 @@ from tests.conformance.outcomes import EXCEPTIONS, OURS, REFERENCE, Recorder, di
 
 HERE = Path(__file__).resolve().parent
 # Not those of our own tests: their warnings are errors, and their markers are all there is.
-OPTIONS = "-o addopts= -o filterwarnings= -p no:cacheprovider --disable-warnings --tb=short -q".split()
+OPTIONS = ["--override-ini=addopts=", "--override-ini=filterwarnings=", "-p", "no:cacheprovider"]
+OPTIONS += ["--disable-warnings", "--tb=short", "-q"]
 
 
 def main(arguments: list[str]) -> int:

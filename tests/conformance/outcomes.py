@@ -30,7 +30,7 @@ class Recorder:
         self.outcomes: dict[str, dict[str, Outcome]] = {}
 
     def pytest_runtest_logreport(self, report) -> None:
-        """Keep the worst of a test's phases and subtests: a test that is skipped for one class of a model is skipped."""
+        """Keep the worst of a test's phases and subtests: skipped for one class of a model is skipped."""
         _, owner, name = report.nodeid.split("::")
         found = self.outcomes.setdefault(owner.removesuffix("Test"), {})
         state = report.outcome
