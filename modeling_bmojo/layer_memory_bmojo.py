@@ -89,6 +89,11 @@ class LayerMemory:
         self.takes_left = any(part.takes_left for part in self.parts)
         self.declared = self._declared(config, places)
 
+    def __setstate__(self, state: tuple | dict) -> None:
+        """Take what was pickled in a cache, also before there were `__slots__`."""
+        for name, value in (state[1] if isinstance(state, tuple) else state).items():
+            setattr(self, name, value)
+
     def _check_signal(self) -> None:
         """Raise ValueError for a signal that there is not, or not in this layer."""
         if self.signal not in SIGNALS:
