@@ -23,7 +23,7 @@ SIZES = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-MEMORIES = dict(window_size=4, eidetic_size=3, fading_size=2, ssm_state_size=6, ssm_chunk_size=8, memory_block_size=8)
+MEMORIES = dict(window_size=4, eidetic_size=3, fading_size=2, ssm_state_size=6, ssm_chunk_size=32, memory_block_size=32)
 # FalconH1's SSM has sizes of its own, which must fit each other.
 HYBRID = dict(
     mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2
