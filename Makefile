@@ -27,6 +27,8 @@ KVPRESS := kvpress==0.5.5
 OTHER_VERSIONS := 5.20.2 5.24.0
 VENVS := .venvs
 HAVE_VERSIONS := $(OTHER_VERSIONS:%=$(VENVS)/transformers-%/.have)
+# Its own tests, from the source distribution of the version that is installed.
+HAVE_CONFORMANCE := $(VENVS)/.have-conformance
 # What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints and
 # the code they carry, Trainer, and what users reported of other models. Of tests whose cases are settings of our own
 # computation (marked own_settings), which no version of transformers sees, a quarter of the cases.
@@ -36,7 +38,7 @@ CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache c
 	tests/conversion/training/test_four_bit.py $(addprefix tests/project/test_,contract.py versions.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-faults bench notebooks lint format clean
+.PHONY: help demo test test-versions test-conformance test-faults bench notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -45,6 +47,8 @@ help:
 	@echo "                SOURCE=...           hub id or local path of another model (default: SmolLM2-135M-Instruct)"
 	@echo "make test     run the tests            ARGS='-k cache' goes to pytest"
 	@echo "make test-versions  the core tests on the oldest and the newest transformers that are supported"
+	@echo "make test-conformance  transformers' own common tests on our classes, beside Llama (minutes)"
+	@echo "                ARGS='--with FalconH1'  on another model as well; ARGS='-k save' some of them"
 	@echo "make test-faults  kill the programs at their file events, fill their disk, and see that nothing is lost (minutes, Linux)"
 	@echo "                ARGS='--every 1'     at every event (much longer); ARGS='--only align' one scenario"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
@@ -75,6 +79,11 @@ test-versions: $(OTHER_VERSIONS:%=test-version-%)
 $(OTHER_VERSIONS:%=test-version-%): test-version-%: $(VENVS)/transformers-%/.have
 	@echo "==> test: the core tests on transformers $*"
 	@$(VENVS)/transformers-$*/bin/python -m pytest $(PYTEST_SPREAD) --sample-own-settings $(CORE_TESTS) $(ARGS)
+
+# One process: the distributed tests among them start others.
+test-conformance: $(HAVE_TEST) $(HAVE_CONFORMANCE)
+	@echo "==> test-conformance: transformers' common tests; docs/compatibility.md"
+	@OMP_NUM_THREADS=1 $(PY) -m tests.conformance $(ARGS)
 
 test-faults: $(HAVE_TEST)
 	@echo "==> test-faults: graft, align, finetune, restore and fit_storage, killed and without space at their file events"
@@ -157,6 +166,18 @@ $(HAVE_KVPRESS): $(HAVE_TORCH) constraints.txt
 	@rm -rf $(@D) && mkdir -p $(VENVS) && $(PY) -m venv --without-pip $(@D)
 	@$(PIP) --python $(@D)/bin/python install $(QUIET) $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") \
 		"$(TORCH)" "$(KVPRESS)" gguf
+	@touch $@
+
+# The tests import parameterized, which nothing else here needs.
+$(HAVE_CONFORMANCE): $(HAVE_TEST) constraints.txt
+	@echo "==> set-up: transformers' source distribution, for the tests in it (11 MB)"
+	@rm -rf $(VENVS)/conformance-* && mkdir -p $(VENVS)
+	@version=$$($(PY) -c 'import transformers; print(transformers.__version__)') && \
+		folder=$(VENVS)/conformance-$$version && \
+		$(PIP) download $(QUIET) --no-deps --no-build-isolation --no-binary transformers --dest $$folder \
+			"transformers==$$version" && \
+		$(PY) -m tarfile -e $$folder/transformers-$$version.tar.gz $$folder && rm $$folder/*.tar.gz && \
+		$(PIP) install $(QUIET) --no-deps -c constraints.txt --target $$folder/packages parameterized
 	@touch $@
 
 $(HAVE_BENCH): $(HAVE_PACKAGE)

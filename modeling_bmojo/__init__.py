@@ -4,6 +4,7 @@ from transformers import AutoConfig
 
 from .adapters import LayerCoverage, bmojo_lora_config, check_adapter, lora_coverage, print_lora_coverage
 from .cache_bmojo import BMojoCache, RememberedToken
+from .cache_tree_bmojo import cache_axes
 from .compat_bmojo import CACHE_NAME, cache_of
 from .configuration_bmojo import BMojoConfig
 from .inspect import (
@@ -63,6 +64,7 @@ __all__ = [
     "RememberedToken",
     "attribute",
     "bmojo_lora_config",
+    "cache_axes",
     "cache_of",
     "check_adapter",
     "explain_kernels",

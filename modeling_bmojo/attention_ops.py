@@ -397,9 +397,11 @@ def attend(
     wide = torch.promote_types(query.dtype, torch.float32)
     if mask is not None:
         scores = scores + mask if by_head else scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype)
-    out = F.dropout(weights, dropout) @ values
-    return tuple(value.unflatten(2, (repeat, length)).flatten(1, 2) for value in (out, weights))
+    # Unfolded and folded again, both views: the output comes from the weights that are returned, so that their gradient
+    # can be asked for.
+    weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype).unflatten(2, (repeat, length)).flatten(1, 2)
+    out = F.dropout(weights, dropout).unflatten(1, (-1, repeat)).flatten(2, 3) @ values
+    return out.unflatten(2, (repeat, length)).flatten(1, 2), weights
 
 
 def weights_by_position(weights: torch.Tensor, position: torch.Tensor, columns: int) -> torch.Tensor:

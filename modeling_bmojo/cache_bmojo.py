@@ -72,6 +72,7 @@ class BMojoCache(Cache):
     directory: Directory | None = None
     check_weights, _claimed = True, False
     rollback: Rollback | None = None
+    counter: torch.Tensor | None = None  # the columns read, as torch.export is told of them
     one_for_all = False  # its one row was read for every row that generate() makes of a prompt
 
     def __init__(
@@ -508,13 +509,28 @@ class BMojoCache(Cache):
         Raises:
             ValueError: if a forward stopped halfway.
         """
+        self.require_plain("joined")
+        return items_of(self.facts, self.layers)
+
+    def require_plain(self, wanted: str) -> None:
+        """Raise ValueError, saying what was `wanted`, unless the states are all there is, and those of the last
+        column."""
         self._require_finished()
         self.settle()
         if self.directory is not None:
-            raise ValueError(f"storage={self.directory.path!r}: caches with a directory cannot be joined; use one.")
+            raise ValueError(f"storage={self.directory.path!r}: caches with a directory cannot be {wanted}; use one.")
         if any(layer.on_host for layer in self.layers):
-            raise ValueError("storage_on_host=True: such caches cannot be joined; use one, or storage_on_host=False.")
-        return items_of(self.facts, self.layers)
+            raise ValueError(f"storage_on_host=True: such caches cannot be {wanted}; use storage_on_host=False.")
+
+    @classmethod
+    def of_layers(
+        cls, facts: dict[str, Any], layers: list[BMojoCacheLayer], counter: torch.Tensor | None = None
+    ) -> "BMojoCache":
+        """Return a cache that holds these layers; counter: as `cache_tree_bmojo` made it."""
+        new = cls.__new__(cls)
+        Cache.__init__(new, layers=layers)
+        new.facts, new._layout, new.counter = facts, LAYOUT, counter
+        return new
 
 
 def _on_host(layer: BMojoCacheLayer, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ def _others(layer: BMojoCacheLayer) -> list[str]:
     return [name for name in layer.names if name not in ("keys", "values")]
 
 
-def _cut(layer: BMojoCacheLayer, name: str) -> torch.Tensor | None:
+def cut_state(layer: BMojoCacheLayer, name: str) -> torch.Tensor | None:
     """Return a state on the others' device, without the room for growing, which may differ from cache to cache."""
     value, state = getattr(layer, name), layer.memory.declared.get(name)
     if value is None or state is None:
@@ -41,8 +41,8 @@ def _cut(layer: BMojoCacheLayer, name: str) -> torch.Tensor | None:
 def items_of(facts: dict[str, Any], layers: list[BMojoCacheLayer]) -> Iterator[tuple]:
     """One tuple per layer."""
     for index, layer in enumerate(layers):
-        keys, values = (_cut(layer, name) for name in ("keys", "values"))
-        others = tuple(_cut(layer, name) for name in _others(layer))
+        keys, values = (cut_state(layer, name) for name in ("keys", "values"))
+        others = tuple(cut_state(layer, name) for name in _others(layer))
         if index == 0:
             others = (*_heads(facts, layers), *_with_pads(layer, others))
         yield keys, values, others
@@ -77,6 +77,12 @@ def _config_class(facts: dict[str, Any]) -> type[BMojoConfig]:
     return found or BMojoConfig
 
 
+def layers_of(facts: dict[str, Any]) -> list[BMojoCacheLayer]:
+    """Return the empty layers of a cache of these facts."""
+    config = _config_class(facts)(**facts)
+    return [BMojoCacheLayer(config, index) for index in range(config.num_hidden_layers)]
+
+
 def joined(items: Iterable[tuple]) -> Joined:
     """Return what `items_of` gave, of one cache or of several, as the layers of one.
 
@@ -88,8 +94,7 @@ def joined(items: Iterable[tuple]) -> Joined:
         items = list(items)
         counts, text = items[0][2][:2]
         facts = undescribed(bytes(text[0].tolist()).decode())
-        config = _config_class(facts)(**facts)
-        layers = [BMojoCacheLayer(config, index) for index in range(config.num_hidden_layers)]
+        layers = layers_of(facts)
         states = []
         for layer, item in zip(layers, items):
             names = _others(layer)

@@ -68,6 +68,10 @@ class LayerMemory:
         config: the model's configuration. layer_idx: which layer.
     """
 
+    # No `__dict__`: transformers' exporters look for tensors in every attribute that they find in a cache, and rebuild
+    # the tuples on their way.
+    __slots__ = ("bounded", "declared", "fading", "hidden", "innovation", "parts", "signal", "spec", "takes_left")
+
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         self.spec: LayerSpec = config.layer_spec(layer_idx)
         self.parts: list[MemoryPart] = [part(config, self.spec) for part in PARTS if part.belongs(config, self.spec)]
@@ -84,6 +88,11 @@ class LayerMemory:
         self.bounded = bool(self.parts) and all(part.bounded for part in self.parts)
         self.takes_left = any(part.takes_left for part in self.parts)
         self.declared = self._declared(config, places)
+
+    def __setstate__(self, state: tuple | dict) -> None:
+        """Take what was pickled in a cache, also before there were `__slots__`."""
+        for name, value in (state[1] if isinstance(state, tuple) else state).items():
+            setattr(self, name, value)
 
     def _check_signal(self) -> None:
         """Raise ValueError for a signal that there is not, or not in this layer."""

@@ -42,6 +42,7 @@ from .arguments_bmojo import built_fields, check_built, packing_lengths, refuse_
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .buffers_bmojo import WideBuffers
 from .cache_bmojo import BMojoCache
+from .cache_tree_bmojo import register as register_cache_tree
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
 from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
 from .distance_bmojo import TurnTables
@@ -255,6 +256,15 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         return not unread and (self.spec.fading > 0 or self._signal() in ("output", "prediction"))
 
 
+def _without_fp32(config: BMojoConfig) -> set[str]:
+    """Return the modules that a model of `config` lacks or has in its own dtype, of those that may stay in fp32."""
+    specs = [config.layer_spec(layer_idx) for layer_idx in range(config.num_hidden_layers)]
+    scalars = any(spec.has_ssm for spec in specs) and "scalars" in FADING_MEMORIES[config.ssm_type].modules
+    sketch = any(spec.stored > 0 for spec in specs) and config.storage_sketch_size is not None
+    has = {"scalars": scalars and config.ssm_scalars_in_fp32, "sketch": sketch}
+    return {name for name, there in has.items() if not there}
+
+
 class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
     """Weight initialisation and what B'MOJO models declare to transformers."""
 
@@ -279,8 +289,9 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
 
     def __init__(self, config: BMojoConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        if not config.ssm_scalars_in_fp32:
-            self._keep_in_fp32_modules_strict = ["sketch"]
+        # transformers takes a name without a module for a slip.
+        without, names = _without_fp32(config), self._keep_in_fp32_modules_strict
+        self._keep_in_fp32_modules_strict = [name for name in names if name not in without]
 
     @classmethod
     def from_pretrained(cls, *args, config=None, distributed_config=None, **kwargs):
@@ -698,6 +709,8 @@ def _refuse_packing(
                 "each sequence as a row of its own, padded."
             )
 
+
+register_cache_tree()
 
 # Auto class -> what it makes of our configuration; transformers' heads get their backbone in this way, too.
 AUTO_CLASSES = {

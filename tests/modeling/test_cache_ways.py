@@ -17,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_bmojo import BMojoCache, BMojoConfig
 from modeling_bmojo.cache_pads_bmojo import column_codes
+from modeling_bmojo.layer_memory_bmojo import LayerMemory
 from tests.modeling.test_cache import (
     LENGTHS,
     STATES,
@@ -148,6 +149,18 @@ def test_a_cache_pickled_by_an_older_version_is_refused():
     del cache._layout
     with pytest.raises(ValueError, match=r"pickled by a version .*save\(\) it there"):
         pickle.loads(pickle.dumps(cache))
+
+
+def test_a_cache_pickled_before_its_memories_had_slots_goes_on():
+    """Its pickle holds what stood in their `__dict__`."""
+    model = build()
+    cache, ids = padded(model), tokens(9, seed=1)
+    expected = go_on(model, copy.deepcopy(cache), ids)
+    for layer in cache.layers:
+        old = LayerMemory.__new__(LayerMemory)
+        old.__setstate__({name: getattr(layer.memory, name) for name in LayerMemory.__slots__})
+        layer.memory = old
+    assert torch.equal(go_on(model, cache, ids), expected)
 
 
 @pytest.mark.parametrize("call", ["begin", "finish"])

@@ -124,6 +124,25 @@ def test_loading_in_bf16_keeps_the_scalars_in_fp32(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_what_stays_in_fp32_is_there(name):
+    """transformers takes a name of that list for a slip where no module has it."""
+    model = build(name)
+    keys = [key.split(".") for key in model.state_dict()]
+    kept = model._keep_in_fp32_modules_strict
+    assert all(any(module in key for key in keys) for module in kept)
+    assert ("scalars" in kept) is any("scalars" in key for key in keys)
+    assert BMojoForCausalLM._keep_in_fp32_modules_strict == ["scalars", "sketch"]
+
+
+def test_sketches_stay_in_fp32_and_windows_alone_have_nothing_to_keep():
+    stored = build(storage_size=4, storage_candidates=8, storage_sketch_size=4)
+    assert sorted(stored._keep_in_fp32_modules_strict) == ["scalars", "sketch"]
+    windows = build(layer_types=["sliding_attention", "full_attention"])
+    assert not windows._keep_in_fp32_modules_strict
+    assert build(ssm_scalars_in_fp32=False)._keep_in_fp32_modules_strict == set()
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_buffers_that_are_not_saved_are_made_anew(name, tmp_path):
     """Loading builds the model without memory first: what a file does not hold must be computed then."""
     model = build(name)

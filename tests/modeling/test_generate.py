@@ -302,6 +302,26 @@ def test_attention_weights_do_not_depend_on_the_implementation():
             assert_near(actual, expected, 1e-12)
 
 
+@pytest.mark.parametrize("length", [4, WINDOW])
+def test_gradients_of_attention_weights_inside_the_window(length):
+    """The output comes from the weights that are returned: d loss / d weight = d loss / d mixed values . value."""
+    model, ids = build().train(), tokens(length)
+    values, mixed = [], []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda module, args, out: values.append(out))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: mixed.append(args[0]))
+    out = model(input_ids=ids, output_attentions=True)
+    values = [value for value in values if value.shape[1] == length][:: len(values) // 2]  # without fading tokens
+    for each in (*out.attentions, *mixed):
+        each.retain_grad()
+    out.logits.square().sum().backward()
+    for weights, value, taken in zip(out.attentions, values, mixed, strict=True):
+        value = value.unflatten(-1, (2, 4)).repeat_interleave(2, dim=2)  # [B, T, H, D]
+        expected = torch.einsum("bthd,bshd->bhts", taken.grad.unflatten(-1, (4, 4)), value)
+        assert expected.tril().abs().max() > 0
+        assert_near(weights.grad.tril(), expected.tril())
+
+
 def test_return_dict():
     model, ids = build(), tokens(9)
     as_dict, as_tuple = model(input_ids=ids), model(input_ids=ids, return_dict=False)
