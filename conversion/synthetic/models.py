@@ -1,0 +1,226 @@
+"""The models that are compared, by name: equal in bytes of state and in parameters.
+
+Two numbers are solved for. k, the size of a model's memory (window, slots, state channels), is the largest whose cache
+takes at most the wanted bytes; the width of the MLP is the one whose parameters come closest to the wanted number. All
+are `BMojoForCausalLM`, whose attention, window, Mamba and Mamba-2 layers equal transformers' classes (docs/model.md,
+"The family"). Mamba and Mamba-2 have twice the model's width inside, as published, and the MLP that all others have.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
+
+from ..common.settings import refuse_unknown
+from ..common.running import meta_model
+
+
+BYTES_TOLERANCE = 0.06  # of the wanted bytes; a step of k is a token's key and value, or one state channel
+PARAMETERS_TOLERANCE = 0.01
+FADING = 2  # fading tokens of B'MOJO layers, one per window's length, so that one of them waits and no more
+CHANNELS = 8  # state channels of a B'MOJO layer's SSM
+FETCHED = 16  # tokens that a query fetches from a storage
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all models share. width: of the model; parameters: without embeddings; state_bytes: of one text's memory."""
+
+    width: int
+    heads: int
+    layers: int
+    vocabulary: int
+    parameters: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model by name.
+
+    about: one line. layers: the types of two layers, repeated. memory: from k to memory fields of `BMojoConfig`.
+    ranked: whether its memory has the wanted bytes; else it grows with the text, and k is not solved for.
+    """
+
+    about: str
+    layers: tuple[str, str]
+    memory: Callable[[int, Sizes], dict[str, Any]]
+    ranked: bool = True
+
+
+def _mamba(kind: str) -> Callable[[int, Sizes], dict[str, Any]]:
+    def memory(k: int, sizes: Sizes) -> dict[str, Any]:
+        inner = dict(ssm_num_heads=2 * sizes.heads, ssm_head_dim=sizes.width // sizes.heads, ssm_num_groups=1)
+        return dict(ssm_type=kind, ssm_state_size=k, **inner)
+
+    return memory
+
+
+def _stack(k: int, sizes: Sizes) -> dict[str, Any]:
+    return {**_mamba("mamba2")(k, sizes), "window_size": k}
+
+
+def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[str, Any]]:
+    """k tokens, half of them the window; without a test all of them are."""
+
+    def memory(k: int, sizes: Sizes) -> dict[str, Any]:
+        window = k if innovation is None else (k + 1) // 2
+        fading = dict(fading_size=FADING, fading_stride=window, ssm_state_size=CHANNELS, ssm_num_groups=1)
+        test = {} if innovation is None else {"innovation": innovation}
+        return dict(window_size=window, eidetic_size=k - window, **fading, **test, **more)
+
+    return memory
+
+
+ATTENTION, WINDOW, SSM, BMOJO = "full_attention", "sliding_attention", "linear_attention", "bmojo"
+MODELS: dict[str, Kind] = {
+    "full_attention": Kind("all keys and values: a ceiling", (ATTENTION,) * 2, lambda k, sizes: {}, ranked=False),
+    "window": Kind("sliding window", (WINDOW,) * 2, lambda k, sizes: {"window_size": k}),
+    "mamba": Kind("Mamba", (SSM,) * 2, _mamba("mamba")),
+    "mamba2": Kind("Mamba-2", (SSM,) * 2, _mamba("mamba2")),
+    "jamba": Kind("Mamba-2, then full attention", (SSM, ATTENTION), lambda k, sizes: _stack(16, sizes), ranked=False),
+    "samba": Kind("Mamba-2, then a sliding window", (SSM, WINDOW), _stack),
+    "bmojo_f": Kind("B'MOJO-F: window and fading tokens", (BMOJO,) * 2, _bmojo(None)),
+    "bmojo_output": Kind("B'MOJO, the paper's test on outputs", (BMOJO,) * 2, _bmojo("output")),
+    "bmojo_state": Kind("B'MOJO, test on the SSM's input", (BMOJO,) * 2, _bmojo("state")),
+    "bmojo_key": Kind("B'MOJO, test on keys", (BMOJO,) * 2, _bmojo("key")),
+    "bmojo_constant": Kind("B'MOJO that keeps the first tokens", (BMOJO,) * 2, _bmojo("constant")),
+    "bmojo_storage": Kind("B'MOJO with storage: a ceiling", (BMOJO,) * 2, _bmojo("key", storage_size=FETCHED), False),
+}
+OVERRIDES = tuple(
+    name for name in BMojoConfig.fields_with(role="memory") if name not in ("layer_types", "ssm_chunk_size")
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was checked. name: how its results are called; overrides: memory fields on top of its kind's."""
+
+    name: str
+    kind: str
+    overrides: Mapping[str, Any]
+
+    @property
+    def ranked(self) -> bool:
+        return MODELS[self.kind].ranked
+
+    def config(self, sizes: Sizes, length: int) -> BMojoConfig:
+        """Return the configuration whose bytes and parameters are the wanted ones.
+
+        Args:
+            length: tokens of the longest text that is read.
+
+        Raises:
+            ValueError: no size of the memory takes the wanted bytes, or the mixers alone have more parameters.
+        """
+        build = self._config_of(sizes, length)
+        k = self._solved(build, sizes) if self.ranked else max(2, sizes.state_bytes // (16 * sizes.width))
+        return self._with_parameters(lambda mlp: build(k, mlp), sizes)
+
+    def _config_of(self, sizes: Sizes, length: int) -> Callable[[int, int], BMojoConfig]:
+        kind = MODELS[self.kind]
+
+        def build(k: int, mlp: int) -> BMojoConfig:
+            memory = {**kind.memory(k, sizes), **self.overrides}
+            return BMojoConfig(
+                vocab_size=sizes.vocabulary,
+                hidden_size=sizes.width,
+                intermediate_size=mlp,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.heads,
+                max_position_embeddings=length,
+                initializer_range=sizes.width**-0.5,
+                layer_types=[kind.layers[index % 2] for index in range(sizes.layers)],
+                **memory,
+            )
+
+        return build
+
+    def _solved(self, build: Callable[[int, int], BMojoConfig], sizes: Sizes) -> int:
+        wanted, low, high = sizes.state_bytes, 2, 4
+        if constant_bytes(build(low, 0)) > wanted:
+            raise ValueError(
+                f"state_bytes={wanted:,}: {self.name} needs {constant_bytes(build(low, 0)):,} bytes at least at width "
+                f"{sizes.width} with {sizes.layers} layers; give more bytes, or a smaller width."
+            )
+        while constant_bytes(build(high, 0)) <= wanted:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if constant_bytes(build(middle, 0)) <= wanted else (low, middle)
+        found = constant_bytes(build(low, 0))
+        if found < (1 - BYTES_TOLERANCE) * wanted:
+            raise ValueError(
+                f"state_bytes={wanted:,}: {self.name} takes {found:,} or {constant_bytes(build(high, 0)):,} bytes, and "
+                f"must come within {BYTES_TOLERANCE:.0%}; give more bytes, or a smaller width."
+            )
+        return low
+
+    def _with_parameters(self, build: Callable[[int], BMojoConfig], sizes: Sizes) -> BMojoConfig:
+        wanted, one, two = sizes.parameters, parameters(build(1)), parameters(build(2))
+        mlp = 1 + round((wanted - one) / (two - one))
+        if mlp < 1:
+            raise ValueError(
+                f"parameters={wanted:,}: {self.name} has {one:,} without an MLP worth the name at width {sizes.width}; "
+                "give more parameters, or a smaller width."
+            )
+        config = build(mlp)
+        if abs(parameters(config) - wanted) > PARAMETERS_TOLERANCE * wanted:
+            raise ValueError(
+                f"parameters={wanted:,}: {self.name} comes to {parameters(config):,}, not within "
+                f"{PARAMETERS_TOLERANCE:.0%}; give more parameters."
+            )
+        return config
+
+
+def constant_bytes(config: BMojoConfig) -> int:
+    """Return the bytes that a cache in fp32 takes before it grows, if it does: all states of all layers, one row."""
+    cache, probe = BMojoCache(config), torch.empty(1, 1, 1, dtype=torch.float32, device="meta")
+    for layer in cache.layers:
+        layer.lazy_initialization(probe)
+    return cache.nbytes
+
+
+def parameters(config: BMojoConfig) -> int:
+    """Return the number of parameters without embeddings and output matrix."""
+    model = meta_model(config)
+    return sum(p.numel() for p in model.parameters()) - 2 * config.vocab_size * config.hidden_size
+
+
+@torch.no_grad()
+def bytes_read(model: BMojoForCausalLM, length: int) -> int:
+    """Return the bytes of the memory after `length` tokens were read, from the cache itself."""
+    cache = BMojoCache(model.config)
+    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache.nbytes
+
+
+def models_of(entries: Any) -> list[Model]:
+    """Return the models that the list `models:` names.
+
+    Args:
+        entries: names of `MODELS`, or mappings `{model: bmojo_key, name: decays, eidetic_decay: 0.05}` with memory
+            fields of `BMojoConfig`.
+
+    Raises:
+        ValueError: an unknown model or field, one name twice.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"models={entries!r}: must be a list of some of {list(MODELS)}.")
+    found = []
+    for entry in entries:
+        values = dict(entry) if isinstance(entry, Mapping) else {"model": entry}
+        kind = values.pop("model", None)
+        if kind not in MODELS:
+            raise ValueError(f"models: {kind!r} is no model; known are {', '.join(MODELS)}.")
+        name = str(values.pop("name", kind))
+        refuse_unknown(values, OVERRIDES, f"models: {name}.")
+        found.append(Model(name, kind, values))
+    names = [model.name for model in found]
+    if len(set(names)) != len(names):
+        raise ValueError(f"models: the names {names} must be distinct; give them with {{model: ..., name: ...}}.")
+    return found
