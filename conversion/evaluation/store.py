@@ -59,7 +59,14 @@ class Store:
         ValueError: the folder's file cannot be read.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], command: str, reuse: bool = False, file: str = RESULT_FILE):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        command: str,
+        reuse: bool = False,
+        file: str = RESULT_FILE,
+    ):
         self.path = folder / file
         where = machine(settings.get("device", "cpu"))
         self.header = {"settings": dict(settings), "command": command, "machine": where}

@@ -16,7 +16,7 @@ class MQAR(Task):
     """N pairs of key and value, then the keys again among random tokens: after each, its value is due.
 
     Keys come from the lower half of the vocabulary, values from the upper. The place of a key's query is one of the
-    S = (T - context) / 2 even places behind the pairs, number i = 1 ... S with weight i^(power - 1): 0.01, as published,
+    S = (T - context) / 2 even places behind the pairs, number i = 1 ... S with weight i^(power - 1): as published, 0.01
     puts most queries near the pairs, 1 all alike. The random tokens between are of the whole vocabulary but the
     sample's keys: with a small vocabulary those would often stand there with another token behind them.
     """

@@ -79,7 +79,17 @@ def plan(settings: RecallSettings, tasks: list[Task], models: list[Model]) -> li
                     for rate in settings.learning_rates:
                         row = f"{task.name} | {model.name} | {size} | seed {seed} | lr {rate:g}"
                         recipe = settings.recipe(seed, rate)
-                        cell = (row, task, model.name, model.ranked, size, config, recipe, settings.test_samples, device)
+                        cell = (
+                            row,
+                            task,
+                            model.name,
+                            model.ranked,
+                            size,
+                            config,
+                            recipe,
+                            settings.test_samples,
+                            device,
+                        )
                         cells.append(Cell(*cell))
     return cells
 

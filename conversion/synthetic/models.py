@@ -14,14 +14,14 @@ import torch
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 
-from ..common.settings import refuse_unknown
 from ..common.running import meta_model
+from ..common.settings import refuse_unknown
 
 
-BYTES_TOLERANCE = 0.06  # of the wanted bytes; a step of k is a token's key and value, or one state channel
+BYTES_TOLERANCE = 0.07  # of the wanted bytes; a step of k is a token's key and value, or one state channel
 PARAMETERS_TOLERANCE = 0.01
-FADING = 2  # fading tokens of B'MOJO layers, one per window's length, so that one of them waits and no more
-CHANNELS = 8  # state channels of a B'MOJO layer's SSM
+FADING = 1  # fading tokens of B'MOJO layers, the paper's recurrent form, but every W-th alone, so that one waits
+CHANNELS = 4  # state channels of a B'MOJO layer's SSM
 FETCHED = 16  # tokens that a query fetches from a storage
 
 
@@ -75,6 +75,13 @@ def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[s
     return memory
 
 
+def _hybrid(k: int, sizes: Sizes) -> dict[str, Any]:
+    """As many state channels as tokens; no SSM and no fading tokens in the B'MOJO layer, which has one before it."""
+    window = (k + 1) // 2
+    memory = dict(window_size=window, eidetic_size=k - window, innovation="key", fading_size=0)
+    return {**_mamba("mamba2")(k, sizes), **memory}
+
+
 ATTENTION, WINDOW, SSM, BMOJO = "full_attention", "sliding_attention", "linear_attention", "bmojo"
 MODELS: dict[str, Kind] = {
     "full_attention": Kind("all keys and values: a ceiling", (ATTENTION,) * 2, lambda k, sizes: {}, ranked=False),
@@ -88,6 +95,7 @@ MODELS: dict[str, Kind] = {
     "bmojo_state": Kind("B'MOJO, test on the SSM's input", (BMOJO,) * 2, _bmojo("state")),
     "bmojo_key": Kind("B'MOJO, test on keys", (BMOJO,) * 2, _bmojo("key")),
     "bmojo_constant": Kind("B'MOJO that keeps the first tokens", (BMOJO,) * 2, _bmojo("constant")),
+    "bmojo_hybrid": Kind("Mamba-2, then B'MOJO, test on keys", (SSM, BMOJO), _hybrid),
     "bmojo_storage": Kind("B'MOJO with storage: a ceiling", (BMOJO,) * 2, _bmojo("key", storage_size=FETCHED), False),
 }
 OVERRIDES = tuple(

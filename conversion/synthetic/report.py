@@ -78,7 +78,9 @@ def markdown(rows: Sequence[Figures], settings: Mapping[str, Any], header: Mappi
     for task in dict.fromkeys(row["task"] for row in rows):
         parts += [f"## {task}", _table([row for row in rows if row["task"] == task])]
     behind = losses(rows)
-    parts.append(f"B'MOJO is behind in {len(behind)} comparisons (same task, test and bytes)" + (":" if behind else "."))
+    parts.append(
+        f"B'MOJO is behind in {len(behind)} comparisons (same task, test and bytes)" + (":" if behind else ".")
+    )
     if behind:
         parts.append("\n".join(
             f"- {loss['task']}, {loss['test']}, {loss['bytes']:,} bytes: {loss['ours']} {loss['accuracy']:.3f}; "

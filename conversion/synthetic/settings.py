@@ -9,7 +9,7 @@ from ..common.settings import RULED, as_number, check_choice, make_settings, rea
 from .models import MODELS, Model, Sizes, models_of
 from .samples import Task
 from .tasks import TASKS, tasks_of
-from .training import Recipe
+from .training import SOLVED_OVER, Recipe
 
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -96,6 +96,11 @@ def _check(settings: RecallSettings) -> None:
         raise ValueError(f"warmup={settings.warmup}, weight_decay={settings.weight_decay}: must not be negative.")
     if settings.solved is not None and not 0 < settings.solved <= 1:
         raise ValueError(f"solved={settings.solved}: must be a share of right answers in (0, 1], or null for never.")
+    if settings.solved is not None and settings.save_steps % SOLVED_OVER:
+        raise ValueError(
+            f"save_steps={settings.save_steps}: must be a multiple of {SOLVED_OVER}, because whether a task is solved "
+            "is looked at over so many steps; or solved: null."
+        )
     _check_numbers("state_bytes", settings.state_bytes, (int,), 1)
     _check_numbers("seeds", settings.seeds, (int,), 0)
     _check_numbers("learning_rates", settings.learning_rates, (int, float), 1e-12)

@@ -71,7 +71,9 @@ def _check_type(what: str, value: Any, wanted: Any) -> None:
         good = isinstance(value, str) and bool(value.strip())
     else:
         inner = int if wanted == tuple[int, ...] else str
-        good = value is None and inner is str or (isinstance(value, tuple) and all(type(item) is inner for item in value))
+        good = (value is None and inner is str) or (
+            isinstance(value, tuple) and all(type(item) is inner for item in value)
+        )
     if not good:
         name = wanted.__name__ if isinstance(wanted, type) and wanted in (int, float, str) else "list"
         raise ValueError(f"{what}={value!r}: must be of type {name}.")

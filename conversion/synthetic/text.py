@@ -67,4 +67,3 @@ def corpus(split: str, files: tuple[str, ...] | None) -> torch.Tensor:
     texts = read_texts(BUILTINS[0], None, split=part) if files is None else read_texts(None, files)
     text = "\n\n".join(texts.values())
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-

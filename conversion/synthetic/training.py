@@ -4,10 +4,8 @@ The batch of a step belongs to seed and step alone, so a run that goes on from a
 have trained on. Every batch is drawn anew: there are no epochs, and nothing is seen twice but by chance.
 """
 
-import contextlib
 import math
 import shutil
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 from .samples import IGNORED, Task, stream
 
 
-SOLVED_OVER = 50  # steps whose training accuracy decides that a task is solved
+SOLVED_OVER = 50  # steps whose training accuracy decides that a task is solved, from a multiple of it to the next
 
 
 class Recipe(NamedTuple):
@@ -89,9 +87,10 @@ class Batches(Dataset):
 
 
 class _Trainer(Trainer):
-    """Steps in their order, the share of right answers at hand."""
+    """Steps in their order; the share of right answers since the last multiple of `SOLVED_OVER`, and the last loss."""
 
-    right: deque[float]
+    right: list[torch.Tensor]
+    loss: torch.Tensor
 
     def _get_train_sampler(self, *arguments: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -99,17 +98,26 @@ class _Trainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> torch.Tensor:
         out = model(**inputs)
         self.right.append(out["right"].detach())
+        self.loss = out["loss"].detach()
         return out["loss"]
 
 
-class _StopWhenSolved(TrainerCallback):
+class _StopEarly(TrainerCallback):
+    """Where the task is solved, and where the loss is no number any more.
+
+    Looked at every `SOLVED_OVER` steps over these steps alone, so that a run that goes on from a checkpoint at such a
+    step decides as one that was not interrupted.
+    """
+
     def __init__(self, trainer: _Trainer, solved: float):
         self.trainer, self.solved = trainer, solved
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        right = self.trainer.right
-        if len(right) == right.maxlen and state.global_step % 10 == 0:
-            control.should_training_stop = torch.stack(list(right)).mean().item() >= self.solved
+        if state.global_step % SOLVED_OVER:
+            return
+        right, self.trainer.right = self.trainer.right, []
+        solved = len(right) == SOLVED_OVER and torch.stack(right).mean().item() >= self.solved
+        control.should_training_stop = solved or not math.isfinite(self.trainer.loss.item())
 
 
 def train(config: BMojoConfig, task: Task, recipe: Recipe, device: str, work: Path) -> tuple[Reader, dict[str, Any]]:
@@ -119,7 +127,7 @@ def train(config: BMojoConfig, task: Task, recipe: Recipe, device: str, work: Pa
         work: folder for the checkpoints of this run, from the last of which it goes on; gone in the end.
 
     Returns:
-        The model in evaluation mode, and `steps` that were done, `seconds`, `curve`: loss by step.
+        The model in evaluation mode, and `steps` that were done and `curve`: loss by step.
     """
     set_seed(recipe.seed)
     reader = Reader(BMojoForCausalLM(config), task, recipe.taps)
@@ -129,18 +137,15 @@ def train(config: BMojoConfig, task: Task, recipe: Recipe, device: str, work: Pa
         train_dataset=Batches(task, recipe),
         data_collator=lambda items: items[0],
     )
-    trainer.right = deque(maxlen=SOLVED_OVER)
+    trainer.right = []
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    trainer.add_callback(_StopWhenSolved(trainer, recipe.solved))
+    trainer.add_callback(_StopEarly(trainer, recipe.solved))
     last = get_last_checkpoint(work) if work.is_dir() else None
-    done = trainer.train(resume_from_checkpoint=last)
-    if not math.isfinite(done.training_loss):
-        raise ValueError(f"learning_rate={recipe.learning_rate}: the loss became {done.training_loss}; give a smaller one.")
+    trainer.train(resume_from_checkpoint=last)
     curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     return reader.eval(), {"steps": trainer.state.global_step, "curve": curve}
 
 
@@ -158,6 +163,7 @@ def _arguments(recipe: Recipe, device: str, work: Path) -> TrainingArguments:
         seed=recipe.seed,
         use_cpu=device == "cpu",
         logging_steps=50,
+        logging_nan_inf_filter=False,
         save_steps=recipe.save_steps,
         save_total_limit=1,
         report_to="none",
