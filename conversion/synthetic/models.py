@@ -7,7 +7,8 @@ are `BMojoForCausalLM`, whose attention, window, Mamba and Mamba-2 layers equal 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,10 +110,11 @@ class Model:
 
     name: str
     kind: str
-    overrides: Mapping[str, Any]
+    overrides: tuple[tuple[str, Any], ...] = ()
 
     @property
     def ranked(self) -> bool:
+        """Whether its memory has the wanted bytes."""
         return MODELS[self.kind].ranked
 
     def config(self, sizes: Sizes, length: int) -> BMojoConfig:
@@ -124,64 +126,76 @@ class Model:
         Raises:
             ValueError: no size of the memory takes the wanted bytes, or the mixers alone have more parameters.
         """
-        build = self._config_of(sizes, length)
-        k = self._solved(build, sizes) if self.ranked else max(2, sizes.state_bytes // (16 * sizes.width))
-        return self._with_parameters(lambda mlp: build(k, mlp), sizes)
+        k, mlp = _solved(self, replace(sizes, vocabulary=2))
+        return self.build(sizes, k, mlp, max_position_embeddings=length)
 
-    def _config_of(self, sizes: Sizes, length: int) -> Callable[[int, int], BMojoConfig]:
+    def build(self, sizes: Sizes, k: int, mlp: int, **more: Any) -> BMojoConfig:
+        """Return the configuration with a memory of size k and an MLP of width `mlp`."""
         kind = MODELS[self.kind]
+        return BMojoConfig(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.width,
+            intermediate_size=mlp,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            initializer_range=sizes.width**-0.5,
+            layer_types=[kind.layers[index % 2] for index in range(sizes.layers)],
+            **{**kind.memory(k, sizes), **dict(self.overrides)},
+            **more,
+        )
 
-        def build(k: int, mlp: int) -> BMojoConfig:
-            memory = {**kind.memory(k, sizes), **self.overrides}
-            return BMojoConfig(
-                vocab_size=sizes.vocabulary,
-                hidden_size=sizes.width,
-                intermediate_size=mlp,
-                num_hidden_layers=sizes.layers,
-                num_attention_heads=sizes.heads,
-                max_position_embeddings=length,
-                initializer_range=sizes.width**-0.5,
-                layer_types=[kind.layers[index % 2] for index in range(sizes.layers)],
-                **memory,
-            )
 
-        return build
+@lru_cache(maxsize=4096)
+def _solved(model: Model, sizes: Sizes) -> tuple[int, int]:
+    """Return the size k of the memory and the width of the MLP; neither depends on the vocabulary."""
+    k = _memory(model, sizes) if model.ranked else max(2, sizes.state_bytes // (16 * sizes.width))
+    return k, _mlp(model, sizes, k)
 
-    def _solved(self, build: Callable[[int, int], BMojoConfig], sizes: Sizes) -> int:
-        wanted, low, high = sizes.state_bytes, 2, 4
-        if constant_bytes(build(low, 0)) > wanted:
-            raise ValueError(
-                f"state_bytes={wanted:,}: {self.name} needs {constant_bytes(build(low, 0)):,} bytes at least at width "
-                f"{sizes.width} with {sizes.layers} layers; give more bytes, or a smaller width."
-            )
-        while constant_bytes(build(high, 0)) <= wanted:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if constant_bytes(build(middle, 0)) <= wanted else (low, middle)
-        found = constant_bytes(build(low, 0))
-        if found < (1 - BYTES_TOLERANCE) * wanted:
-            raise ValueError(
-                f"state_bytes={wanted:,}: {self.name} takes {found:,} or {constant_bytes(build(high, 0)):,} bytes, and "
-                f"must come within {BYTES_TOLERANCE:.0%}; give more bytes, or a smaller width."
-            )
-        return low
 
-    def _with_parameters(self, build: Callable[[int], BMojoConfig], sizes: Sizes) -> BMojoConfig:
-        wanted, one, two = sizes.parameters, parameters(build(1)), parameters(build(2))
-        mlp = 1 + round((wanted - one) / (two - one))
-        if mlp < 1:
-            raise ValueError(
-                f"parameters={wanted:,}: {self.name} has {one:,} without an MLP worth the name at width {sizes.width}; "
-                "give more parameters, or a smaller width."
-            )
-        config = build(mlp)
-        if abs(parameters(config) - wanted) > PARAMETERS_TOLERANCE * wanted:
-            raise ValueError(
-                f"parameters={wanted:,}: {self.name} comes to {parameters(config):,}, not within "
-                f"{PARAMETERS_TOLERANCE:.0%}; give more parameters."
-            )
-        return config
+def _memory(model: Model, sizes: Sizes) -> int:
+    """Return the largest k whose bytes are at most the wanted ones (ValueError: none comes near them)."""
+
+    def takes(k: int) -> int:
+        return constant_bytes(model.build(sizes, k, 0))
+
+    wanted, low, high = sizes.state_bytes, 2, 4
+    if takes(low) > wanted:
+        raise ValueError(
+            f"state_bytes={wanted:,}: {model.name} needs {takes(low):,} bytes at least at width {sizes.width} with "
+            f"{sizes.layers} layers; give more bytes, or a smaller width."
+        )
+    while takes(high) <= wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if takes(middle) <= wanted else (low, middle)
+    if takes(low) < (1 - BYTES_TOLERANCE) * wanted:
+        raise ValueError(
+            f"state_bytes={wanted:,}: {model.name} takes {takes(low):,} or {takes(high):,} bytes, and must come within "
+            f"{BYTES_TOLERANCE:.0%}; give more bytes, or a smaller width."
+        )
+    return low
+
+
+def _mlp(model: Model, sizes: Sizes, k: int) -> int:
+    """Return the width of the MLP that makes the parameters the wanted ones (ValueError: none does)."""
+
+    def counts(mlp: int) -> int:
+        return parameters(model.build(sizes, k, mlp))
+
+    wanted, one = sizes.parameters, counts(1)
+    mlp = 1 + round((wanted - one) / (counts(2) - one))
+    if mlp < 1:
+        raise ValueError(
+            f"parameters={wanted:,}: {model.name} has {one:,} without an MLP worth the name at width {sizes.width}; "
+            "give more parameters, or a smaller width."
+        )
+    if abs(counts(mlp) - wanted) > PARAMETERS_TOLERANCE * wanted:
+        raise ValueError(
+            f"parameters={wanted:,}: {model.name} comes to {counts(mlp):,}, not within {PARAMETERS_TOLERANCE:.0%}; "
+            "give more parameters."
+        )
+    return mlp
 
 
 def constant_bytes(config: BMojoConfig) -> int:
@@ -227,7 +241,10 @@ def models_of(entries: Any) -> list[Model]:
             raise ValueError(f"models: {kind!r} is no model; known are {', '.join(MODELS)}.")
         name = str(values.pop("name", kind))
         refuse_unknown(values, OVERRIDES, f"models: {name}.")
-        found.append(Model(name, kind, values))
+        unfit = [field for field, value in values.items() if isinstance(value, list | dict)]
+        if unfit:
+            raise ValueError(f"models: {name}: {unfit} must be single values, not lists or sections.")
+        found.append(Model(name, kind, tuple(sorted(values.items()))))
     names = [model.name for model in found]
     if len(set(names)) != len(names):
         raise ValueError(f"models: the names {names} must be distinct; give them with {{model: ..., name: ...}}.")

@@ -69,11 +69,10 @@ def _check_type(what: str, value: Any, wanted: Any) -> None:
         good = type(value) in (int, float)
     elif wanted is str:
         good = isinstance(value, str) and bool(value.strip())
+    elif wanted == tuple[int, ...]:
+        good = isinstance(value, tuple) and all(type(item) is int for item in value)
     else:
-        inner = int if wanted == tuple[int, ...] else str
-        good = (value is None and inner is str) or (
-            isinstance(value, tuple) and all(type(item) is inner for item in value)
-        )
+        good = value is None or (isinstance(value, tuple) and all(type(item) is str for item in value))
     if not good:
-        name = wanted.__name__ if isinstance(wanted, type) and wanted in (int, float, str) else "list"
+        name = wanted.__name__ if wanted in (int, float, str) else "list"
         raise ValueError(f"{what}={value!r}: must be of type {name}.")

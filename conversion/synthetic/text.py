@@ -5,6 +5,7 @@ Trained on the training part, tested on the held-out part (`data/texts.py`), sco
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -52,7 +53,7 @@ class Text(Task):
         edges = [0, self.length]
         while edges[-1] < longest:
             edges.append(min(2 * edges[-1], longest))
-        return [(f"{first:,} to {last:,}", found, slice(first, last)) for first, last in zip(edges, edges[1:])]
+        return [(f"{first:,} to {last:,}", found, slice(first, last)) for first, last in pairwise(edges)]
 
 
 def _cut(text: torch.Tensor, start: torch.Tensor, length: int) -> Samples:

@@ -26,7 +26,10 @@ SOLVED_OVER = 50  # steps whose training accuracy decides that a task is solved,
 
 
 class Recipe(NamedTuple):
-    """How every model is trained. solved: training accuracy at which it stops early, above 1: never. taps: see Reader."""
+    """How every model is trained.
+
+    solved: training accuracy at which it stops early, above 1: never. taps: see `Reader`.
+    """
 
     steps: int
     batch: int

@@ -107,5 +107,5 @@ def test_refused_names(entries, said):
 )
 def test_refused_sizes(model, sizes, said):
     with pytest.raises(ValueError) as error:
-        Model(model, model, {}).config(Sizes(**{**SIZES.__dict__, **sizes}), T)
+        Model(model, model).config(Sizes(**{**SIZES.__dict__, **sizes}), T)
     assert said in str(error.value)
