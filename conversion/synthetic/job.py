@@ -4,6 +4,7 @@ All models of all cells are planned before the first is trained. A cell counts u
 it, so that a run goes on where it stopped: between cells from the store, within one from its last checkpoint.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from modeling_bmojo import BMojoConfig
 
 from ..common.plotting import require_matplotlib
-from ..common.provenance import code_fingerprint
+from ..common.provenance import CONVERSION, PACKAGE, SHOWN, fingerprint_of, import_closure
 from ..evaluation.store import Store
 from .models import Model, bytes_read, parameters
 from .samples import Task
@@ -29,6 +30,13 @@ from .training import Recipe, score, train
 
 
 SECTION = "trained"
+
+
+@functools.cache
+def code() -> str:
+    """Hash the modules that decide the figures (SHA-256): these tasks, models and trainings, and the package's own."""
+    roots = (CONVERSION, PACKAGE)
+    return fingerprint_of(import_closure((Path(__file__), PACKAGE / "modeling_bmojo.py"), roots, SHOWN), roots)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Cell:
         """Fingerprint of everything that decides the figures; speeds are not compared."""
         told = self.config.to_dict()
         recipe = {name: value for name, value in self.recipe._asdict().items() if name != "save_steps"}
-        parts = [code_fingerprint(), type(self.task).__name__, asdict(self.task), told, recipe, self.test_samples]
+        parts = [code(), type(self.task).__name__, asdict(self.task), told, recipe, self.test_samples]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -133,6 +133,17 @@ def test_only_what_is_missing_is_trained(tmp_path, capsys, monkeypatch):
     assert recalled(tmp_path, "--overwrite", steps=2) == 0 and len(trained) == 2
 
 
+def test_other_code_is_other_figures(tmp_path, monkeypatch):
+    """A cell counts for the code that it was trained by: tasks, training and the model's own modules are part of it."""
+    read, told = [], job.fingerprint_of
+    monkeypatch.setattr(job, "fingerprint_of", lambda files, roots: read.extend(files) or told(files, roots))
+    job.code.cache_clear()
+    assert len(job.code()) == 64
+    names = {f"{path.parent.name}/{path.name}" for path in read}
+    assert {"synthetic/associative.py", "synthetic/training.py", "modeling_bmojo/ssm_ops.py"} <= names
+    assert not {"synthetic/report.py", "synthetic/plot.py"} & names
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
