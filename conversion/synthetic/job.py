@@ -26,7 +26,7 @@ from ..evaluation.store import Store
 from .models import Model, bytes_read, parameters
 from .samples import Task
 from .settings import RecallSettings
-from .training import Recipe, score, train
+from .training import Recipe, choice_loss, score, train
 
 
 SECTION = "trained"
@@ -143,19 +143,22 @@ def measure(cell: Cell, work: Path) -> dict[str, Any]:
     place = work / cell.key()[:16]
     reader, found = train(cell.config, cell.task, cell.recipe, cell.device, place)
     middle = time.time()
-    scores = score(reader, cell.task, cell.test_samples, cell.recipe.seed, cell.recipe.batch)
+    tested = (reader, cell.task, cell.test_samples, cell.recipe.seed, cell.recipe.batch)
+    scores = score(*tested)
     config, task = cell.config, cell.task
     own = max(cell.recipe.taps - 1, 0) * config.hidden_size * 4
     return {
         "task": task.name,
         "model": cell.model,
         "ranked": cell.ranked,
+        "eidetic": any(config.layer_spec(index).slots for index in range(config.num_hidden_layers)),
         "wanted_bytes": cell.state_bytes,
         "bytes": own + bytes_read(reader.model, task.length * max(task.stretch)),
         "parameters": parameters(config),
         "memory": {"window": config.window_size, "slots": config.eidetic_size, "channels": config.ssm_state_size},
         "seed": cell.recipe.seed,
         "learning_rate": cell.recipe.learning_rate,
+        "choice_loss": choice_loss(*tested),
         "scores": scores,
         **found,
         "seconds": middle - start,

@@ -23,7 +23,7 @@ class RecallSettings:
     output: folder of table, JSON and pictures. tasks, models: names, or mappings with fields of their own (`tasks_of`,
         `models_of`). state_bytes: the bytes of a text's memory that the ranked models are made to have, each a point of
         the pictures. seeds: of initial weights and samples. learning_rates: each is tried with every model; the best
-        one counts, by test loss on the first test of a seed's own samples.
+        one counts, by the loss on samples that are in no test.
     width, heads, layers, parameters: of every model, the last without embeddings. taps: see `training.Reader`.
     steps, batch, warmup, weight_decay: of every training; warmup is a share of the steps below 1. solved: training
         accuracy over 50 steps at which a training stops early; null: never. test_samples: of each test.

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
-from .samples import IGNORED, Task, stream
+from .samples import IGNORED, Samples, Task, stream
 
 
 SOLVED_OVER = 50  # steps whose training accuracy decides that a task is solved, from a multiple of it to the next
@@ -178,24 +178,35 @@ def _arguments(recipe: Recipe, device: str, work: Path) -> TrainingArguments:
     )
 
 
-@torch.no_grad()
 def score(reader: Reader, task: Task, count: int, seed: int, batch: int) -> dict[str, dict[str, float]]:
     """Return `accuracy`, `loss` in nats and `count` of scored tokens, of each of the task's tests.
 
     Args:
         count: samples of each test. batch: of them read at a time; fewer where the texts are longer than in training.
     """
-    found, device = {}, reader.model.device
-    for name, samples, positions in task.test(count, seed):
-        right, loss, seen = 0, 0.0, 0
-        at_once = max(1, batch * task.length // samples.ids.shape[1])
-        for ids, labels in zip(samples.ids.split(at_once), samples.labels.split(at_once)):
-            counted = torch.full_like(labels, IGNORED)
-            counted[:, positions] = labels[:, positions]
-            scored = int((counted != IGNORED).sum())
-            out = reader(ids.to(device), counted.to(device))
-            right += out["right"].item() * scored
-            loss += out["loss"].item() * scored
-            seen += scored
-        found[name] = {"accuracy": right / seen, "loss": loss / seen, "count": seen}
-    return found
+    return {
+        name: _scored(reader, samples, positions, max(1, batch * task.length // samples.ids.shape[1]))
+        for name, samples, positions in task.test(count, seed)
+    }
+
+
+def choice_loss(reader: Reader, task: Task, count: int, seed: int, batch: int) -> float:
+    """Return the loss by which learning rates are chosen: on samples that neither training nor tests draw."""
+    samples = task.sample(count, stream(task, "choice", seed))
+    return _scored(reader, samples, slice(None), batch)["loss"]
+
+
+@torch.no_grad()
+def _scored(reader: Reader, samples: Samples, positions: slice, at_once: int) -> dict[str, float]:
+    right, loss, seen, device = 0.0, 0.0, 0, reader.model.device
+    for ids, labels in zip(samples.ids.split(at_once), samples.labels.split(at_once)):
+        counted = torch.full_like(labels, IGNORED)
+        counted[:, positions] = labels[:, positions]
+        scored = int((counted != IGNORED).sum())
+        if not scored:
+            continue
+        out = reader(ids.to(device), counted.to(device))
+        right += out["right"].item() * scored
+        loss += out["loss"].item() * scored
+        seen += scored
+    return {"accuracy": right / seen, "loss": loss / seen, "count": seen}

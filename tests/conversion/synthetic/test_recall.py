@@ -14,7 +14,7 @@ from conversion.synthetic.report import losses, markdown, summarise
 from conversion.synthetic.samples import IGNORED
 from conversion.synthetic.settings import load_recall
 from conversion.synthetic.tasks import tasks_of
-from conversion.synthetic.training import Batches, Reader, Recipe, score, train
+from conversion.synthetic.training import Batches, Reader, Recipe, choice_loss, score, train
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
 
@@ -200,6 +200,7 @@ def test_full_attention_learns_to_recall_and_stops(tmp_path):
     (task,) = tasks_of([{"task": "recall", "length": 32}])
     recipe = Recipe(400, 32, 1e-2, 0.1, 0.0, 0.99, 0, 1000, 3)
     reader, found = train(reader_of(task, initializer_range=0.18).model.config, task, recipe, "cpu", tmp_path / "work")
+    assert choice_loss(reader, task, 64, 0, 32) == pytest.approx(0, abs=0.15)
     assert found["steps"] < 400 and not (tmp_path / "work").exists()
     assert score(reader, task, 64, 0, 32)["32 tokens"]["accuracy"] > 0.97
 
@@ -242,7 +243,8 @@ def test_compression_is_read_out_of_the_last_output_alone():
 # The report ----------------------------------------------------------------------------------------------------------
 def cell(model, accuracy, loss=1.0, seed=0, rate=0.1, ranked=True, size=100, test="8 tokens"):
     return {
-        "task": "mqar", "model": model, "ranked": ranked, "wanted_bytes": size, "bytes": size - 1, "parameters": 10,
+        "task": "mqar", "model": model, "ranked": ranked, "eidetic": model in ("bmojo_key", "bmojo_state"),
+        "choice_loss": loss, "wanted_bytes": size, "bytes": size - 1, "parameters": 10,
         "memory": {"window": 2, "slots": 1, "channels": 3}, "seed": seed, "learning_rate": rate, "steps": 5,
         "seconds": 2.0, "scores": {test: {"accuracy": accuracy, "loss": loss, "count": 4}},
     }  # fmt: skip
