@@ -11,6 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,19 @@ def _results(cells: list[Cell], work: Path, workers: int) -> Iterator[tuple[Cell
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
     try:
         waiting = {pool.submit(measure, cell, work): cell for cell in cells}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+        for done in as_completed(list(waiting)):
+            yield waiting.pop(done), done.result()
+    except KeyboardInterrupt:
+        pool.shutdown(wait=True, cancel_futures=True)  # Ctrl-C has stopped the others as well; else they end first
+        for done, cell in waiting.items():
+            if not done.cancelled() and done.exception() is None:
+                yield cell, done.result()
+        raise
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"workers={workers}: the process of a training was killed, as where memory is short; what was trained is "
+            "stored, --reuse goes on from there; set fewer workers."
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

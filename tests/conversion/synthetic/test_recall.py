@@ -2,6 +2,9 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,38 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
         assert recalled(tmp_path / "b", "--reuse", save_steps=2, steps=5) == 0
     assert drawn == [2, 3, 4]
     assert figures(tmp_path / "b") == figures(tmp_path / "a")
+
+
+def threads_for_processes(monkeypatch, measure):
+    """Workers as threads, so that what they do can be replaced."""
+    monkeypatch.setattr(job, "ProcessPoolExecutor", lambda workers, **options: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(job, "measure", measure)
+
+
+def test_an_interruption_keeps_what_other_workers_finish(tmp_path, monkeypatch):
+    started, interrupted, real = threading.Event(), threading.Event(), job.measure
+
+    def measure(cell, work):
+        if cell.model == "window":
+            assert started.wait(60)
+            interrupted.set()
+            raise KeyboardInterrupt
+        started.set()
+        interrupted.wait(60)
+        return real(cell, work)
+
+    threads_for_processes(monkeypatch, measure)
+    assert recalled(tmp_path, workers=2) == 130
+    assert [row.split(" | ")[1] for row in stored(tmp_path)["measurements"]] == ["bmojo_key"]
+
+
+def test_a_killed_worker_is_told(tmp_path, capsys, monkeypatch):
+    def measure(cell, work):
+        raise BrokenProcessPool
+
+    threads_for_processes(monkeypatch, measure)
+    assert recalled(tmp_path, workers=2) == 2
+    assert "workers=2: the process of a training was killed" in capsys.readouterr().err
 
 
 def test_only_what_is_missing_is_trained(tmp_path, capsys, monkeypatch):
