@@ -77,9 +77,9 @@ def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[s
 
 
 def _hybrid(k: int, sizes: Sizes) -> dict[str, Any]:
-    """As many state channels as tokens; no SSM and no fading tokens in the B'MOJO layer, which has one before it."""
+    """As many state channels as tokens; the B'MOJO layer has no fading tokens and, as its test reads none, no SSM."""
     window = (k + 1) // 2
-    memory = dict(window_size=window, eidetic_size=k - window, innovation="key", fading_size=0)
+    memory = dict(window_size=window, eidetic_size=k - window, innovation="constant", fading_size=0)
     return {**_mamba("mamba2")(k, sizes), **memory}
 
 
@@ -96,7 +96,7 @@ MODELS: dict[str, Kind] = {
     "bmojo_state": Kind("B'MOJO, test on the SSM's input", (BMOJO,) * 2, _bmojo("state")),
     "bmojo_key": Kind("B'MOJO, test on keys", (BMOJO,) * 2, _bmojo("key")),
     "bmojo_constant": Kind("B'MOJO that keeps the first tokens", (BMOJO,) * 2, _bmojo("constant")),
-    "bmojo_hybrid": Kind("Mamba-2, then B'MOJO, test on keys", (SSM, BMOJO), _hybrid),
+    "bmojo_hybrid": Kind("Mamba-2, then B'MOJO that keeps the first tokens", (SSM, BMOJO), _hybrid),
     "bmojo_storage": Kind("B'MOJO with storage: a ceiling", (BMOJO,) * 2, _bmojo("key", storage_size=FETCHED), False),
 }
 OVERRIDES = tuple(
