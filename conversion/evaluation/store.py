@@ -25,8 +25,11 @@ from ..common.provenance import versions
 RESULT_FILE, TABLE_FILE, PLOT_FILE = "evaluation.json", "table.md", "evaluation.png"
 
 
-def check_folder(folder: Path, overwrite: bool, reuse: bool) -> None:
+def check_folder(folder: Path, overwrite: bool, reuse: bool, file: str = RESULT_FILE) -> None:
     """Refuse an output that would destroy something.
+
+    Args:
+        file: the JSON that marks a folder of the program that asks.
 
     Raises:
         ValueError: the output is a file, is not empty and not ours, or holds an evaluation that nobody said to replace.
@@ -35,9 +38,9 @@ def check_folder(folder: Path, overwrite: bool, reuse: bool) -> None:
         raise ValueError(f"output={str(folder)!r}: is a file; give the name of a folder.")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / RESULT_FILE).is_file():
+    if not (folder / file).is_file():
         raise ValueError(
-            f"output={str(folder)!r}: exists, is not empty and is no evaluation (no {RESULT_FILE} in it); give another."
+            f"output={str(folder)!r}: exists, is not empty and is no evaluation (no {file} in it); give another."
         )
     if not (overwrite or reuse):
         raise ValueError(
@@ -50,19 +53,26 @@ class Store:
     """Measurements by row and section, in memory and in `folder`.
 
     Args:
-        settings: of this run. reuse: take over what the folder holds already.
+        settings: of this run. reuse: take over what the folder holds already. file: name of the JSON.
 
     Raises:
         ValueError: the folder's file cannot be read.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], command: str, reuse: bool = False):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        command: str,
+        reuse: bool = False,
+        file: str = RESULT_FILE,
+    ):
+        self.path = folder / file
         where = machine(settings.get("device", "cpu"))
         self.header = {"settings": dict(settings), "command": command, "machine": where}
         self.measurements: dict[str, dict[str, Any]] = {}
-        if reuse and (folder / RESULT_FILE).is_file():
-            self.measurements = _measurements(folder)
+        if reuse and self.path.is_file():
+            self.measurements = _measurements(self.path)
 
     def has(self, row: str, section: str, key: str) -> bool:
         return self.measurements.get(row, {}).get(section, {}).get("key") == key
@@ -81,19 +91,19 @@ class Store:
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         numbers = r"\[\s+((?:-?[\d.e+-]+,\s+)*-?[\d.e+-]+)\s+\]"
         text = re.sub(numbers, lambda match: f"[{' '.join(match[1].split())}]", text)
-        write_text(self.folder / RESULT_FILE, text)
+        write_text(self.path, text)
 
 
-def _measurements(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what the folder's file holds (ValueError: it is damaged)."""
+def _measurements(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what the file holds (ValueError: it is damaged)."""
     try:
-        found = read_json(folder / RESULT_FILE, str(folder)).get("measurements")
+        found = read_json(path, str(path.parent)).get("measurements")
     except ValueError as error:
         raise ValueError(f"{error} It is damaged; pass --overwrite.") from error
     rows = list(found.values()) if isinstance(found, dict) else [None]
     sections = [section for row in rows for section in (row.values() if isinstance(row, dict) else [None])]
     if not all(isinstance(section, dict) for section in sections):
-        raise ValueError(f"{folder / RESULT_FILE}: is damaged (no measurements by row and section); pass --overwrite.")
+        raise ValueError(f"{path}: is damaged (no measurements by row and section); pass --overwrite.")
     return found
 
 
