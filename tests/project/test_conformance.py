@@ -90,3 +90,14 @@ def test_tests_that_were_not_obtained_are_asked_for(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="make test-conformance"):
         upstream.mount()
     assert outcomes.EXCEPTIONS.is_file()
+
+
+def test_what_is_said_to_work_names_tests_that_are_there():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").split("## Under")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", row.split(" | ")[-1])
+        assert named, f"no test: {row}"
+        for file, test in named:
+            content = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"def {test or 'test_'}" in content, f"{file} has no {test}"
