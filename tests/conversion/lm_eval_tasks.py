@@ -6,9 +6,9 @@ writes `FOLDER/*.yaml` and their rows, made from the held-out part of Python's r
 with. Passages have about 500 to 1,000 SmolLM2 tokens, which is more than the window of the default graft (512).
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import yaml
@@ -102,4 +102,6 @@ def reference_rows() -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    write_tasks(Path(sys.argv[1]), reference_rows())
+    parser = argparse.ArgumentParser(description="Write the tasks that docs/lm_eval.md measures with.")
+    parser.add_argument("folder", type=Path)
+    write_tasks(parser.parse_args().folder, reference_rows())
