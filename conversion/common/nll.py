@@ -58,13 +58,15 @@ def read(model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = None)
     return Reading(torch.cat(nll), torch.cat(predicted), following, cache_of(out))
 
 
-def in_pieces(model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = None, **options: Any) -> Iterator[Any]:
+def in_pieces(
+    model: torch.nn.Module, ids: torch.Tensor, chunk: int, bar: Any = None, cache: Any = None, **options: Any
+) -> Iterator[Any]:
     """Let the model read `ids` `[1, T]`, on its device, `chunk` tokens at a time, into one cache; yield each output.
 
     Args:
-        bar: a tqdm that counts tokens, or None. options: of the model's forward, such as `logits_to_keep`.
+        bar: a tqdm that counts tokens, or None. cache: to read into; None: the model's own, empty. options: of the
+            model's forward, such as `logits_to_keep`.
     """
-    cache = None
     for piece in ids.split(chunk, dim=1):
         out = model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True, **options)
         cache = cache_of(out)

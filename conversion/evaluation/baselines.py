@@ -100,13 +100,18 @@ class Models:
     def sinks(self, count: int, size: int, name: str, kind: str = "sinks") -> Row:
         return self._row(name, kind, self._plain(window_size=size, eidetic_size=count))
 
-    def pressed(self, press: str, python: str, like: str, like_facts: Mapping[str, Any]) -> Row:
-        """Return the source with a cache that `press` compresses to the bytes of the row `like`."""
-        facts = {"kind": "press", "press": press, "like": like, "its": like_facts, "source": self.files}
+    def pressed(self, press: str, python: str, like: Row, made_by: Mapping[str, Any]) -> Row:
+        """Return the source with a cache that `press` compresses to the bytes of the row `like`.
+
+        Args:
+            made_by: versions and worker, of `presses.check_presses`.
+        """
+        facts = {"kind": "press", "press": press, "like": like.name, "its": like.facts, "source": self.files}
+        facts |= {"name": self.plan.settings.source, "made_by": made_by}
         build = lambda: PressedSource(  # noqa: E731
             python, press, self._load_source(), self.plan.source.tokenizer(), self.dtype
         )
-        return Row(f"{press}, bytes of {like}", "press", None, 0, facts, build)
+        return Row(f"{press}, bytes of {like.name}", "press", None, 0, facts, build)
 
     def fresh(self) -> Row:
         return self._row("fresh graft", "fresh", self.plan.config)

@@ -63,8 +63,15 @@ def cache_bytes(cache: Any) -> int:
 
 
 def device_bytes(cache: Any) -> int:
-    """Return `cache_bytes` without the keys and values of stored tokens, which lie in the host's memory."""
-    return cache_bytes(cache) - (cache.storage_nbytes if type(cache).__name__ == "BMojoCache" else 0)
+    """Return `cache_bytes` without the keys and values of stored tokens that lie in the host's memory: on a CPU all."""
+    if type(cache).__name__ != "BMojoCache":
+        return cache_bytes(cache)
+    on_host = [
+        layer.stored_nbytes
+        for layer in cache.layers
+        if layer.device.type == "cpu" or any(state.on_host for state in layer.memory.declared.values())
+    ]
+    return cache.nbytes - sum(on_host)
 
 
 def _now(device: torch.device) -> float:

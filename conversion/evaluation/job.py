@@ -225,9 +225,9 @@ def _press_rows(settings: EvaluationSettings, models: Models, rows: list[Row]) -
     like = settings.presses_like or next(iter(ours), None)
     if like not in names:
         raise ValueError(f"presses_like={settings.presses_like!r}: presses take the bytes of a row, one of {names}.")
-    check_presses(settings.press_python, settings.presses)
-    facts = next(row.facts for row in rows if row.name == like)
-    return [models.pressed(press, settings.press_python, like, facts) for press in settings.presses]
+    made_by = check_presses(settings.press_python, settings.presses)
+    its = next(row for row in rows if row.name == like)
+    return [models.pressed(press, settings.press_python, its, made_by) for press in settings.presses]
 
 
 def _equal_rows(settings: EvaluationSettings, models: Models, grafts: list) -> list[Row]:

@@ -101,7 +101,8 @@ def _ruler_by_depth(axes: Any, figures: Sequence[Mapping[str, Any]], measured: M
     """Single needles of all lengths, in five parts of the text."""
     for index, row in enumerate(figures):
         wanted = [f"ruler {e['task']} {e['length']}" for e in row["ruler"] if e["task"].startswith("niah_single")]
-        samples = [sample for name in wanted for sample in measured[row["model"]][name]["samples"]]
+        count = row["ruler"][0]["samples"]
+        samples = [sample for name in wanted for sample in measured[row["model"]][name]["samples"][:count]]
         parts = [[s["score"] for s in samples if min(s["depths"][0] // 20, 4) == part] for part in range(5)]
         points = [(20 * part + 10, _mean(scores)) for part, scores in enumerate(parts) if scores]
         axes.plot(*zip(*points), label=row["model"], **_style(index))

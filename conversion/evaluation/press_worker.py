@@ -41,8 +41,8 @@ def main(folder: str, name: str, dtype: str, device: str) -> None:
     print(json.dumps({"ready": name}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        press = getattr(kvpress, name)(compression_ratio=asked.pop("removed"))
         try:
+            press = getattr(kvpress, name)(compression_ratio=asked.pop("removed"))
             said, held = answer(model, tokenizer, press, **asked)
             print(json.dumps({"said": said, "bytes": held}), flush=True)
         except Exception as error:

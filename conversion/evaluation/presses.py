@@ -6,6 +6,7 @@ that was read in one piece, once, before the question.
 """
 
 import copy
+import hashlib
 import json
 import os
 import subprocess
@@ -25,24 +26,46 @@ START = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](*sys.argv[2:])"
 LEAST = 64  # tokens of a context that every press can work with (SnapKV looks at the last 64)
 
 
-def check_presses(python: str, names: list[str]) -> None:
-    """Refuse before the work what would fail behind it.
+CHECK = """
+import importlib.metadata, json, sys, kvpress
+def fails(name):
+    try:
+        getattr(kvpress, name)(compression_ratio=0.5)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+known = [name for name in dir(kvpress) if name.endswith("Press")]
+versions = {}
+for name in ("kvpress", "transformers", "torch"):
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        versions[name] = "unknown"
+print(json.dumps([known, {name: fails(name) for name in sys.argv[1:] if name in known}, versions]))
+"""
+
+
+def check_presses(python: str, names: list[str]) -> dict[str, Any]:
+    """Refuse before the work what would fail behind it; return what decides the answers beside press and prompt.
 
     Raises:
-        ValueError: `python` cannot import kvpress, or has no such press.
+        ValueError: `python` cannot import kvpress, has no such press, or one that wants more than a ratio.
     """
-    code = "import json, kvpress; print(json.dumps([name for name in dir(kvpress) if name.endswith('Press')]))"
+    command = [python, "-c", CHECK, *names]
     try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=_environment(), check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     except OSError as error:
         raise ValueError(f"press_python={python!r}: cannot be run ({error}); make .venvs/kvpress/.have.") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"press_python={python!r}: cannot import kvpress ({last}); make .venvs/kvpress/.have.")
-    known = json.loads(done.stdout.splitlines()[-1])
+    known, failed, versions = json.loads(done.stdout.splitlines()[-1])
     wrong = sorted(set(names) - set(known))
     if wrong:
         raise ValueError(f"presses: {wrong} are not in kvpress; known are {known}.")
+    for name, error in failed.items():
+        if error:
+            raise ValueError(f"presses: {name} cannot be made from a compression ratio alone ({error}); leave it out.")
+    return {"versions": versions, "worker": hashlib.sha256(WORKER.read_bytes()).hexdigest()}
 
 
 def _environment() -> dict[str, str]:
@@ -106,6 +129,12 @@ class PressedSource(nn.Module):
         found = self._read()
         if "error" in found:
             raise ValueError(f"presses: {self.press} failed: {found['error']}.")
+        most = held + (TASKS[task].new_tokens + 1) * self.per_token
+        if found["bytes"] > most and asked["removed"]:
+            raise ValueError(
+                f"presses: {self.press} left a cache of {found['bytes']:,} bytes where {most:,} were allowed: it masks "
+                "what it does not keep, or keeps more; leave it out."
+            )
         return sample_of(prompt, found["said"], found["bytes"])
 
     def _read(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modeling_bmojo import CACHE_NAME, cache_of
+from modeling_bmojo import CACHE_NAME, BMojoCache, cache_of
 
 from ..common.nll import in_pieces
 from .cost import device_bytes
@@ -70,26 +70,33 @@ class Prompts:
             prompt = self._encode(make_sample(task, self.hay, size, length, self.seed, index))
             if len(prompt.ids) + TASKS[task].new_tokens <= length:
                 return prompt
+            if size == TASKS[task].least:
+                raise _no_room(task, length)
             size = max(TASKS[task].least, size - max(1, size // 100))
 
     def _fitting(self, task: str, length: int) -> int:
         """Return the largest size whose first sample fits."""
         least, room = TASKS[task].least, length - TASKS[task].new_tokens
 
-        def fits(size: int) -> bool:
-            return len(self._encode(make_sample(task, self.hay, size, length, self.seed, 0)).ids) <= room
+        def first(size: int) -> Sample:
+            return make_sample(task, self.hay, size, length, self.seed, 0)
 
-        if not fits(least + max(1, least // 100)):
-            raise ValueError(
-                f"ruler_lengths: no sample of {task} fits into {length} tokens, {TASKS[task].new_tokens} of which are "
-                "for its answer; give longer ones or leave the task out."
-            )
+        def fits(size: int) -> bool:
+            try:
+                return len(self._encode(first(size)).ids) <= room
+            except ValueError:  # the hay holds no sample of this size
+                return False
+
+        first(least)
+        if not fits(least):
+            raise _no_room(task, length)
         size, above = least, 2 * least
         while fits(above):
             size, above = above, 2 * above
         while above - size > 1:
             middle = (size + above) // 2
             size, above = (middle, above) if fits(middle) else (size, middle)
+        first(above)  # it is the length that stops, not the hay
         return size
 
     def _encode(self, sample: Sample) -> Prompt:
@@ -108,6 +115,13 @@ class Prompts:
         return Prompt(found["input_ids"], context, sample.answers, sample.depths)
 
 
+def _no_room(task: str, length: int) -> ValueError:
+    return ValueError(
+        f"ruler_lengths: no sample of {task} fits into {length} tokens, {TASKS[task].new_tokens} of which are for its "
+        "answer; give longer ones or leave the task out."
+    )
+
+
 @torch.inference_mode()
 def answer(model: torch.nn.Module, tokenizer: Any, prompt: Prompt, chunk: int, new_tokens: int) -> tuple[str, Any]:
     """Return what the model says behind the prompt, and its cache.
@@ -117,7 +131,10 @@ def answer(model: torch.nn.Module, tokenizer: Any, prompt: Prompt, chunk: int, n
     """
     device, ends = next(model.parameters()).device, end_tokens(model)
     ids = torch.tensor([prompt.ids], device=device)
-    out = deque(in_pieces(model, ids, chunk, logits_to_keep=1), maxlen=1).pop()
+    cache = None
+    if device.type != "cpu" and getattr(model.config, "storage_size", 0):
+        cache = BMojoCache(model.config, storage_on_host=True)
+    out = deque(in_pieces(model, ids, chunk, cache=cache, logits_to_keep=1), maxlen=1).pop()
     written, cache = [int(out.logits[0, -1].argmax())], cache_of(out)
     while len(written) < new_tokens and written[-1] not in ends and not _all_there(tokenizer, written, prompt):
         out = model(input_ids=torch.tensor([written[-1:]], device=device), **{CACHE_NAME: cache}, use_cache=True)

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -58,7 +59,15 @@ class Cell:
         """Fingerprint of everything that decides the figures; speeds are not compared."""
         told = self.config.to_dict()
         recipe = {name: value for name, value in self.recipe._asdict().items() if name != "save_steps"}
-        parts = [code(), type(self.task).__name__, asdict(self.task), told, recipe, self.test_samples]
+        parts = [
+            code(),
+            type(self.task).__name__,
+            asdict(self.task),
+            self.task.facts(),
+            told,
+            recipe,
+            self.test_samples,
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -114,6 +123,7 @@ def run(cells: list[Cell], store: Store, workers: int) -> None:
     with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="model", disable=None) as bar:
         for cell, found in _results(missing, work, workers):
             store.put(cell.row, SECTION, cell.key(), found)
+            shutil.rmtree(work / cell.key()[:16], ignore_errors=True)
             accuracy = ", ".join(f"{value['accuracy']:.3f}" for value in found["scores"].values())
             bar.write(f"{cell.row}: {accuracy} after {found['steps']} steps, {found['seconds']:.0f} s")
             bar.update()
@@ -130,17 +140,19 @@ def _results(cells: list[Cell], work: Path, workers: int) -> Iterator[tuple[Cell
         waiting = {pool.submit(measure, cell, work): cell for cell in cells}
         for done in as_completed(list(waiting)):
             yield waiting.pop(done), done.result()
-    except KeyboardInterrupt:
+    except GeneratorExit:
+        raise
+    except BaseException as error:
         pool.shutdown(wait=True, cancel_futures=True)  # Ctrl-C has stopped the others as well; else they end first
         for done, cell in waiting.items():
             if not done.cancelled() and done.exception() is None:
                 yield cell, done.result()
+        if isinstance(error, BrokenProcessPool):
+            raise ValueError(
+                f"workers={workers}: the process of a training was killed, as where memory is short; what was trained "
+                "is stored, --reuse goes on from there; set fewer workers."
+            ) from error
         raise
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"workers={workers}: the process of a training was killed, as where memory is short; what was trained is "
-            "stored, --reuse goes on from there; set fewer workers."
-        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -114,8 +114,8 @@ class Model:
 
     @property
     def ranked(self) -> bool:
-        """Whether its memory has the wanted bytes."""
-        return MODELS[self.kind].ranked
+        """Whether its memory has the wanted bytes: not with a storage, which grows with the text."""
+        return MODELS[self.kind].ranked and not dict(self.overrides).get("storage_size")
 
     def config(self, sizes: Sizes, length: int) -> BMojoConfig:
         """Return the configuration whose bytes and parameters are the wanted ones.

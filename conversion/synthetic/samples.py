@@ -39,6 +39,10 @@ class Task:
     def check(self) -> None:
         """Refuse sizes that no sample fits (ValueError)."""
 
+    def facts(self) -> list[str]:
+        """Return what decides the samples beside the fields, as plain data."""
+        return []
+
     def sample(self, count: int, generator: torch.Generator) -> Samples:
         """Return `count` samples."""
         raise NotImplementedError

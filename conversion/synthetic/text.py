@@ -3,6 +3,7 @@
 Trained on the training part, tested on the held-out part (`data/texts.py`), scored by position in the text.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -39,6 +40,10 @@ class Text(Task):
             if held < least:
                 self.refuse("length", f"a {split} sample is {least:,} bytes, and the text has {held:,}; give fewer, "
                             "or more text")  # fmt: skip
+
+    def facts(self) -> list[str]:
+        pieces = [corpus(split, getattr(self, f"{split}_files")) for split in ("train", "test")]
+        return [hashlib.sha256(piece.numpy().tobytes()).hexdigest() for piece in pieces]
 
     def sample(self, count: int, generator: torch.Generator) -> Samples:
         text = corpus("train", self.train_files)

@@ -4,18 +4,20 @@ The batch of a step belongs to seed and step alone, so a run that goes on from a
 have trained on. Every batch is drawn anew: there are no epochs, and nothing is seen twice but by chance.
 """
 
+import json
 import math
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
@@ -127,7 +129,7 @@ def train(config: BMojoConfig, task: Task, recipe: Recipe, device: str, work: Pa
     """Train a model of `config` from scratch and return it with what happened.
 
     Args:
-        work: folder for the checkpoints of this run, from the last of which it goes on; gone in the end.
+        work: folder for the checkpoints of this run, from the last whole one of which it goes on.
 
     Returns:
         The model in evaluation mode, and `steps` that were done and `curve`: loss by step.
@@ -145,11 +147,29 @@ def train(config: BMojoConfig, task: Task, recipe: Recipe, device: str, work: Pa
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
     trainer.add_callback(_StopEarly(trainer, recipe.solved))
-    last = get_last_checkpoint(work) if work.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=_last_whole(work))
     curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    shutil.rmtree(work, ignore_errors=True)
     return reader.eval(), {"steps": trainer.state.global_step, "curve": curve}
+
+
+def _last_whole(work: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end; newer ones, which a kill cut short, are removed."""
+    folders = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+    for folder in folders:
+        if _is_whole(folder):
+            return str(folder)
+        shutil.rmtree(folder)
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "model.safetensors", "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(folder / name) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
 
 
 def _arguments(recipe: Recipe, device: str, work: Path) -> TrainingArguments:

@@ -97,6 +97,27 @@ def test_prompts_fill_their_length(task):
     assert said.lstrip("\n").startswith(("What", "Question")), "the context ends before the question"
 
 
+def test_the_hay_need_not_hold_more_than_fits():
+    words = TEXT.split()[:1000]
+    wanted = make_sample("niah_single_2", Hay(" ".join(words)), 900, 0, 0, 0)
+    length = len(wanted.context + wanted.question + wanted.prefix) + TASKS["niah_single_2"].new_tokens
+    prompts = Prompts(character_tokenizer(), " ".join(words), "none", seed=0)
+    assert length - 40 < len(prompts.make("niah_single_2", length, 0).ids) + 128 <= length
+    with pytest.raises(ValueError, match="need more text"):
+        Prompts(character_tokenizer(), " ".join(words), "none", seed=0).make("niah_single_2", 2 * length, 0)
+
+
+def test_a_sample_that_never_fits_is_refused():
+    prompts = Prompts(character_tokenizer(), TEXT, "none", seed=0)
+    first = len(prompts.make("niah_single_2", 2000, 0).ids)
+    small = make_sample("niah_single_2", Hay(TEXT), 1, 0, 0, 0)
+    assert first
+    least = len(small.context + small.question + small.prefix) + 128
+    with pytest.raises(ValueError, match="no sample of niah_single_2 fits"):
+        for index in range(40):
+            prompts.make("niah_single_2", least, index)
+
+
 def test_templates_bring_their_special_tokens_once():
     tokenizer = character_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -231,6 +252,17 @@ class LastPress:
 class BrokenPress(LastPress):
     def __call__(self, model):
         raise RuntimeError("no such memory")
+
+
+class MaskingPress(LastPress):
+    @contextlib.contextmanager
+    def __call__(self, model):
+        yield
+
+
+class WrappingPress:
+    def __init__(self, press):
+        self.press = press
 '''
 
 
@@ -249,6 +281,9 @@ def test_presses_answer_in_a_process_of_their_own(tmp_path, source, capsys, monk
     options["rows"], options["window_size"] = ["source", "fresh"], 300
     assert evaluate(tmp_path, source, "--overwrite", presses=["LastPress", "BrokenPress"], **options) == 2
     assert "BrokenPress failed: RuntimeError: no such memory" in capsys.readouterr().err
+    message = "cannot be made from a compression ratio alone"
+    assert evaluate(tmp_path, source, "--reuse", presses=["WrappingPress"], **options) == 2
+    assert message in capsys.readouterr().err
     found = stored(tmp_path)["measurements"]
     less, like = (found[row]["ruler niah_single_1 1800"]["samples"][0]["bytes"] for row in list(found)[::-1][:2])
     per_token = 2 * 2 * 8 * 3 * 4

@@ -27,6 +27,11 @@ def built(name: str, sizes: Sizes = SIZES, **overrides) -> BMojoForCausalLM:
     return BMojoForCausalLM(model.config(sizes, T)).eval()
 
 
+def test_a_memory_that_grows_is_not_ranked():
+    (grows,) = models_of([{"model": "bmojo_key", "name": "x", "storage_size": 16}])
+    assert not grows.ranked and models_of(["bmojo_key"])[0].ranked
+
+
 @pytest.mark.parametrize("state_bytes", [24_576, 49_152])
 @pytest.mark.parametrize("name", RANKED)
 def test_equal_bytes_and_parameters(name, state_bytes):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,7 @@ from conversion.synthetic.report import losses, markdown, summarise
 from conversion.synthetic.samples import IGNORED
 from conversion.synthetic.settings import load_recall
 from conversion.synthetic.tasks import tasks_of
+from conversion.synthetic.text import Text, corpus
 from conversion.synthetic.training import Batches, Reader, Recipe, choice_loss, score, train
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
@@ -108,7 +110,10 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
     assert "what was trained is stored, --reuse goes on from there" in capsys.readouterr().err
     first = stored(tmp_path / "b")
     assert list(first["measurements"]) == ["mqar | window | 8192 | seed 0 | lr 0.003"] and not first["finished"]
-    assert len(list((tmp_path / "b" / "out" / "work").glob("*/checkpoint-2"))) == 1
+    (whole,) = (tmp_path / "b" / "out" / "work").glob("*/checkpoint-2")
+    for place, name in enumerate(("trainer_state.json", "optimizer.pt", "model.safetensors"), start=3):
+        cut = shutil.copytree(whole, whole.with_name(f"checkpoint-{place}"))  # as a kill in the middle of saving leaves
+        (cut / name).write_bytes((cut / name).read_bytes()[:-20])
     drawn.clear()
 
     def seen(self, step):
@@ -143,6 +148,34 @@ def test_an_interruption_keeps_what_other_workers_finish(tmp_path, monkeypatch):
     threads_for_processes(monkeypatch, measure)
     assert recalled(tmp_path, workers=2) == 130
     assert [row.split(" | ")[1] for row in stored(tmp_path)["measurements"]] == ["bmojo_key"]
+
+
+def test_a_training_that_fails_keeps_what_other_workers_finish(tmp_path, capsys, monkeypatch):
+    started, failed, real = threading.Event(), threading.Event(), job.measure
+
+    def measure(cell, work):
+        if cell.model == "window":
+            assert started.wait(60)
+            failed.set()
+            raise ValueError("no room left")
+        started.set()
+        failed.wait(60)
+        return real(cell, work)
+
+    threads_for_processes(monkeypatch, measure)
+    assert recalled(tmp_path, workers=2) == 2 and "no room left" in capsys.readouterr().err
+    assert [row.split(" | ")[1] for row in stored(tmp_path)["measurements"]] == ["bmojo_key"]
+
+
+def test_other_text_is_trained_on_anew(tmp_path):
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("abc " * 60)
+    files = {"train_files": (str(tmp_path / "train.txt"),), "test_files": (str(tmp_path / "test.txt"),)}
+    before = Text(name="text", length=16, stretch=(2,), **files).facts()
+    corpus.cache_clear()
+    (tmp_path / "train.txt").write_text("abd " * 60)
+    after = Text(name="text", length=16, stretch=(2,), **files).facts()
+    assert before[0] != after[0] and before[1] == after[1]
 
 
 def test_a_killed_worker_is_told(tmp_path, capsys, monkeypatch):
@@ -236,7 +269,7 @@ def test_full_attention_learns_to_recall_and_stops(tmp_path):
     recipe = Recipe(400, 32, 1e-2, 0.1, 0.0, 0.99, 0, 1000, 3)
     reader, found = train(reader_of(task, initializer_range=0.18).model.config, task, recipe, "cpu", tmp_path / "work")
     assert choice_loss(reader, task, 64, 0, 32) == pytest.approx(0, abs=0.15)
-    assert found["steps"] < 400 and not (tmp_path / "work").exists()
+    assert found["steps"] < 400
     assert score(reader, task, 64, 0, 32)["32 tokens"]["accuracy"] > 0.97
 
 
