@@ -22,7 +22,7 @@ HAVE_BENCH := $(VENV)/.have-bench
 HAVE_NOTEBOOKS := $(VENV)/.have-notebooks
 HAVE_RUFF := $(VENV)/.have-ruff
 HAVE_KVPRESS := .venvs/kvpress/.have
-KVPRESS := kvpress==0.5.5
+KVPRESS := kvpress==0.5.5 transformers==5.2.0
 # The oldest and the newest transformers that are supported besides the pinned one, each in an environment of its own.
 OTHER_VERSIONS := 5.20.2 5.24.0
 VENVS := .venvs
@@ -165,7 +165,7 @@ $(HAVE_KVPRESS): $(HAVE_TORCH) constraints.txt
 	@echo "==> set-up: an environment with kvpress"
 	@rm -rf $(@D) && mkdir -p $(VENVS) && $(PY) -m venv --without-pip $(@D)
 	@$(PIP) --python $(@D)/bin/python install $(QUIET) $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") \
-		"$(TORCH)" "$(KVPRESS)" gguf
+		"$(TORCH)" $(KVPRESS)
 	@touch $@
 
 # The tests import parameterized, which nothing else here needs.

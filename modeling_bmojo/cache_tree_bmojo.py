@@ -29,8 +29,8 @@ def flatten(cache: BMojoCache) -> tuple[list[torch.Tensor], str]:
     cache.require_plain("exported")
     if cache.rollback is not None:
         raise ValueError(
-            f"rollback_limit={cache.rollback.limit}: a cache that can take back tokens cannot be exported; make one "
-            "without."
+            f"rollback_limit={cache.rollback.limit}: a cache that can take back tokens cannot be exported, nor taken "
+            "apart as a pytree otherwise (DistributedDataParallel with find_unused_parameters); make one without."
         )
     first = cache.layers[0]
     layers = [{name: _trimmed(layer, name) for name in layer.states()} for layer in cache.layers]

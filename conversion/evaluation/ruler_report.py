@@ -55,7 +55,7 @@ def ruler_table(figures: Mapping[str, Sequence[Mapping[str, Any]]], settings: Ma
         f"RULER's tasks, {settings['ruler_samples']} samples each, template {settings['ruler_template']!r}, seed "
         f"{settings['seed']}: percent of the answers found, in brackets the 95% interval (Wilson), behind it the "
         "difference to the source on the same samples with its 95% interval (Agresti and Min). Tokens: of prompt and "
-        "answer together. Memory: of the cache behind the answer; keys and values that lie in host memory not counted."
+        "answer together. Memory: of the cache behind the longest answer; keys and values of stored tokens not counted."
     )
     return "\n".join(lines) + "\n\n" + note
 

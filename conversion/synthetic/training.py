@@ -211,7 +211,8 @@ def score(reader: Reader, task: Task, count: int, seed: int, batch: int) -> dict
 
 
 def choice_loss(reader: Reader, task: Task, count: int, seed: int, batch: int) -> float:
-    """Return the loss by which learning rates are chosen: on samples that neither training nor tests draw."""
+    """Return the loss by which learning rates are chosen: on samples that neither training nor tests draw; of `text` on
+    other stretches of the training text."""
     samples = task.sample(count, stream(task, "choice", seed))
     return _scored(reader, samples, slice(None), batch)["loss"]
 
