@@ -88,6 +88,36 @@ def oracle_s6(x, dt, A, B, C, D=None, initial_state=None):
     return torch.stack(rows), torch.stack(finals)
 
 
+def oracle_delta_token(state, x, log_decay, beta, B, C):
+    """The gated delta rule (arXiv 2412.06464): S <- g S (I - beta B B^T) + beta x B^T, y = S C, head by head.
+
+    state [H, P, N], x [H, P], log_decay, beta [H], B, C [G, N]. Written with the matrix of the paper's equation 10, not
+    with the difference that the package forms.
+    """
+    heads, repeat = x.shape[0], x.shape[0] // B.shape[0]
+    states, outputs = [], []
+    for h in range(heads):
+        key, query = B[h // repeat], C[h // repeat]
+        turned = torch.eye(len(key), dtype=key.dtype) - beta[h] * torch.outer(key, key)
+        states.append(torch.exp(log_decay[h]) * state[h] @ turned + beta[h] * torch.outer(x[h], key))
+        outputs.append(states[-1] @ query)
+    return torch.stack(states), torch.stack(outputs)
+
+
+def oracle_delta(x, log_decay, beta, B, C, initial_state=None):
+    """`oracle_delta_token` over rows and tokens: x [B, T, H, P] -> (y [B, T, H, P], state [B, H, P, N])."""
+    rows, finals = [], []
+    for b in range(x.shape[0]):
+        state = x.new_zeros(*x.shape[2:], B.shape[3]) if initial_state is None else initial_state[b]
+        outputs = []
+        for t in range(x.shape[1]):
+            state, y = oracle_delta_token(state, x[b, t], log_decay[b, t], beta[b, t], B[b, t], C[b, t])
+            outputs.append(y)
+        rows.append(torch.stack(outputs) if outputs else x[b])
+        finals.append(state)
+    return torch.stack(rows), torch.stack(finals)
+
+
 # Innovation ----------------------------------------------------------------------------------------------------------
 def scale_free_error(value, prediction, eps=INNOVATION_EPS):
     """sum (y - y_hat)^2 / (sum y^2 + sum y_hat^2 + eps), over everything."""

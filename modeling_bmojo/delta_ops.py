@@ -1,0 +1,222 @@
+"""Fading memory: the gated delta rule, naive, chunked and one step.
+
+    S_t = g_t S_{t-1} + beta_t (x_t - g_t S_{t-1} B_t) B_t^T          y_t = S_t C_t        (arXiv 2412.06464, equation 10)
+
+A token first looks up what the state holds under its key, and writes what is missing: where Mamba-2 adds, this replaces.
+x_t - g_t S_{t-1} B_t is what the state did not know of x_t, the innovation "state" itself.
+
+Chunked (section 3.3 there), with l_t the log decay summed from the start of t's chunk to t, and S the state that enters:
+
+    u_t = beta_t (x_t - exp(l_t) S B_t - sum_{s < t} exp(l_t - l_s) (B_t . B_s) u_s)      a triangular system
+    y_t = exp(l_t) S C_t + sum_{s <= t} exp(l_t - l_s) (C_t . B_s) u_s
+    S'  = exp(l_end) S + sum_s exp(l_end - l_s) u_s B_s^T
+
+Shapes: B batch, T tokens, H heads, P channels per head, N state channels, G groups that share B and C, L chunk length,
+n chunks. Keys B and queries C arrive normalised, decays as logarithms. A token with beta 0 and log decay 0 leaves the
+state as it was: that is how pads are passed over. Everything is computed in the inputs' dtype: the mixer hands over
+fp32 or fp64.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+RUN = 4096  # tokens whose chunks are taken at once: what bounds the memory of a long prompt
+
+
+def naive_delta(
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the recurrence, token by token: the oracle of the other forms. `chunk_size` is not used.
+
+    Args:
+        x: `[B, T, H, P]` inputs. log_decay: `[B, T, H]` log g_t <= 0. beta: `[B, T, H]` shares written, in [0, 1].
+        B, C: `[B, T, G, N]` keys that are written to and read. initial_state: `[B, H, P, N]` or None for zeros.
+
+    Returns:
+        y `[B, T, H, P]` and the state after the last token `[B, H, P, N]`.
+    """
+    repeat = x.shape[2] // B.shape[2]
+    state = _no_state(x, B) if initial_state is None else initial_state
+    outputs = []
+    for t in range(x.shape[1]):
+        key, query = (value[:, t].repeat_interleave(repeat, dim=1)[:, :, None] for value in (B, C))
+        state = state * torch.exp(log_decay[:, t])[..., None, None]
+        missing = x[:, t] - (state * key).sum(-1)
+        state = state + (beta[:, t, :, None] * missing)[..., None] * key
+        outputs.append((state * query).sum(-1))
+    return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x), state
+
+
+def chunk_delta(
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same map as `naive_delta` by matrix products over chunks of `chunk_size` tokens.
+
+    Shapes and returns as `naive_delta`.
+    """
+    y, state = [], initial_state
+    for part in _runs(x, log_decay, beta, B, C, chunk_size):
+        written = _write(part, state)
+        y.append(_read(part, part.queries, written, 0)[:, : part.tokens])
+        state = written.final
+    return _joined(y, x), _public(state, x, B)
+
+
+def predict_delta_input(
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    B: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    chunk_size: int = 64,
+) -> torch.Tensor:
+    """Return what the state expects of x_t before it is written: g_t S_{t-1} B_t, `[B, T, H, P]`.
+
+    What the rule subtracts from x_t itself; read with the write keys, the token's own write left out.
+    """
+    said, state = [], initial_state
+    for part in _runs(x, log_decay, beta, B, B, chunk_size):
+        written = _write(part, state)
+        said.append(_read(part, part.keys, written, -1)[:, : part.tokens])
+        state = written.final
+    return _joined(said, x)
+
+
+def step_delta(
+    x: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token (T = 1) of the recurrence, for decoding; the caller keeps the state. Shapes as `naive_delta`.
+
+    Where gradients are off, `initial_state` is overwritten and returned: no new state per token.
+
+    Raises:
+        ValueError: if T is not 1.
+    """
+    if x.shape[1] != 1:
+        raise ValueError(f"x has {x.shape[1]} tokens: step_delta takes exactly one; use chunk_delta for more.")
+    decay = torch.exp(log_decay[:, 0])[..., None, None]
+    if initial_state is None:
+        state = _no_state(x, B)
+    else:
+        state = initial_state * decay if torch.is_grad_enabled() else initial_state.mul_(decay)
+    # Heads stand as (group, head of the group), so that keys and queries broadcast instead of repeating.
+    grouped = state.unflatten(1, (B.shape[2], -1))
+    key, query = (value[:, 0, :, None, :, None] for value in (B, C))
+    missing = x[:, 0].view(grouped.shape[:-1]) - (grouped @ key)[..., 0]
+    write = (beta[:, 0].view(grouped.shape[:3])[..., None] * missing)[..., None] * key.mT
+    grouped = grouped + write if torch.is_grad_enabled() else grouped.add_(write)
+    return (grouped @ query).reshape(x.shape), grouped.flatten(1, 2)
+
+
+class _Part(NamedTuple):
+    """Some chunks, the last one filled up with tokens that do nothing; R heads in each of G groups.
+
+    x: `[n, B, G, R, L, P]`. logs: `[n, B, G, R, L]`, l. beta: the same. keys, queries: `[n, B, G, 1, L, N]`. decay:
+    `[n, B, G, R, L, L]`, exp(l_t - l_s) for s <= t, else 0. tokens: how many are not filled in.
+    """
+
+    x: torch.Tensor
+    logs: torch.Tensor
+    beta: torch.Tensor
+    keys: torch.Tensor
+    queries: torch.Tensor
+    decay: torch.Tensor
+    tokens: int
+
+
+class _Written(NamedTuple):
+    """u `[n, B, G, R, L, P]`, the states that enter the chunks `[n, B, G, R, N, P]`, and the one that leaves."""
+
+    u: torch.Tensor
+    entering: torch.Tensor
+    final: torch.Tensor
+
+
+def _runs(x, log_decay, beta, B, C, chunk_size: int):
+    """Yield the chunks of up to `RUN` tokens at a time."""
+    tokens, groups = x.shape[1], B.shape[2]
+    length = min(chunk_size, max(tokens, 1))
+    stride = max(RUN // length, 1) * length
+    lower = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+    for first in range(0, tokens, stride):
+        count = min(stride, tokens - first)
+
+        def chunks(value: torch.Tensor, heads: int) -> torch.Tensor:
+            """`[B, T, heads (G times R), ...]` to `[n, B, G, R, L, ...]`."""
+            value = value[:, first : first + count]
+            value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -count % length))
+            value = value.unflatten(2, (groups, heads)).unflatten(1, (-1, length))
+            return value.movedim((1, 2), (0, 4))
+
+        repeat = x.shape[2] // groups
+        logs = chunks(log_decay, repeat).cumsum(-1)
+        decay = (logs[..., :, None] - logs[..., None, :]).masked_fill(~lower, -torch.inf).exp()
+        yield _Part(chunks(x, repeat), logs, chunks(beta, repeat), chunks(B, 1), chunks(C, 1), decay, count)
+
+
+def _write(part: _Part, state: torch.Tensor | None) -> _Written:
+    """Solve the chunks' systems at once, for every entering state, then walk through the states."""
+    x, keys, beta = part.x, part.keys, part.beta[..., None]
+    start = part.logs.exp()[..., None]
+    system = part.decay * (keys @ keys.mT) * beta
+    sides = torch.cat([x, (keys * start)], dim=-1) * beta
+    own, through = torch.linalg.solve_triangular(
+        system, sides, upper=False, unitriangular=True
+    ).split([x.shape[-1], keys.shape[-1]], dim=-1)
+    ends = part.logs[..., -1:, None]
+    writes = (keys * (ends - part.logs[..., None]).exp()).mT
+    whole = ends.exp()
+    if state is None:
+        state = x.new_zeros(*x.shape[1:4], keys.shape[-1], x.shape[-1])
+    elif state.dim() == 4:
+        state = state.unflatten(1, (keys.shape[2], -1)).mT
+    entering, u = [], []
+    for index in range(len(x)):
+        entering.append(state)
+        u.append(own[index] - through[index] @ state)
+        state = whole[index] * state + writes[index] @ u[-1]
+    return _Written(torch.stack(u), torch.stack(entering), state)
+
+
+def _read(part: _Part, queries: torch.Tensor, written: _Written, upto: int) -> torch.Tensor:
+    """Read with `queries`, of each chunk's own tokens those up to t (`upto` 0) or before t (-1): `[B, n L, H, P]`."""
+    weights = (part.decay * (queries @ part.keys.mT)).tril(upto)
+    y = weights @ written.u + part.logs.exp()[..., None] * (queries @ written.entering)
+    return y.movedim((0, 4), (1, 2)).flatten(1, 2).flatten(2, 3)
+
+
+def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return torch.cat(parts, dim=1) if parts else torch.zeros_like(x)
+
+
+def _public(state: torch.Tensor | None, x: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """`[B, G, R, N, P]` to `[B, H, P, N]`."""
+    if state is None:
+        return _no_state(x, B)
+    return state if state.dim() == 4 else state.mT.flatten(1, 2).contiguous()
+
+
+def _no_state(x: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Return the state before the first token, `[B, H, P, N]` zeros."""
+    return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
