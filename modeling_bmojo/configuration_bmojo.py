@@ -1,7 +1,7 @@
 """Configuration of B'MOJO: fields, derived defaults and validation; no tensors.
 
 Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, section 3.3; Mamba-2 (arXiv 2405.21060);
-Mamba (arXiv 2312.00752).
+Mamba (arXiv 2312.00752); Gated DeltaNet (arXiv 2412.06464).
 """
 
 import math
@@ -11,6 +11,7 @@ from .compat_bmojo import CACHE_NAMES
 from .config_rules_bmojo import BackboneConfig
 from .eidetic_bmojo import EideticMemory
 from .fading_bmojo import FadingMemory
+from .fading_delta_bmojo import GatedDeltaFadingMemory
 from .fading_s6_bmojo import S6FadingMemory
 from .fading_ssd_bmojo import SSDFadingMemory
 from .fading_tokens_bmojo import FadingTokens
@@ -27,7 +28,9 @@ from .storage_bmojo import Storage
 INNOVATIONS: dict[str, type[Innovation]] = {
     each.name: each for each in (OutputInnovation, StateInnovation, KeyInnovation, ConstantInnovation)
 }
-FADING_MEMORIES: dict[str, type[FadingMemory]] = {each.name: each for each in (SSDFadingMemory, S6FadingMemory)}
+FADING_MEMORIES: dict[str, type[FadingMemory]] = {
+    each.name: each for each in (SSDFadingMemory, S6FadingMemory, GatedDeltaFadingMemory)
+}
 # In the order in which they take tokens in: what a part lets go is for those behind it.
 PARTS: list[type[MemoryPart]] = [FadingTokens, EideticMemory, FullContext, Storage]
 
@@ -94,8 +97,9 @@ class BMojoConfig(BackboneConfig):
             `"torch"`, `"triton"`, `"cuda"` (the packages causal-conv1d and mamba-ssm) and `"hub"` (kernels fetched by
             `from_pretrained(..., use_kernels=True)`) insist on one for the operations that it covers, and are errors
             where it cannot run. The environment variable `BMOJO_KERNEL_BACKEND` wins. See docs/kernels.md.
-        ssm_type: the fading memory, `"mamba2"` or `"mamba"` (S6, the one of B'MOJO's paper: N decays and one time
-            step per channel; set `ssm_state_size=16` as published, its cost grows with N).
+        ssm_type: the fading memory, `"mamba2"`, `"mamba"` (S6, the one of B'MOJO's paper: N decays and one time step
+            per channel; set `ssm_state_size=16` as published, its cost grows with N) or `"gated_delta"` (Gated
+            DeltaNet: a token replaces what the state holds under its key).
         ssm_num_heads, ssm_head_dim: `None` follows the attention's heads and head_dim. Their product is the SSM's inner
             width, and that is all `"mamba"` takes from them (published: twice the hidden size).
         ssm_num_groups: groups of heads that share B and C; `None` follows the key/value heads. `"mamba"` has one B and
@@ -109,8 +113,8 @@ class BMojoConfig(BackboneConfig):
             (Mamba-2). False: it reads the input itself and its output goes out as it is, which saves both products;
             needs ssm_num_heads * ssm_head_dim == hidden_size. B, C, time steps and the gate are learned either way.
         ssm_proj_bias: biases in the SSM's in_proj and out_proj.
-        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate; `None` is True for
-            `"mamba2"`, False for `"mamba"`, which has no such norm.
+        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate (`"gated_delta"`: RMSNorm
+            of each head before it); `None` is True, False for `"mamba"`, which has no such norm.
         ssm_chunk_size: tokens per chunk of the chunked scan, at most; changes speed and memory, never the result.
         ssm_time_step_min, ssm_time_step_max, ssm_time_step_floor: range of the initial time step.
         ssm_scalars_in_fp32: load A_log, dt_bias and D in fp32 whatever the model's dtype; False for FSDP1, which

@@ -3,6 +3,7 @@
     conv, conv_step        the short causal convolution, of many tokens and of one
     chunk_scan, scan_step  the Mamba-2 recurrence, of many tokens and of one
     s6_scan, s6_step       the same of the S6 form
+    delta_scan, delta_step the same of the gated delta rule
     innovation, expiry     the innovation of every token, and which tokens are kept (Algorithm 1, line 3)
     memory_attention       attention over [eidetic | fading | local] (Algorithm 1, line 5)
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .attention_ops import memory_attention
+from .delta_ops import chunk_delta, step_delta
 from .kernels_attention import KERNELS as TRITON_ATTENTION
 from .kernels_common import INTERPRETED, tf32_allowed, unavailable
 from .kernels_cuda import DTYPES, KERNELS, load
@@ -43,13 +45,15 @@ TORCH = {
     "scan_step": step_ssd,
     "s6_scan": chunk_s6,
     "s6_step": step_s6,
+    "delta_scan": chunk_delta,
+    "delta_step": step_delta,
     "innovation": output_innovation,
     "expiry": select,
     "memory_attention": memory_attention,
 }
 TRITON = {**TRITON_SSM, **TRITON_MEMORY, **TRITON_ATTENTION}
 OPERATIONS = tuple(TORCH)
-SCANS = ("chunk_scan", "scan_step", "s6_scan", "s6_step")
+SCANS = ("chunk_scan", "scan_step", "s6_scan", "s6_step", "delta_scan", "delta_step")
 # Which operations a backend is for. Forcing it is about these; others are chosen as if nothing had been forced.
 COVERED = {"hub": KERNELS.keys(), "cuda": KERNELS.keys(), "triton": TRITON.keys(), "torch": TORCH.keys()}
 # Hub kernels belong to a model, and are not here. What can be imported of "cuda" enters together, when that is first

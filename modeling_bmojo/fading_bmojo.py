@@ -1,6 +1,6 @@
 """FadingMemory: what every selective SSM of a layer must say and do, and the modules that they share.
 
-One class per form: `fading_ssd_bmojo` (Mamba-2), `fading_s6_bmojo` (Mamba). A form owns its facts: its rules between
+One class per form: `fading_ssd_bmojo` (Mamba-2), `fading_s6_bmojo` (Mamba), `fading_delta_bmojo` (gated delta rule). A form owns its facts: its rules between
 configuration fields, the defaults that None stands for, its projections, states, operations and initial values. It is
 entered in `configuration_bmojo.FADING_MEMORIES`, and configuration, cache, adapters and kernels ask the class.
 
@@ -137,28 +137,30 @@ class SSMScalars(NoDecay):
     """Decay rates, time-step biases and skips. A module of its own, so that adapters can train and save it.
 
     Args:
-        rates: shape of A_log. channels: how many time steps and skips there are.
+        rates: shape of A_log. channels: how many time steps and skips there are. skips: whether there is a D.
     """
 
-    def __init__(self, rates: tuple[int, ...], channels: int):
+    def __init__(self, rates: tuple[int, ...], channels: int, skips: bool = True):
         super().__init__()
         self.A_log = nn.Parameter(torch.empty(rates))
         self.dt_bias = nn.Parameter(torch.empty(channels))
-        self.D = nn.Parameter(torch.empty(channels))
+        self.D = nn.Parameter(torch.empty(channels)) if skips else None
 
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill them as published: A = -1 ... -H over the heads (Mamba-2) or -1 ... -N in every channel (Mamba), time
         steps log-uniform in their range, D = 1."""
         rates = self.A_log.shape[-1]
         init.copy_(self.A_log, torch.arange(1, rates + 1, dtype=torch.float32).log().expand_as(self.A_log))
-        init.ones_(self.D)
+        if self.D is not None:
+            init.ones_(self.D)
         low, high = math.log(config.ssm_time_step_min), math.log(config.ssm_time_step_max)
         step = torch.exp(torch.rand(self.dt_bias.shape) * (high - low) + low).clamp(min=config.ssm_time_step_floor)
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # inverse of softplus
 
-    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return a (negative rates), dt_bias and D in `dtype`.
+    def forward(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return a (negative rates), dt_bias and D (None without skips) in `dtype`.
 
         Copies: FSDP2 frees a module's parameters when its forward is over, and what is an alias of one with them.
         """
-        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype, copy=True), self.D.to(dtype, copy=True)
+        skips = None if self.D is None else self.D.to(dtype, copy=True)
+        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype, copy=True), skips

@@ -352,11 +352,15 @@ class Algorithm1:
     def fading_output(self, name, u, layer):
         """Steps 2 and 3: y_t in hidden space, and e_t appended to the layer's innovations."""
         config = self.config
-        x, z, y, prediction = {"mamba2": self.mamba2, "mamba": self.s6}[config.ssm_type](name, u, layer)
+        form = {"mamba2": self.mamba2, "mamba": self.s6, "gated_delta": self.gated_delta}[config.ssm_type]
+        x, z, y, prediction = form(name, u, layer)
+        normed = config.ssm_norm and config.ssm_type != "gated_delta"
+        if config.ssm_norm and not normed:
+            y = rms_norm(y, self.tensors[f"{name}.norm.weight"], config.rms_norm_eps)
         y = y.reshape(-1)
         if config.ssm_gated:
             y = y * z * torch.sigmoid(z)
-        if config.ssm_norm:
+        if normed:
             grouped = rms_norm(y.view(config.ssm_num_groups, -1), 1.0, config.rms_norm_eps).reshape(-1)
             y = grouped * self.tensors[f"{name}.norm.weight"]
         if config.ssm_projected:
@@ -414,6 +418,27 @@ class Algorithm1:
         prediction = oracle_s6_prediction(layer.state, dt, A, B)
         layer.state, y = oracle_s6_token(layer.state, x, dt, A, B, C, D)
         return x, z, y, prediction
+
+    def gated_delta(self, name, u, layer):
+        """The same for the gated delta rule: z|x|B|C|dt|b from one projection, conv over x|B|C, keys of length 1."""
+        config = self.config
+        heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
+        groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
+        sizes = [inner if config.ssm_gated else 0, inner + 2 * groups * size, heads, heads]
+        z, mixed, dt, b = torch.split(self.linear(f"{name}.in_proj", u), sizes)
+        layer.convolved.append(mixed)
+        x, B, C = torch.split(self.convolve(name, layer.convolved), [inner, groups * size, groups * size])
+        x = x.view(heads, width)
+        B, C = (keys.view(groups, size) for keys in (B, C))
+        B, C = (keys / torch.sqrt((keys**2).sum(-1, keepdim=True) + 1e-6) for keys in (B, C))
+        A_log, bias = (self.tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in ("A_log", "dt_bias"))
+        log_decay, beta = -torch.exp(A_log) * self.time_step(dt + bias), 1 / (1 + torch.exp(-b))
+        if layer.state is None:
+            layer.state = x.new_zeros(heads, width, size)
+        decayed = torch.exp(log_decay)[:, None, None] * layer.state
+        prediction = torch.stack([decayed[h] @ B[h // (heads // groups)] for h in range(heads)]).reshape(-1)
+        layer.state, y = oracle_delta_token(layer.state, x, log_decay, beta, B, C / math.sqrt(size))
+        return x.reshape(-1), z, y, prediction
 
     def convolve(self, name, rows):
         """The causal depthwise conv at the last of `rows`; tap K-1 multiplies the current token."""
