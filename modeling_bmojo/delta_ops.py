@@ -1,11 +1,11 @@
 """Fading memory: the gated delta rule, naive, chunked and one step.
 
-    S_t = g_t S_{t-1} + beta_t (x_t - g_t S_{t-1} B_t) B_t^T          y_t = S_t C_t        (arXiv 2412.06464, equation 10)
+    S_t = g_t S_{t-1} + beta_t (x_t - g_t S_{t-1} B_t) B_t^T          y_t = S_t C_t     (arXiv 2412.06464, equation 10)
 
-A token first looks up what the state holds under its key, and writes what is missing: where Mamba-2 adds, this replaces.
-x_t - g_t S_{t-1} B_t is what the state did not know of x_t, the innovation "state" itself.
+A token first looks up what the state holds under its key, and writes what is missing: where Mamba-2 adds, this
+replaces. x_t - g_t S_{t-1} B_t is what the state did not know of x_t, the innovation "state" itself.
 
-Chunked (section 3.3 there), with l_t the log decay summed from the start of t's chunk to t, and S the state that enters:
+Chunked (section 3.3 there), with l_t the log decay summed from the start of t's chunk to t, S the state that enters:
 
     u_t = beta_t (x_t - exp(l_t) S B_t - sum_{s < t} exp(l_t - l_s) (B_t . B_s) u_s)      a triangular system
     y_t = exp(l_t) S C_t + sum_{s <= t} exp(l_t - l_s) (C_t . B_s) u_s
@@ -17,6 +17,7 @@ state as it was: that is how pads are passed over. Everything is computed in the
 fp32 or fp64.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -153,26 +154,25 @@ class _Written(NamedTuple):
     final: torch.Tensor
 
 
-def _runs(x, log_decay, beta, B, C, chunk_size: int):
+def _runs(x, log_decay, beta, B, C, chunk_size: int) -> Iterator[_Part]:
     """Yield the chunks of up to `RUN` tokens at a time."""
     tokens, groups = x.shape[1], B.shape[2]
-    length = min(chunk_size, max(tokens, 1))
+    length, repeat = min(chunk_size, max(tokens, 1)), x.shape[2] // groups
     stride = max(RUN // length, 1) * length
     lower = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     for first in range(0, tokens, stride):
-        count = min(stride, tokens - first)
-
-        def chunks(value: torch.Tensor, heads: int) -> torch.Tensor:
-            """`[B, T, heads (G times R), ...]` to `[n, B, G, R, L, ...]`."""
-            value = value[:, first : first + count]
-            value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -count % length))
-            value = value.unflatten(2, (groups, heads)).unflatten(1, (-1, length))
-            return value.movedim((1, 2), (0, 4))
-
-        repeat = x.shape[2] // groups
-        logs = chunks(log_decay, repeat).cumsum(-1)
+        some = slice(first, min(first + stride, tokens))
+        values, logs, shares = (_chunks(each[:, some], groups, repeat, length) for each in (x, log_decay, beta))
+        keys, queries = (_chunks(each[:, some], groups, 1, length) for each in (B, C))
+        logs = logs.cumsum(-1)
         decay = (logs[..., :, None] - logs[..., None, :]).masked_fill(~lower, -torch.inf).exp()
-        yield _Part(chunks(x, repeat), logs, chunks(beta, repeat), chunks(B, 1), chunks(C, 1), decay, count)
+        yield _Part(values, logs, shares, keys, queries, decay, some.stop - first)
+
+
+def _chunks(value: torch.Tensor, groups: int, heads: int, length: int) -> torch.Tensor:
+    """`[B, T, G * heads, ...]` to `[n, B, G, heads, L, ...]`, zeros behind the last token."""
+    value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -value.shape[1] % length))
+    return value.unflatten(2, (groups, heads)).unflatten(1, (-1, length)).movedim((1, 2), (0, 4))
 
 
 def _write(part: _Part, state: torch.Tensor | None) -> _Written:
@@ -181,9 +181,9 @@ def _write(part: _Part, state: torch.Tensor | None) -> _Written:
     start = part.logs.exp()[..., None]
     system = part.decay * (keys @ keys.mT) * beta
     sides = torch.cat([x, (keys * start)], dim=-1) * beta
-    own, through = torch.linalg.solve_triangular(
-        system, sides, upper=False, unitriangular=True
-    ).split([x.shape[-1], keys.shape[-1]], dim=-1)
+    own, through = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
+        [x.shape[-1], keys.shape[-1]], dim=-1
+    )
     ends = part.logs[..., -1:, None]
     writes = (keys * (ends - part.logs[..., None]).exp()).mT
     whole = ends.exp()

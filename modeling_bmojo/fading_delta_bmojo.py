@@ -106,7 +106,9 @@ class GatedDeltaFadingMemory(FadingMemory):
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
         gate, mixed, steps = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
-        convolved = [self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(rows.layout, mixed), rows.lengths)]
+        convolved = [
+            self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(rows.layout, mixed), rows.lengths)
+        ]
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             groups = zip(convolved, to_rows(rows.layout, steps), rows.lengths)
             scanned = [self._scan(*group, layer, predicts) for group in groups]

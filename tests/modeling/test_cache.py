@@ -35,6 +35,7 @@ STATES = {
     "clock": dict(innovation="key", eidetic_decay=0.3, decay_clock="innovation"),
     "mixed-layers": MIXED_LAYERS,
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
+    "delta": dict(ssm_type="gated_delta", ssm_state_size=3, num_hidden_layers=1),
 }
 LENGTHS = torch.tensor([30, 17, 4])  # real tokens of the three rows of `padded`, left-padded to 30 columns
 
@@ -242,7 +243,7 @@ def layer_bytes(config, kind, size):
     W, M, F = config.window_size, config.eidetic_size, config.fading_size
     entry = 2 * config.num_key_value_heads * config.head_dim * size  # a key and a value
     channels = config.ssm_num_heads * config.ssm_head_dim
-    if config.ssm_type == "mamba2":
+    if config.ssm_type != "mamba":
         channels += 2 * config.ssm_num_groups * config.ssm_state_size
     ssm = (config.ssm_conv_kernel - 1) * channels * size
     ssm += config.ssm_num_heads * config.ssm_head_dim * config.ssm_state_size * wide
@@ -269,6 +270,7 @@ def layer_bytes(config, kind, size):
         dict(eidetic_size=0, window_size=8),
         dict(num_hidden_layers=3, layer_types=["linear_attention", "sliding_attention", "bmojo"], innovation_taps=2),
         dict(ssm_type="mamba", ssm_num_heads=3, ssm_head_dim=5),
+        dict(ssm_type="gated_delta", ssm_num_heads=6, ssm_num_groups=3, ssm_head_dim=5),
     ],
     ids=str,
 )

@@ -49,6 +49,7 @@ MODELS = {
     | dict(tie_word_embeddings=True, innovation="state", eidetic_decay=0.5, ssm_time_step_limit=[0.01, 0.5]),
     "unprojected": dict(**UNPROJECTED, ssm_proj_bias=True),
     "s6": dict(ssm_type="mamba", ssm_time_step_rank=3, ssm_proj_bias=True),
+    "delta": dict(ssm_type="gated_delta", ssm_proj_bias=True),
 }
 
 
@@ -475,15 +476,17 @@ def test_defaults_are_derived():
     assert config.ssm_norm is True and config.ssm_time_step_rank is None
     s6 = BMojoConfig(hidden_size=72, num_attention_heads=6, num_key_value_heads=2, ssm_type="mamba")
     assert (s6.ssm_num_groups, s6.ssm_norm, s6.ssm_time_step_rank) == (1, False, 5)
+    delta = BMojoConfig(hidden_size=72, num_attention_heads=6, num_key_value_heads=2, ssm_type="gated_delta")
+    assert (delta.ssm_num_groups, delta.ssm_norm, delta.ssm_time_step_rank) == (2, True, None)
 
 
 @st.composite
 def valid_fields(draw):
     """Fields that agree with each other, far from the defaults."""
     groups, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    ssm_type, ssm_repeat = draw(st.sampled_from(["mamba2", "mamba"])), draw(st.integers(1, 3))
-    is_mamba2 = ssm_type == "mamba2"
-    ssm_groups = draw(st.integers(1, 3)) if is_mamba2 else 1
+    ssm_type, ssm_repeat = draw(st.sampled_from(["mamba2", "mamba", "gated_delta"])), draw(st.integers(1, 3))
+    is_mamba2, is_s6 = ssm_type == "mamba2", ssm_type == "mamba"
+    ssm_groups = 1 if is_s6 else draw(st.integers(1, 3))
     heads, layers = groups * repeat, draw(st.integers(1, 3))
     even = st.integers(1, 4).map(lambda n: 2 * n)
     rope = st.sampled_from(
@@ -541,14 +544,14 @@ def valid_fields(draw):
         ssm_head_dim=ssm_head_dim,
         ssm_state_size=draw(st.integers(1, 6)),
         ssm_num_groups=ssm_groups,
-        ssm_time_step_rank=None if is_mamba2 else draw(st.integers(1, 3)),
+        ssm_time_step_rank=draw(st.integers(1, 3)) if is_s6 else None,
         ssm_conv_kernel=draw(st.integers(1, 5)),
         ssm_conv_bias=draw(st.booleans()),
         ssm_conv_act=draw(st.sampled_from(["silu", "linear", "gelu"])),
         ssm_projected=projected,
         ssm_proj_bias=draw(st.booleans()),
         ssm_gated=draw(st.booleans()),
-        ssm_norm=is_mamba2 and draw(st.booleans()),
+        ssm_norm=not is_s6 and draw(st.booleans()),
         ssm_chunk_size=draw(st.integers(1, 9)),
         ssm_time_step_limit=draw(st.sampled_from([list, tuple]))((low, high)),
     )
@@ -706,6 +709,14 @@ def test_contradictions_between_fields():
         ),
         (dict(ssm_type="mamba", ssm_time_step_rank=0), r"ssm_time_step_rank=0: must be an integer >= 1"),
         (dict(ssm_time_step_rank=4), r"ssm_time_step_rank=4: must be None with ssm_type='mamba2'.*; leave it out"),
+        (
+            dict(ssm_type="gated_delta", ssm_time_step_rank=4),
+            r"ssm_time_step_rank=4: must be None with ssm_type='gated_delta'.*; leave it out",
+        ),
+        (
+            dict(ssm_type="gated_delta", ssm_projected=False),
+            r"ssm_projected=False: must be True with ssm_type='gated_delta'.*; leave",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             BMojoConfig(**{**BASE, **fields})

@@ -1,4 +1,4 @@
-"""The gated delta rule: every form against a loop over scalars, transformers' Qwen3-Next functions, states, gradients."""
+"""The gated delta rule: every form against a loop and transformers' Qwen3-Next functions; states, gradients."""
 
 import inspect
 
@@ -117,7 +117,9 @@ def test_gradients_equal_those_of_the_recurrence(form, tokens):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(0, 9))
+@given(
+    st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(0, 9)
+)
 def test_any_chunking_is_the_recurrence(tokens, length, batch, groups, repeat, seed):
     inputs = draw(tokens, batch, groups * repeat, groups, seed=seed)
     for actual, expected in zip(chunk_delta(*inputs, chunk_size=length), naive_delta(*inputs), strict=True):

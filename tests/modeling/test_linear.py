@@ -20,6 +20,7 @@ pytestmark = pytest.mark.own_settings
 
 
 SETTINGS = {"mixed": MIXED_LAYERS, "unprojected": UNPROJECTED, "s6": {"ssm_type": "mamba"}}
+SETTINGS["delta"] = {"ssm_type": "gated_delta"}
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ SETTINGS = {
     "constant": dict(innovation="constant", eidetic_size=2),
     "stride": dict(fading_size=2, fading_stride=5),
     "S6": dict(ssm_type="mamba", ssm_num_heads=8, ssm_head_dim=4, ssm_num_groups=1),
+    "delta": dict(ssm_type="gated_delta", innovation="state"),
     "unprojected": UNPROJECTED,
     "mixed": MIXED_LAYERS,
     "full attention": dict(layer_types=["full_attention"] * 2),

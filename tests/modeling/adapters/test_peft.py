@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MODELS = {
     "mamba2": {},
     "s6": dict(ssm_type="mamba"),
+    "delta": dict(ssm_type="gated_delta"),
     "mixed": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
     "untied": dict(tie_fading_projections=False),

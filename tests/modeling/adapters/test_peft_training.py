@@ -18,6 +18,7 @@ LONG = 3 * WINDOW
 MODELS = {
     "mamba2": {},
     "s6": dict(ssm_type="mamba"),
+    "delta": dict(ssm_type="gated_delta"),
     "mixed": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
     "untied": dict(tie_fading_projections=False),

@@ -20,7 +20,7 @@ from modeling_bmojo.kernels_cuda import KERNELS
 from modeling_bmojo.memory_ops import NEVER
 from tests.modeling.kernels.kernel_stubs import FUNCTIONS, LAYERS, oracle_s6
 from tests.modeling.test_attention_ops import SCALING, generator, one_by_one, three_sets
-from tests.oracles import oracle_eidetic, oracle_output_innovation, oracle_ssd, randomize_
+from tests.oracles import oracle_delta, oracle_eidetic, oracle_output_innovation, oracle_ssd, randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
@@ -74,6 +74,14 @@ def s6_case(tokens, batch, started, seed):
     inputs += [normal(batch, tokens, width), normal(batch, tokens, width)]
     inputs += [normal(inner) if seed % 2 else None, normal(batch, inner, width) if started else None]
     return inputs, oracle_s6
+
+
+def delta_case(tokens, batch, started, seed):
+    normal, heads, groups, channels, width = draw(seed), 4, 2, 3, 5
+    log_decay = -torch.nn.functional.softplus(normal(batch, tokens, heads))
+    inputs = [normal(batch, tokens, heads, channels), log_decay, normal(batch, tokens, heads).sigmoid()]
+    keys = [torch.nn.functional.normalize(normal(batch, tokens, groups, width), dim=-1) for _ in range(2)]
+    return [*inputs, *keys, normal(batch, heads, channels, width) if started else None], oracle_delta
 
 
 def innovation_case(tokens, batch, started, seed):
@@ -132,6 +140,8 @@ CASES = {
     "scan_step": scan_case,
     "s6_scan": s6_case,
     "s6_step": s6_case,
+    "delta_scan": delta_case,
+    "delta_step": delta_case,
     "innovation": innovation_case,
     "expiry": expiry_case,
     "memory_attention": attention_case,
