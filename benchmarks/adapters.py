@@ -6,7 +6,7 @@ an SSM head and state, E width of an SSM output, W window, M eidetic slots, F fa
 
 import torch
 
-from modeling_bmojo import BMojoConfig, attention_ops, memory_ops, ssm_ops
+from modeling_bmojo import BMojoConfig, attention_ops, delta_ops, memory_ops, ssm_ops
 from modeling_bmojo.dispatch_bmojo import Kernels
 
 
@@ -23,6 +23,16 @@ def scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
 def naive_scan(x, dt, A, B, C, D) -> tuple[torch.Tensor, torch.Tensor]:
     """Return its oracle, token by token."""
     return ssm_ops.naive_ssd(x, dt, A, B, C, D)
+
+
+def delta(x, log_decay, shares, keys, queries) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the chunked gated delta rule: y `[B, T, H, P]` and the last state. Shapes as `delta_ops.naive_delta`."""
+    return KERNELS.run("delta_scan", x, log_decay, shares, keys, queries, None, CHUNK)
+
+
+def naive_delta(x, log_decay, shares, keys, queries) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return its oracle, token by token."""
+    return delta_ops.naive_delta(x, log_decay, shares, keys, queries)
 
 
 def convolve(x, weight, bias) -> torch.Tensor:

@@ -18,6 +18,8 @@ GOALS = {
     "scan, default chunk": 0.12,
     "scan, best chunk": 0.45,
     "scan, memory": 0.4,
+    "delta, theirs": 0.5,
+    "delta, mamba2": 3.0,
     "attention, full causal": 0.33,
     "prefill 512": 1.45,
     "prefill 2048": 1.1,

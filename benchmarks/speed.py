@@ -33,6 +33,7 @@ from . import (
     rows_attention,
     rows_compiled,
     rows_cuda,
+    rows_delta,
     rows_memory,
     rows_model,
     rows_peers,
@@ -49,6 +50,7 @@ from .row import Context, Row
 
 ROWS: list[Row] = [
     *rows_scan.ROWS,
+    *rows_delta.ROWS,
     *rows_attention.ROWS,
     *rows_memory.ROWS,
     *rows_model.ROWS,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 
-RUN = 4096  # tokens whose chunks are taken at once: what bounds the memory of a long prompt
+RUN = 512  # tokens whose chunks are taken at once: they stay in a CPU's cache, and a long prompt needs little memory
 
 
 def naive_delta(

@@ -2,8 +2,9 @@
 
 Two numbers are solved for. k, the size of a model's memory (window, slots, state channels), is the largest whose cache
 takes at most the wanted bytes; the width of the MLP is the one whose parameters come closest to the wanted number. All
-are `BMojoForCausalLM`, whose attention, window, Mamba and Mamba-2 layers equal transformers' classes (docs/model.md,
-"The family"). Mamba and Mamba-2 have twice the model's width inside, as published, and the MLP that all others have.
+are `BMojoForCausalLM`, whose attention, window, Mamba, Mamba-2 and gated delta layers equal transformers' classes
+(docs/model.md, "The family"). Those three have twice the model's width inside, as published, and the MLP that all
+others have.
 """
 
 from collections.abc import Callable, Mapping
@@ -89,6 +90,7 @@ MODELS: dict[str, Kind] = {
     "window": Kind("sliding window", (WINDOW,) * 2, lambda k, sizes: {"window_size": k}),
     "mamba": Kind("Mamba", (SSM,) * 2, _mamba("mamba")),
     "mamba2": Kind("Mamba-2", (SSM,) * 2, _mamba("mamba2")),
+    "gated_delta": Kind("Gated DeltaNet", (SSM,) * 2, _mamba("gated_delta")),
     "jamba": Kind("Mamba-2, then full attention", (SSM, ATTENTION), lambda k, sizes: _stack(16, sizes), ranked=False),
     "samba": Kind("Mamba-2, then a sliding window", (SSM, WINDOW), _stack),
     "bmojo_f": Kind("B'MOJO-F: window and fading tokens", (BMOJO,) * 2, _bmojo(None)),
