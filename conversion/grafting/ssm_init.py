@@ -49,6 +49,8 @@ import torch
 from modeling_bmojo import BMojoConfig
 
 from .ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
+from .ssm_init_delta import DELTA_FIELDS, check_delta, delta, delta_memory
+from .ssm_projection import inner_projection
 from .ssm_scalars import check_time_constants, constant_scalars, smoother_time_constants
 
 
@@ -102,19 +104,6 @@ def lean_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[
     sizes = given.get("ssm_num_heads", attention_heads), given.get("ssm_head_dim", head_dim)
     fits = all(type(size) is int for size in sizes) and math.prod(sizes) == hidden
     return {"ssm_projected": not fits, **memory, **given}
-
-
-def inner_projection(config: BMojoConfig, layer: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """P [inner, hidden], with orthonormal columns (inner >= hidden) or rows (inner < hidden); see the module's text."""
-    inner, hidden = config.ssm_num_heads * config.ssm_head_dim, config.hidden_size
-    if inner < hidden:
-        readers = torch.cat([layer["k_proj.weight"], layer["v_proj.weight"]]).double()
-        return torch.linalg.svd(readers, full_matrices=True).Vh[:inner]
-    rows = torch.arange(inner)
-    copies = torch.bincount(rows % hidden, minlength=hidden).double()
-    projection = torch.zeros(inner, hidden, dtype=torch.float64)
-    projection[rows, rows % hidden] = copies[rows % hidden].rsqrt()
-    return projection
 
 
 def smoother(
@@ -189,5 +178,12 @@ SSM_INITS = {
         check=check_attention,
         build=attention,
         describe="the layer's attention without its softmax (conversion/grafting/ssm_init_attention.py)",
+    ),
+    "delta": SSMInit(
+        fields=DELTA_FIELDS,
+        complete=delta_memory,
+        check=check_delta,
+        build=delta,
+        describe="running average of the layer input by the gated delta rule (conversion/grafting/ssm_init_delta.py)",
     ),
 }
