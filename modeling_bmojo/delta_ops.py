@@ -70,12 +70,7 @@ def chunk_delta(
 
     Shapes and returns as `naive_delta`.
     """
-    y, state = [], initial_state
-    for part in _runs(x, log_decay, beta, B, C, chunk_size):
-        written = _write(part, state)
-        y.append(_read(part, part.queries, written, 0)[:, : part.tokens])
-        state = written.final
-    return _joined(y, x), _public(state, x, B)
+    return _scan(x, log_decay, beta, B, C, initial_state, chunk_size, 0)
 
 
 def predict_delta_input(
@@ -90,12 +85,7 @@ def predict_delta_input(
 
     What the rule subtracts from x_t itself; read with the write keys, the token's own write left out.
     """
-    said, state = [], initial_state
-    for part in _runs(x, log_decay, beta, B, B, chunk_size):
-        written = _write(part, state)
-        said.append(_read(part, part.keys, written, -1)[:, : part.tokens])
-        state = written.final
-    return _joined(said, x)
+    return _scan(x, log_decay, beta, B, B, initial_state, chunk_size, -1)[0]
 
 
 def step_delta(
@@ -130,91 +120,74 @@ def step_delta(
     return (grouped @ query).reshape(x.shape), grouped.flatten(1, 2)
 
 
-class _Part(NamedTuple):
+class _Run(NamedTuple):
     """Some chunks, the last one filled up with tokens that do nothing; R heads in each of G groups.
 
-    x: `[n, B, G, R, L, P]`. logs: `[n, B, G, R, L]`, l. beta: the same. keys, queries: `[n, B, G, 1, L, N]`. decay:
-    `[n, B, G, R, L, L]`, exp(l_t - l_s) for s <= t, else 0. tokens: how many are not filled in.
+    x: `[n, B, G, R, L, P]`. beta, start, tail: `[n, B, G, R, L, 1]`, the last two what is left of the entering state at
+    each token, exp(l_t), and of what a token wrote at the end, exp(l_end - l_t). whole: `[n, B, G, R, 1, 1]`, what is
+    left of the entering state at the end. keys, queries: `[n, B, G, 1, L, N]`. system, weights: `[n, B, G, R, L, L]`,
+    beta_t exp(l_t - l_s) (B_t . B_s), of which what is below the diagonal counts, and exp(l_t - l_s) (C_t . B_s) for
+    the tokens s that t reads.
     """
 
     x: torch.Tensor
-    logs: torch.Tensor
     beta: torch.Tensor
+    start: torch.Tensor
+    tail: torch.Tensor
+    whole: torch.Tensor
     keys: torch.Tensor
     queries: torch.Tensor
-    decay: torch.Tensor
-    tokens: int
+    system: torch.Tensor
+    weights: torch.Tensor
 
 
-class _Written(NamedTuple):
-    """u `[n, B, G, R, L, P]`, the states that enter the chunks `[n, B, G, R, N, P]`, and the one that leaves."""
+def _scan(x, log_decay, beta, B, C, initial_state, chunk_size: int, upto: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read with C, of what a chunk's own tokens wrote that of t and those before (`upto` 0) or of those before (-1).
 
-    u: torch.Tensor
-    entering: torch.Tensor
-    final: torch.Tensor
+    Returns y `[B, T, H, P]` and the state after the last token `[B, H, P, N]`.
+    """
+    if x.shape[1] == 0:
+        return torch.zeros_like(x), _no_state(x, B) if initial_state is None else initial_state
+    groups, outputs = B.shape[2], []
+    state = (_no_state(x, B) if initial_state is None else initial_state).unflatten(1, (groups, -1)).mT
+    for run in _runs(x, log_decay, beta, B, C, chunk_size, upto):
+        for index in range(len(run.x)):
+            chunk = _Run(*(value[index] for value in run))
+            y, state = _one_chunk(chunk, state)
+            outputs.append(y)
+    return torch.cat(outputs, dim=1)[:, : x.shape[1]], state.mT.flatten(1, 2).contiguous()
 
 
-def _runs(x, log_decay, beta, B, C, chunk_size: int) -> Iterator[_Part]:
+def _one_chunk(chunk: _Run, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y `[B, L, H, P]` of a chunk (without the leading n) and the state that leaves it `[B, G, R, N, P]`."""
+    missing = chunk.beta * torch.addcmul(chunk.x, chunk.start, chunk.keys @ state, value=-1)
+    u = torch.linalg.solve_triangular(chunk.system, missing, upper=False, unitriangular=True)
+    y = torch.addcmul(chunk.weights @ u, chunk.start, chunk.queries @ state)
+    state = torch.addcmul(chunk.keys.mT @ (chunk.tail * u), chunk.whole, state)
+    return y.movedim(3, 1).flatten(2, 3), state
+
+
+def _runs(x, log_decay, beta, B, C, chunk_size: int, upto: int) -> Iterator[_Run]:
     """Yield the chunks of up to `RUN` tokens at a time."""
     tokens, groups = x.shape[1], B.shape[2]
-    length, repeat = min(chunk_size, max(tokens, 1)), x.shape[2] // groups
+    length, repeat = min(chunk_size, tokens), x.shape[2] // groups
     stride = max(RUN // length, 1) * length
     lower = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     for first in range(0, tokens, stride):
         some = slice(first, min(first + stride, tokens))
         values, logs, shares = (_chunks(each[:, some], groups, repeat, length) for each in (x, log_decay, beta))
         keys, queries = (_chunks(each[:, some], groups, 1, length) for each in (B, C))
-        logs = logs.cumsum(-1)
-        decay = (logs[..., :, None] - logs[..., None, :]).masked_fill(~lower, -torch.inf).exp()
-        yield _Part(values, logs, shares, keys, queries, decay, some.stop - first)
+        logs, shares = logs.cumsum(-1)[..., None], shares[..., None]
+        decay = (logs - logs.mT).masked_fill(~lower, -torch.inf).exp()
+        ends = logs[..., -1:, :]
+        shared = values, shares, logs.exp(), (ends - logs).exp(), ends.exp(), keys, queries
+        yield _Run(*shared, decay * (keys @ keys.mT) * shares, (decay * (queries @ keys.mT)).tril(upto))
 
 
 def _chunks(value: torch.Tensor, groups: int, heads: int, length: int) -> torch.Tensor:
     """`[B, T, G * heads, ...]` to `[n, B, G, heads, L, ...]`, zeros behind the last token."""
     value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -value.shape[1] % length))
     return value.unflatten(2, (groups, heads)).unflatten(1, (-1, length)).movedim((1, 2), (0, 4))
-
-
-def _write(part: _Part, state: torch.Tensor | None) -> _Written:
-    """Solve the chunks' systems at once, for every entering state, then walk through the states."""
-    x, keys, beta = part.x, part.keys, part.beta[..., None]
-    start = part.logs.exp()[..., None]
-    system = part.decay * (keys @ keys.mT) * beta
-    sides = torch.cat([x, (keys * start)], dim=-1) * beta
-    own, through = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
-        [x.shape[-1], keys.shape[-1]], dim=-1
-    )
-    ends = part.logs[..., -1:, None]
-    writes = (keys * (ends - part.logs[..., None]).exp()).mT
-    whole = ends.exp()
-    if state is None:
-        state = x.new_zeros(*x.shape[1:4], keys.shape[-1], x.shape[-1])
-    elif state.dim() == 4:
-        state = state.unflatten(1, (keys.shape[2], -1)).mT
-    entering, u = [], []
-    for index in range(len(x)):
-        entering.append(state)
-        u.append(own[index] - through[index] @ state)
-        state = whole[index] * state + writes[index] @ u[-1]
-    return _Written(torch.stack(u), torch.stack(entering), state)
-
-
-def _read(part: _Part, queries: torch.Tensor, written: _Written, upto: int) -> torch.Tensor:
-    """Read with `queries`, of each chunk's own tokens those up to t (`upto` 0) or before t (-1): `[B, n L, H, P]`."""
-    weights = (part.decay * (queries @ part.keys.mT)).tril(upto)
-    y = weights @ written.u + part.logs.exp()[..., None] * (queries @ written.entering)
-    return y.movedim((0, 4), (1, 2)).flatten(1, 2).flatten(2, 3)
-
-
-def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return torch.cat(parts, dim=1) if parts else torch.zeros_like(x)
-
-
-def _public(state: torch.Tensor | None, x: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """`[B, G, R, N, P]` to `[B, H, P, N]`."""
-    if state is None:
-        return _no_state(x, B)
-    return state if state.dim() == 4 else state.mT.flatten(1, 2).contiguous()
 
 
 def _no_state(x: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
