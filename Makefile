@@ -38,7 +38,7 @@ CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache c
 	tests/conversion/training/test_four_bit.py $(addprefix tests/project/test_,contract.py versions.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-conformance test-faults bench notebooks lint format clean
+.PHONY: help demo test test-versions test-conformance test-faults test-wheel bench gpu-check wheel notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -53,6 +53,9 @@ help:
 	@echo "                ARGS='--every 1'     at every event (much longer); ARGS='--only align' one scenario"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
 	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
+	@echo "make gpu-check  parity, storage, batches, kernels and quick speeds on one GPU, in less than 10 minutes, into"
+	@echo "                outputs/gpu-check/   (ARGS='--device cpu --tiny' tries the check itself on a CPU)"
+	@echo "make wheel    build the wheel into dist/    (make test-wheel builds one and tests it where no checkout is)"
 	@echo "make notebooks  run the notebooks in place with the real model (a quarter of an hour); then, to read and change"
 	@echo "                them: .venv/bin/jupyter lab notebooks"
 	@echo "make lint     check style with ruff    (make format mends what can be mended)"
@@ -88,6 +91,22 @@ test-conformance: $(HAVE_TEST) $(HAVE_CONFORMANCE)
 test-faults: $(HAVE_TEST)
 	@echo "==> test-faults: graft, align, finetune, restore and fit_storage, killed and without space at their file events"
 	@OMP_NUM_THREADS=1 $(PY) -m tests.faults $(ARGS)
+
+# Part of `make test` too: built, installed into an environment beside .venv's packages, at work in an empty folder.
+test-wheel: $(HAVE_TEST)
+	@echo "==> test-wheel: the wheel, installed where no checkout is"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/project/test_wheel.py $(ARGS)
+
+wheel: $(HAVE_TEST)
+	@rm -rf build
+	@$(PIP) wheel $(QUIET) --no-deps --no-build-isolation --wheel-dir dist .
+	@rm -rf build
+	@ls dist/*.whl
+
+# What needs a GPU and nothing else.
+gpu-check: $(HAVE_TEST) $(HAVE_SMOLLM2)
+	@echo "==> gpu-check: parity, storage, batches, kernels, quick speeds; docs/kernels.md"
+	@HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m benchmarks.gpu_check $(ARGS)
 
 # Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.
 bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)

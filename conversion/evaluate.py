@@ -15,8 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .common.commands import command, purpose
 from .common.files import write_text
 from .common.programs import run_program
+from .common.recipes import find_recipe
 from .common.settings import parse_assignments, read_yaml
 from .common.staging import sole_writer
 from .evaluation.job import prepare, run
@@ -30,7 +32,7 @@ from .grafting.card import with_evaluation_told
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(prog="python -m conversion.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command("evaluate"), description=purpose(__doc__))
     parser.add_argument("settings", help="YAML file, e.g. configs/evaluate/smollm2-135m.yaml")
     parser.add_argument("--source", help="local folder, hub id, .gguf file, or pypi:NAME; replaces the YAML's")
     parser.add_argument("--output", help="folder to write; replaces the YAML's")
@@ -44,12 +46,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def settings_of(arguments: argparse.Namespace) -> EvaluationSettings:
     """Return the settings of the YAML file with the command line's on top."""
+    path = find_recipe(arguments.settings, "evaluate")
     overrides = parse_assignments(arguments.set)
     overrides |= {key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None}
     if arguments.graft:
-        stated = overrides.get("grafts", read_yaml(arguments.settings).get("grafts")) or []
+        stated = overrides.get("grafts", read_yaml(path).get("grafts")) or []
         overrides["grafts"] = [*stated, *arguments.graft] if isinstance(stated, list) else stated
-    return load_evaluation(arguments.settings, overrides)
+    return load_evaluation(path, overrides)
 
 
 def evaluate(settings: EvaluationSettings, command: str, overwrite: bool = False, reuse: bool = False) -> str:
@@ -90,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
-    command = f"python -m conversion.evaluate {shlex.join(argv)}"
+    called = f"{command('evaluate')} {shlex.join(argv)}"
 
     def work() -> int:
         settings = settings_of(arguments)
-        print(evaluate(settings, command, arguments.overwrite, arguments.reuse))
+        print(evaluate(settings, called, arguments.overwrite, arguments.reuse))
         print(f"Written to {settings.output}")
         return 0
 

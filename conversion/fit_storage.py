@@ -22,6 +22,7 @@ import torch
 
 from modeling_bmojo import BMojoConfig
 
+from .common.commands import command, purpose
 from .common.export import write_model
 from .common.files import read_json, write_json, write_text
 from .common.programs import run_program
@@ -92,12 +93,10 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir() and any(folder.absolute().parent.glob(f"{folder.name}.replaced-*")):
         return
     if not folder.is_dir():
-        raise ValueError(f"{what}: no such folder; graft one first: python -m conversion.graft.")
+        raise ValueError(f"{what}: no such folder; graft one first: {command('graft')}.")
     kind = read_json(folder / "config.json", what).get("model_type")
     if kind != "bmojo":
-        raise ValueError(
-            f"{what}: holds a {kind} model, not a B'MOJO one; turn it into one with python -m conversion.graft."
-        )
+        raise ValueError(f"{what}: holds a {kind} model, not a B'MOJO one; turn it into one with {command('graft')}.")
 
 
 def open_checkpoint(folder: Path, sketch_size: int) -> Checkpoint:
@@ -187,9 +186,7 @@ def account(report: dict[str, Any], tensors: Mapping[str, torch.Tensor], facts: 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.fit_storage", description=(__doc__ or "").splitlines()[0].partition(":")[0]
-    )
+    parser = argparse.ArgumentParser(prog=command("fit_storage"), description=purpose(__doc__))
     parser.add_argument("folder", help="a B'MOJO model: a graft, or what training wrote")
     parser.add_argument("--sketch-size", type=int, default=SKETCH_SIZE, help=f"numbers per key ({SKETCH_SIZE})")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="text to fit on (default: Python's reference)")

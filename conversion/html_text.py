@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bs4 import BeautifulSoup, NavigableString, Tag, XMLParsedAsHTMLWarning
 
+from .common.commands import command, purpose
 from .common.files import write_text
 from .common.programs import run_program
 from .common.staging import sole_writer
@@ -119,7 +120,7 @@ def convert(patterns: Sequence[str], output: Path) -> tuple[list[Path], int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m conversion.html_text", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command("html_text"), description=purpose(__doc__))
     parser.add_argument("pages", nargs="+", help="HTML files or patterns")
     parser.add_argument("--output", type=Path, required=True, help="folder of the text files")
     given = parser.parse_args(arguments)

@@ -15,8 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .common.commands import command, purpose
 from .common.files import write_text
 from .common.programs import run_program
+from .common.recipes import find_recipe
 from .common.settings import parse_assignments
 from .common.staging import sole_writer
 from .evaluation.store import Store, check_folder
@@ -33,7 +35,7 @@ RESULT_FILE, TABLE_FILE = "recall.json", "table.md"
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(prog="python -m conversion.recall", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=command("recall"), description=purpose(__doc__))
     parser.add_argument("settings", help="YAML file, e.g. configs/recall/quick.yaml")
     parser.add_argument("--output", help="folder to write; replaces the YAML's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces one setting")
@@ -80,14 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
-    command = f"python -m conversion.recall {shlex.join(argv)}"
+    called = f"{command('recall')} {shlex.join(argv)}"
 
     def work() -> int:
         overrides = parse_assignments(arguments.set)
         if arguments.output is not None:
             overrides["output"] = arguments.output
-        settings, tasks, models = load_recall(arguments.settings, overrides)
-        print(compare(settings, tasks, models, command, arguments.overwrite, arguments.reuse))
+        settings, tasks, models = load_recall(find_recipe(arguments.settings, "recall"), overrides)
+        print(compare(settings, tasks, models, called, arguments.overwrite, arguments.reuse))
         print(f"Written to {settings.output}")
         return 0
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .common.commands import command, purpose
 from .common.files import write_json
 from .common.programs import run_program
 from .common.staging import check_output, check_space, sole_writer, staged_folder
@@ -111,9 +112,7 @@ def joined(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.restore", description=(__doc__ or "").splitlines()[0].partition(":")[0]
-    )
+    parser = argparse.ArgumentParser(prog=command("restore"), description=purpose(__doc__))
     parser.add_argument("folder", help="a graft: a folder with graft_report.json")
     parser.add_argument("--output", required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--max-shard-size", default="2GB", help="largest weights file (default: 2GB)")

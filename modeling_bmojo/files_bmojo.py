@@ -12,6 +12,8 @@ import secrets
 import socket
 from collections.abc import Callable
 
+from .system_bmojo import WINDOWS, replace, sync, sync_path
+
 
 def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:
     """Let `write(partial)` fill the file `partial`, then renames it to `path`; its mode is as the umask has it.
@@ -36,8 +38,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:
         write(partial)  # may put another file in its place, as safetensors does: a private one
         os.chmod(partial, mode & 0o777)
         with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+            sync(file.fileno())
+        replace(partial, target)
     except OSError as error:
         failed = OSError(
             f"path={target!r}: could not be written ({error}); what stood there before is unchanged. Make room or give "
@@ -48,7 +50,8 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], None]) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
-    _sync_folder(folder)
+    with contextlib.suppress(OSError):  # so that the name lasts through a power cut; the file itself is whole by now
+        sync_path(folder)
 
 
 def _here() -> str:
@@ -61,8 +64,8 @@ def _here() -> str:
 
 def _remove_leftovers(folder: str, name: str) -> None:
     """Remove the partial files of `name` whose writers no longer run."""
-    if os.name != "posix":
-        return  # elsewhere asking whether a process lives may end it
+    if WINDOWS or os.name != "posix":
+        return  # there asking whether a process lives may end it
     ours = re.compile(rf"{re.escape(name)}\.partial-{_here()}-([1-9][0-9]{{0,8}})-[0-9a-f]{{8}}")
     with os.scandir(folder) as entries:
         found = [(entry.path, match) for entry in entries if (match := ours.fullmatch(entry.name))]
@@ -80,15 +83,3 @@ def _lives(process: int) -> bool:
     except PermissionError:
         return True  # somebody else's
     return True
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the new name last through a power cut, where the file system can; the file itself is whole by now."""
-    if os.name != "posix":
-        return
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

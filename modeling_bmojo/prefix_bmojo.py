@@ -25,6 +25,7 @@ from .cache_facts_bmojo import facts_of
 from .compat_bmojo import CACHE_NAME
 from .fields_bmojo import is_int
 from .files_bmojo import write_whole
+from .system_bmojo import remove
 from .weights_bmojo import weights_fingerprint
 
 
@@ -153,7 +154,7 @@ class PrefixMemory:
     @staticmethod
     def _remove(path: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            os.remove(path)
+            remove(path)  # or leave it, where another process is reading it
 
     def _files(self) -> list[tuple[int, str, os.stat_result]]:
         """Return tokens, name and stat of each."""

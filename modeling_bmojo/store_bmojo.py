@@ -39,6 +39,7 @@ from .store_manifest_bmojo import (
     typed,
     write_manifest,
 )
+from .system_bmojo import OPEN, remove, sync, sync_path, write_at
 
 
 class Directory:
@@ -137,7 +138,7 @@ class Directory:
         named = {part[0] for part in (self.manifest.index, self.manifest.states) if part}
         for name in os.listdir(self.path):
             if OURS.fullmatch(name) and name not in named:
-                os.remove(os.path.join(self.path, name))
+                remove(os.path.join(self.path, name))
 
     # What there is ---------------------------------------------------------------------------------------------------
     @property
@@ -282,12 +283,12 @@ class Directory:
         path = os.path.join(self.path, name)
         if not grown:
             fresh.append(path)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | OPEN, 0o666)
         try:
             at = size
             while at < size + len(more):
-                at += os.pwrite(file, more[at - size :], at)
-            os.fsync(file)
+                at += write_at(file, more[at - size :], at)
+            sync(file)
         finally:
             os.close(file)
         return (name, size + len(more), zlib.crc32(more, total)), found
@@ -312,11 +313,7 @@ class Directory:
         self._logged = (self.manifest.serial, logged)
 
     def _to_disk(self, path: str) -> None:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(path)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 import torch
 
 from .pools_bmojo import LEAST, Field, Overlay, Pool
+from .system_bmojo import OPEN, sync_data, write_at
 
 
 CHUNK = 1 << 26  # bytes by which a layer's files grow at most, all of them together
@@ -92,7 +93,7 @@ class FilePool(Pool):
         self.limbo: list[int] = []  # those of them that nobody refers to
         self.maps: dict[str, mmap.mmap] = {}
         self.around: dict[str, bool] = {}  # whether the system reads ahead in a mapping
-        flags = os.O_RDWR | os.O_CLOEXEC | (0 if pages else os.O_CREAT | os.O_TRUNC)
+        flags = os.O_RDWR | OPEN | (0 if pages else os.O_CREAT | os.O_TRUNC)
         self.files: dict[str, int] = {}
         self.shut = weakref.finalize(self, _close_all, self.files)
         self.shut.atexit = False  # the thread may be at work until then
@@ -249,7 +250,7 @@ class FilePool(Pool):
             for mapped in self.maps.values():
                 mapped.flush()
         for file in self.files.values():
-            _sync(file)
+            sync_data(file)
 
     def let_go(self, pages: list[int]) -> None:
         """Give back the memory that pages are mapped to; the files hold them, and reading maps them again."""
@@ -272,10 +273,6 @@ def _advise(mapped: mmap.mmap, advice: str, begin: int, end: int) -> None:
         mapped.madvise(number, begin, end - begin)
 
 
-def _sync(file: int) -> None:
-    getattr(os, "fdatasync", os.fsync)(file)
-
-
 def _make_room(file: int, begin: int, end: int) -> None:
     """Give a file blocks of the disk for bytes begin .. end - 1, zeros, so that writing to its mapping cannot fail."""
     if hasattr(os, "posix_fallocate"):
@@ -287,7 +284,7 @@ def _make_room(file: int, begin: int, end: int) -> None:
                 raise
     zeros = bytes(1 << 20)
     while begin < end:
-        begin += os.pwrite(file, zeros[: end - begin], begin)
+        begin += write_at(file, zeros[: end - begin], begin)
 
 
 def _close_all(files: dict[str, int]) -> None:

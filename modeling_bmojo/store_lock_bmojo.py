@@ -7,12 +7,7 @@ import weakref
 
 from .store_files_bmojo import Writer
 from .store_manifest_bmojo import MANIFEST
-
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: there only host memory is offered
-    fcntl = None
+from .system_bmojo import OPEN, WINDOWS, can_lock, lock, unlock
 
 
 LOCK = "store.lock"
@@ -26,25 +21,23 @@ class Keeper:
     """
 
     def __init__(self, path: str):
-        if fcntl is None:
+        if not can_lock():
             raise ValueError(f"storage={path!r}: this system cannot lock a directory; keep the entries in host memory.")
         name = os.path.join(path, LOCK)
         while True:
             self.made = not os.path.exists(name)
-            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
+            file = os.open(name, os.O_RDWR | os.O_CREAT | OPEN, 0o666)
+            if not lock(file):
+                os.close(file)
                 raise ValueError(
                     f"storage={path!r}: in use by another cache, of this process or another; a directory has one "
                     "writer: close that one, or give another directory."
-                ) from None
+                )
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(name)):
+                if os.path.samestat(os.fstat(file), os.stat(name)):
                     break
-            os.close(lock)  # whoever was refused has removed it meanwhile
-        self.release = weakref.finalize(self, os.close, lock)
+            os.close(file)  # whoever was refused has removed it meanwhile
+        self.release = weakref.finalize(self, unlock, file)
         self.release.atexit = False  # the thread may be at work until then, and a lock ends with its process
         self.name, self.writer = name, Writer()
 
@@ -55,6 +48,8 @@ class Keeper:
 
     def undo(self) -> None:
         """Close, and leave no lock where there was none."""
+        if WINDOWS:  # nothing that is open can be removed
+            self.close()
         if self.made:
             with contextlib.suppress(OSError):
                 os.remove(self.name)

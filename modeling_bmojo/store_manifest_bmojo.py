@@ -22,6 +22,7 @@ import torch
 
 from .files_bmojo import write_whole
 from .pools_bmojo import Field
+from .system_bmojo import OPEN, read_at
 
 
 MANIFEST = "store.json"
@@ -201,7 +202,7 @@ def check_pages(folder: str, manifest: Manifest, tables: list[list[list[int]]], 
                 found = 0
                 for name, file in files.items():
                     begin = page * manifest.page * fields[name].nbytes
-                    found = zlib.crc32(os.pread(file, entries * fields[name].nbytes, begin), found)
+                    found = zlib.crc32(read_at(file, entries * fields[name].nbytes, begin), found)
                 if found != crc:
                     names = ", ".join(file_prefix(i) + name for name in files)
                     raise ValueError(f"page {page} of {names} is damaged: its crc32 is {found:08x} but was {crc:08x}")
@@ -212,7 +213,7 @@ def check_pages(folder: str, manifest: Manifest, tables: list[list[list[int]]], 
 
 def _opened(folder: str, name: str, least: int) -> int:
     try:
-        file = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(os.path.join(folder, name), os.O_RDONLY | OPEN)
     except FileNotFoundError as error:
         raise ValueError(f"{name} is not there") from error
     size = os.fstat(file).st_size

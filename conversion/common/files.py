@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modeling_bmojo import system_bmojo
 from modeling_bmojo.files_bmojo import write_whole
 
 
@@ -133,10 +134,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return values
 
 
+def rename(path: Path, name: Path) -> None:
+    """Give a file or a folder another name; Windows is asked until nobody holds it open."""
+    system_bmojo.replace(path, name)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's contents are on the disk: a rename may otherwise outlive them in a power cut."""
     with path.open("rb+") as opened:
-        os.fsync(opened.fileno())
+        system_bmojo.sync(opened.fileno())
 
 
 def sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import yaml
 from safetensors import SafetensorError
 
+from .commands import missing_package
 from .files import WriteError, disk_error
 
 
@@ -46,6 +47,8 @@ def message(error: Exception) -> str | None:
     said = disk_error(error)
     if said is not None:
         return f"{error}: {said}; free some space, or write elsewhere, and run it again."
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     if isinstance(error, DAMAGED) or (isinstance(error, RuntimeError) and TORCH_READER.search(str(error))):

@@ -24,6 +24,7 @@ ENTRIES = (
 )
 # What shows results and changes none: it is neither followed nor counted.
 SHOWN = (
+    CONVERSION / "common" / "commands.py",
     CONVERSION / "common" / "plotting.py",
     CONVERSION / "common" / "programs.py",
     CONVERSION / "grafting" / "card.py",
@@ -49,10 +50,16 @@ def code_fingerprint() -> str:
 
 
 def fingerprint_of(files: Iterable[Path], packages: Iterable[Path]) -> str:
-    """Hash names, as seen from the folder that holds their package, and contents of files (SHA-256)."""
+    """Hash names, as seen from the folder that holds their package, and contents of files (SHA-256).
+
+    A wheel names conversion/ bmojo_conversion; what is in it is the same code.
+    """
     digest = hashlib.sha256()
     named = {
-        file.relative_to(root.parent).as_posix(): file for root in packages for file in files if root in file.parents
+        f"{root.name.removeprefix('bmojo_')}/{file.relative_to(root).as_posix()}": file
+        for root in packages
+        for file in files
+        if root in file.parents
     }
     for name, file in sorted(named.items()):
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .files import leftovers, partial_name, sync, writing
+from modeling_bmojo.system_bmojo import WINDOWS, sync_path
+
+from .files import leftovers, partial_name, rename, sync, writing
 
 
 REPORT_FILE = "graft_report.json"  # marks a folder as a complete one of ours; grafting/report.py writes it
@@ -50,8 +52,12 @@ def sole_writer(output: Path) -> Iterator[None]:
         clear_leftovers(output)
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that it is gone
+        if not WINDOWS:
+            file.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that it is gone
         lock.release()
+        if WINDOWS:  # where nothing that is open can go; who is locking it now keeps it
+            with suppress(OSError):
+                file.unlink()
         for folder in made:
             with suppress(OSError):  # it holds something now
                 folder.rmdir()
@@ -102,7 +108,7 @@ def clear_leftovers(output: Path) -> None:
         if output.exists():
             shutil.rmtree(replaced)
         else:
-            replaced.rename(output)
+            rename(replaced, output)
     for partial in leftovers(output):
         shutil.rmtree(partial)
     for lock in _beside(output, OLD_LOCK):
@@ -150,10 +156,12 @@ def staged_folder(output: Path) -> Iterator[Path]:
             yield partial
             _finish(partial)
             if output.exists():
-                output.rename(replaced)
-            partial.rename(output)
+                rename(output, replaced)
+            rename(partial, output)
+            with suppress(OSError):  # the new name lasts through a power cut; the files are on the disk already
+                sync_path(str(output.parent))
         finally:
             if replaced.exists() and not output.exists():
-                replaced.rename(output)
+                rename(replaced, output)
             shutil.rmtree(replaced, ignore_errors=True)
             shutil.rmtree(partial, ignore_errors=True)

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 
 from ..common.files import sha256
+from ..common.recipes import own_data
 from .settings import DataSettings
 
 
@@ -50,9 +51,8 @@ def _matching(patterns: str | list[str]) -> dict[str, list[str]]:
     """Builder of `datasets` to the files that it reads, in the order of `read_files`."""
     found: dict[str, list[str]] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [
-            name for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)) if Path(name).is_file()
-        ]
+        places = glob.glob(str(Path(own_data(pattern)).expanduser()), recursive=True)
+        names = [name for name in sorted(places) if Path(name).is_file()]
         if not names:
             raise ValueError(f"data.files: {pattern!r} matches no file; the path counts from {str(Path.cwd())!r}.")
         for name in names:

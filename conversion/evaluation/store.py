@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..common.commands import INSTALLED
 from ..common.files import read_json, write_text
 from ..common.provenance import versions
 
@@ -136,6 +137,8 @@ def _processor() -> str:
 
 def _commit() -> str:
     """Return the checkout's commit, with a + where it has changes; empty outside a checkout."""
+    if INSTALLED:  # a checkout around it is somebody else's
+        return ""
     root = Path(__file__).resolve().parents[1]
     said = []
     for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):

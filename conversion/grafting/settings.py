@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from modeling_bmojo import BMojoConfig
 
+from ..common.commands import command
 from ..common.settings import DTYPES, RULED, known_keys, make_settings, read_settings
 from .families import MEMORY_FIELDS
 from .ssm_init import SSM_INITS, check_fields
@@ -118,7 +119,7 @@ def _check_sketches(settings: GraftSettings) -> None:
     if size is not None and not stored:
         raise ValueError(
             f"storage_sketch_size={size!r}: with storage_size={stored or 0} nothing is stored and no sketch is fitted; "
-            "set storage_size, or fit the finished folder: python -m conversion.fit_storage."
+            f"set storage_size, or fit the finished folder: {command('fit_storage')}."
         )
     if settings.storage_text is not None and size is None:
         raise ValueError(

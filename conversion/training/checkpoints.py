@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerState
 
-from ..common.files import leftovers, partial_name, read_json, sha256, sync, write_json
+from ..common.files import leftovers, partial_name, read_json, rename, sha256, sync, write_json
 from ..common.staging import REPORT_FILE
 from .settings import TrainingSettings
 
@@ -272,5 +272,5 @@ def remove_work(output: Path) -> None:
     work = work_folder(output)
     if work.exists():
         doomed = partial_name(output)
-        work.rename(doomed)
+        rename(work, doomed)
         shutil.rmtree(doomed)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from accelerate import PartialState
 
+from ..common.commands import command
 from ..common.programs import run_program
+from ..common.recipes import find_recipe
 from ..common.settings import parse_assignments
 from .output import ADAPTER_FILE
 from .run import Result, RunOptions, train
@@ -14,8 +16,8 @@ from .settings import TrainingSettings, load_training_settings
 
 
 def parse_arguments(program: str, purpose: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line of `python -m conversion.<program>`."""
-    parser = argparse.ArgumentParser(prog=f"python -m conversion.{program}", description=purpose)
+    """Return the command line of a training program."""
+    parser = argparse.ArgumentParser(prog=command(program), description=purpose)
     parser.add_argument("settings", help=f"YAML file, e.g. configs/{program}/smollm2-135m.yaml")
     parser.add_argument("--source", help="folder or hub id of a B'MOJO checkpoint; replaces the YAML's")
     parser.add_argument("--output", help="folder to write; replaces the YAML's")
@@ -34,7 +36,7 @@ def settings_of(kind: type[TrainingSettings], arguments: argparse.Namespace) -> 
     overrides = parse_assignments(arguments.set)
     given = {key: getattr(arguments, key) for key in ("source", "output")}
     overrides |= {key: value for key, value in given.items() if value is not None}
-    return load_training_settings(kind, arguments.settings, overrides)
+    return load_training_settings(kind, find_recipe(arguments.settings, kind.program), overrides)
 
 
 def run(program: str, kind: type[TrainingSettings], purpose: str, argv: Sequence[str] | None) -> int:

@@ -10,7 +10,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..common.settings import DTYPES, check_choice, make_settings, read_settings
 from ..data.settings import DataSettings, check_data
@@ -108,6 +108,7 @@ class AlignSettings(TrainingSettings):
     because a graft is exact before it.
     """
 
+    program: ClassVar[str] = "align"
     teacher: str | None = None
     losses: LossSettings = field(default_factory=lambda: LossSettings(kl=1.0))
     loss_from: int | None = None
@@ -117,6 +118,7 @@ class AlignSettings(TrainingSettings):
 class FinetuneSettings(TrainingSettings):
     """Settings of conversion.finetune. lora: train an adapter; `train` is then left out."""
 
+    program: ClassVar[str] = "finetune"
     train: str | list[str] = "all"
     lora: LoraSettings | None = None
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
 
+from ..common.commands import command
 from ..common.files import read_json
 from ..common.running import meta_model, tensor_shapes
 from ..common.staging import REPORT_FILE
@@ -46,7 +47,7 @@ def find_checkpoint(source: str) -> Path:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if not HUB_ID.fullmatch(source) or folder.exists():
-            raise ValueError(f"source={source!r}: no such folder; graft one first: python -m conversion.graft.")
+            raise ValueError(f"source={source!r}: no such folder; graft one first: {command('graft')}.")
         folder = _download(source)
     _refuse_adapter(source, folder)
     try:
@@ -56,7 +57,7 @@ def find_checkpoint(source: str) -> Path:
     if config.get("model_type") != "bmojo":
         raise ValueError(
             f"source={source!r}: is a {config.get('model_type')} model, not a B'MOJO checkpoint; turn it into one with "
-            "python -m conversion.graft."
+            f"{command('graft')}."
         )
     return folder
 
@@ -107,7 +108,7 @@ def open_student(settings: TrainingSettings) -> Student:
     if any(SKETCH in name for name in info["missing_keys"]):
         raise ValueError(
             f"source={settings.source!r}: has no sketches of keys, and storage_sketch_size="
-            f"{config.storage_sketch_size} asks for them; fit them first: python -m conversion.fit_storage."
+            f"{config.storage_sketch_size} asks for them; fit them first: {command('fit_storage')}."
         )
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:

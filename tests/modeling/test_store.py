@@ -607,7 +607,7 @@ def test_a_sync_that_fails_leaves_the_last_one(store, monkeypatch, where):
 
     with monkeypatch.context() as patch:
         if where == "data":
-            patch.setattr(store_files_bmojo, "_sync", full)
+            patch.setattr(store_files_bmojo, "sync_data", full)
         elif where == "states":
             patch.setattr(Directory, "_to_disk", full)
         elif where == "index":
@@ -663,7 +663,7 @@ def test_what_the_thread_could_not_do_is_raised_once(store, monkeypatch, by):
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_files_bmojo, "_sync", broken)
+        patch.setattr(store_files_bmojo, "sync_data", broken)
         feed(directory, 20 * P)
         feed(directory, P)
         directory.keeper.writer.drain()
@@ -701,7 +701,7 @@ def test_what_is_read_does_not_wait_for_the_thread(store, monkeypatch):
     """With a disk that never answers, everything is written and read at once."""
     answer = threading.Event()
     directory = opened(store)
-    monkeypatch.setattr(store_files_bmojo, "_sync", lambda file: answer.wait(30))
+    monkeypatch.setattr(store_files_bmojo, "sync_data", lambda file: answer.wait(30))
     begun = time.monotonic()
     feed(directory, 60 * P)
     feed(directory, P)
@@ -718,7 +718,7 @@ def test_pages_given_back_while_the_thread_sums_them(store, monkeypatch):
     answer = threading.Event()
     directory = opened(store)
     with monkeypatch.context() as patch:
-        patch.setattr(store_files_bmojo, "_sync", lambda file: answer.wait(30))
+        patch.setattr(store_files_bmojo, "sync_data", lambda file: answer.wait(30))
         for _ in range(3):
             feed(directory, 40 * P)
             feed(directory, P)

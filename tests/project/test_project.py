@@ -359,9 +359,12 @@ def test_module_is_documented_and_named_safely(path: Path):
 
 
 def test_every_room_is_installed():
-    """setuptools installs the packages that it is told of; a room has no rooms."""
+    """setuptools installs the packages that it is told of; a room has no rooms. The programs' libraries beside them."""
     packages = ["modeling_bmojo", *(f"modeling_bmojo.{room.name}" for room in ROOMS)]
-    assert pyproject()["tool"]["setuptools"]["packages"] == packages and len(packages) > 1
+    libraries = [*LIBRARIES, "configs"]
+    stated = pyproject()["tool"]["setuptools"]["packages"]
+    assert stated[: len(packages)] == packages and len(packages) > 1
+    assert stated[len(packages) :] == ["bmojo_conversion", *(f"bmojo_conversion.{name}" for name in sorted(libraries))]
     assert sorted(PACKAGE.rglob("*.py")) == sorted(MODULES)
 
 

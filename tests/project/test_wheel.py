@@ -1,25 +1,33 @@
-"""The wheel: every file of the package and nothing else, and every public name, installed where no checkout is."""
+"""The wheel: the files of the package, the programs and the recipes and nothing else, at work where no checkout is."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from conversion.__main__ import PROGRAMS
+from conversion.common.provenance import code_fingerprint
+
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "modeling_bmojo"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+# What the programs and recipes are called in the wheel; pyproject.toml says why.
+PROGRAMS_AS, RECIPES_AS = "bmojo_conversion", "bmojo_conversion/configs"
 
 
-def run(*command: object, cwd: Path, **environment: str) -> str:
+def run(*command: object, cwd: Path, status: int = 0, **environment: str) -> str:
     options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 240}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env={**os.environ, **environment}, **options)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env={**clean, **environment}, **options)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout if status == 0 else done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -36,36 +44,77 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+@pytest.fixture(scope="module")
+def scripts(wheel, tmp_path_factory) -> Path:
+    """The commands of an environment with the wheel, and behind it the packages of this one but for our checkout.
+
+    A path in a .pth is searched, but the .pth files in it are not read: those of an editable install neither.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    base = {"base": str(folder), "platbase": str(folder)}
+    places = {name: Path(sysconfig.get_path(name, vars=base)) for name in ("purelib", "scripts")}
+    behind = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    (places["purelib"] / "behind.pth").write_text("\n".join(behind), encoding="utf-8")
+    python = places["scripts"] / "python"
+    run(*PIP, "--python", python, "install", "--no-index", "--no-deps", wheel, cwd=folder)
+    return places["scripts"]
+
+
+def named(folder: Path, pattern: str, prefix: str) -> set[str]:
+    found = (path for path in folder.rglob(pattern) if path.is_file() and "__pycache__" not in path.parts)
+    return {f"{prefix}/{path.relative_to(folder).as_posix()}" for path in found}
+
+
+def test_the_wheel_holds_what_it_should_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {file for file in archive.namelist() if ".dist-info/" not in file}
-    sources = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    assert files == sources | {"modeling_bmojo/py.typed"}
+    expected = named(PACKAGE, "*.py", "modeling_bmojo") | {"modeling_bmojo/py.typed"}
+    expected |= named(ROOT / "conversion", "*.py", PROGRAMS_AS) | named(ROOT / "configs", "*", RECIPES_AS)
+    assert files == expected
 
 
-IMPORT = """
-import importlib, pkgutil, sys
-import modeling_bmojo
-
-for module in pkgutil.walk_packages(modeling_bmojo.__path__, "modeling_bmojo."):
-    found = importlib.import_module(module.name)
-    assert found.__file__.startswith(sys.argv[1]), found.__file__
-    if module.ispkg:
-        print(module.name, *found.__all__)
-        for name in found.__all__:
-            getattr(found, name)
-print("modeling_bmojo", *modeling_bmojo.__all__)
-for name in modeling_bmojo.__all__:
-    getattr(modeling_bmojo, name)
-"""
-
-
-def test_the_installed_wheel_imports_with_every_public_name(wheel, tmp_path):
-    target = tmp_path / "site"
-    run(*PIP, "install", "--no-index", "--no-deps", "--target", target, wheel, cwd=tmp_path)
-    printed = run(sys.executable, "-c", IMPORT, target, cwd=tmp_path, PYTHONPATH=str(target), HF_HUB_OFFLINE="1")
-    names = {package: set(public) for package, *public in map(str.split, printed.splitlines())}
+def test_it_imports_grafts_and_writes_where_no_checkout_is(scripts, tmp_path):
+    program = ROOT / "tests" / "launched" / "installed.py"
+    printed = run(scripts / "python", program, cwd=tmp_path, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    lines = [line.split() for line in printed.splitlines() if line.startswith("package ")]
+    names = {package: set(public) for _, package, *public in lines}
     rooms = {f"modeling_bmojo.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
-    assert names.keys() == rooms | {"modeling_bmojo"}
+    libraries = {f"{PROGRAMS_AS}.{path.parent.name}" for path in (ROOT / "conversion").glob("*/__init__.py")}
+    assert names.keys() == rooms | libraries | {"modeling_bmojo", PROGRAMS_AS}
     assert {"show_memory", "bmojo_lora_config", "explain_kernels", "BMojoForCausalLM"} <= names["modeling_bmojo"]
     assert "trace_innovation" in names["modeling_bmojo.inspect"]
+    report = json.loads((tmp_path / "graft" / "graft_report.json").read_text(encoding="utf-8"))
+    assert report["code_sha256"] == code_fingerprint(), "a graft of the checkout would be made anew"
+
+
+def test_the_command_lists_its_programs_and_recipes(scripts, tmp_path):
+    from importlib.metadata import version
+
+    programs = {path.stem.replace("_", "-") for path in (ROOT / "conversion").glob("*.py")}
+    assert programs - {"--init--", "--main--"} == set(PROGRAMS)
+    bmojo = scripts / "bmojo"
+    told = run(bmojo, "--help", cwd=tmp_path)
+    assert all(f"\n  {name} " in told for name in PROGRAMS)
+    assert run(bmojo, "--version", cwd=tmp_path).strip() == version("modeling-bmojo")
+    assert "did you mean 'fit-storage'" in run(bmojo, "fit-storag", cwd=tmp_path, status=2)
+    listed = {line.split()[0] for line in run(bmojo, "recipes", cwd=tmp_path).splitlines()}
+    assert listed == {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").glob("*/*.yaml")}
+    text = (ROOT / "configs" / "align" / "qwen3-8b.yaml").read_text(encoding="utf-8")
+    assert run(bmojo, "recipes", "align/qwen3-8b.yaml", cwd=tmp_path) == text
+    place = run(bmojo, "recipes", "--path", "accelerate/ddp", cwd=tmp_path).strip()
+    assert Path(place).is_file() and str(scripts.parent) in place
+    assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT = "import sys; sys.modules[{0!r}] = None; from {1}.__main__ import main; sys.exit(main([{2!r}, 'x']))"
+
+
+def test_a_missing_package_is_said_with_the_extra_that_brings_it(scripts, tmp_path):
+    told = run(scripts / "python", "-c", WITHOUT.format("bs4", PROGRAMS_AS, "html-text"), cwd=tmp_path, status=2)
+    assert told.strip() == (
+        "error: bmojo html-text: needs the package 'bs4', which is not installed here; "
+        "pip install 'modeling-bmojo[convert]'."
+    )
+    told = run(scripts / "python", "-c", WITHOUT.format("argparse", PROGRAMS_AS, "recipes"), cwd=tmp_path, status=1)
+    assert "ModuleNotFoundError" in told, "a module of no extra is a defect, which keeps its traceback"
