@@ -314,6 +314,13 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         super().init_parallel_plans()
         self._tp_plan = matching(self._tp_plan, self)
 
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
+        """Override transformers' method, which puts a weight together anew under each of the names it is tied to."""
+        found = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
+        if found is state_dict:
+            return found
+        return {name: value for name, value in found.items() if name not in model_to_save.all_tied_weights_keys}
+
     def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:
         """`nn.Module.set_submodule`, by which transformers puts quantised modules into a model."""
         if avoid_packing(module):

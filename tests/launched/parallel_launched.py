@@ -9,10 +9,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.functional import cross_entropy
+from transformers.distributed import DistributedConfig
 
 from modeling_bmojo import BMojoForCausalLM, cache_of
 from modeling_bmojo.weights_bmojo import weights_fingerprint
+
+
+DTYPE = {"dtype": torch.float64}
 
 
 def prompt() -> torch.Tensor:
@@ -51,23 +57,50 @@ def read(model) -> dict:
     return found
 
 
-def train(model) -> dict:
-    """Return loss and gradients of two batches, the gradients added up."""
+def train(model, batches: list[torch.Tensor] | None = None) -> dict:
+    """Return the last loss and the gradients of several batches, added up."""
     model.train()
-    for ids in (prompt(), prompt().flip(1)):
+    for ids in [prompt(), prompt().flip(1)] if batches is None else batches:
         loss = loss_of(model(ids).logits, ids)
         loss.backward()
-    named = model.named_parameters()
-    return {"loss": loss.detach(), "gradients": {name: whole(v.grad) for name, v in named if v.grad is not None}}
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
 
 
 def tensor_parallel(folder: Path) -> None:
     """Write `tensor-RANK.pt`, and the model anew under `saved`."""
-    model = BMojoForCausalLM.from_pretrained(folder, dtype=torch.float64, tp_plan="auto").eval()
+    model = BMojoForCausalLM.from_pretrained(folder, **DTYPE, distributed_config=DistributedConfig(tp_size=2)).eval()
     shared = {name: list(v.to_local().shape) for name, v in model.named_parameters() if type(v).__name__ == "DTensor"}
     found = {"shared": shared, "fingerprint": weights_fingerprint(model)} | read(model)
     model.save_pretrained(folder / "saved")
     torch.save(found | train(model), folder / f"tensor-{dist.get_rank()}.pt")
+
+
+class Stage(nn.Module):
+    """A model of which transformers left some layers here: tokens or hidden states to hidden states or logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.is_first, self.is_last = model, dist.get_rank() == 0, dist.get_rank() == 1
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        if self.is_last:
+            return type(self.model).forward(self.model, inputs_embeds=given).logits  # transformers' sends no gradients
+        return self.model.model(given).last_hidden_state
+
+
+def pipeline(folder: Path) -> None:
+    """Write `pipeline-RANK.pt`: what transformers' pipeline reads, and what torch's trains, a row after the other."""
+    model = BMojoForCausalLM.from_pretrained(folder, **DTYPE, distributed_config=DistributedConfig(pp_size=2)).eval()
+    found = read(model)
+    schedule = ScheduleGPipe(PipelineStage(Stage(model.train()), dist.get_rank(), 2, torch.device("cpu")), 2, loss_of)
+    losses = []
+    schedule.step(prompt()) if dist.get_rank() == 0 else schedule.step(target=prompt(), losses=losses)
+    found |= {"losses": [loss.detach() for loss in losses], "gradients": gradients(model)}
+    torch.save(found, folder / f"pipeline-{dist.get_rank()}.pt")
 
 
 def main(*folders: str) -> None:
@@ -75,6 +108,7 @@ def main(*folders: str) -> None:
     for folder in map(Path, folders):
         print(f"model: {folder}", file=sys.stderr, flush=True)  # which one an error that follows is about
         tensor_parallel(folder)
+        pipeline(folder)
 
 
 if __name__ == "__main__":
