@@ -1,6 +1,6 @@
 """One of two processes that share models by their plans and write what each computes into the models' folders.
 
-torchrun --nproc-per-node 2 tests/launched/parallel_launched.py MODEL ...
+torchrun --nproc-per-node 2 tests/launched/parallel_launched.py NAMES,OF,MODELS,TO,SAVE MODEL ...
 """
 
 import os
@@ -51,9 +51,9 @@ def read(model) -> dict:
             cache = cache_of(out)
             found["chunks"].append(out.logits)
         found["states"] = [layer.states() for layer in cache.layers]
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     found["generated"] = model.generate(ids, attention_mask=mask(), **options)
-    found["beams"] = model.generate(ids, attention_mask=mask(), num_beams=3, **options)
+    found["beams"] = model.generate(ids, attention_mask=mask(), num_beams=2, **options)
     return found
 
 
@@ -70,12 +70,15 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
 
 
-def tensor_parallel(folder: Path) -> None:
-    """Write `tensor-RANK.pt`, and the model anew under `saved`."""
+def tensor_parallel(folder: Path, saves: bool) -> None:
+    """Write `tensor-RANK.pt`, the cache of a prompt `cache-RANK.pt`, and if `saves` the model anew under `saved`."""
     model = BMojoForCausalLM.from_pretrained(folder, **DTYPE, distributed_config=DistributedConfig(tp_size=2)).eval()
     shared = {name: list(v.to_local().shape) for name, v in model.named_parameters() if type(v).__name__ == "DTensor"}
     found = {"shared": shared, "fingerprint": weights_fingerprint(model)} | read(model)
-    model.save_pretrained(folder / "saved")
+    with torch.no_grad():
+        cache_of(model(prompt(), use_cache=True)).save(folder / f"cache-{dist.get_rank()}.pt")
+    if saves:
+        model.save_pretrained(folder / "saved")
     torch.save(found | train(model), folder / f"tensor-{dist.get_rank()}.pt")
 
 
@@ -103,11 +106,11 @@ def pipeline(folder: Path) -> None:
     torch.save(found, folder / f"pipeline-{dist.get_rank()}.pt")
 
 
-def main(*folders: str) -> None:
+def main(saved: str, *folders: str) -> None:
     dist.init_process_group("gloo")
     for folder in map(Path, folders):
         print(f"model: {folder}", file=sys.stderr, flush=True)  # which one an error that follows is about
-        tensor_parallel(folder)
+        tensor_parallel(folder, folder.name in saved.split(","))
         pipeline(folder)
 
 
