@@ -51,7 +51,7 @@ def read(model) -> dict:
             cache = cache_of(out)
             found["chunks"].append(out.logits)
         found["states"] = [layer.states() for layer in cache.layers]
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     found["generated"] = model.generate(ids, attention_mask=mask(), **options)
     found["beams"] = model.generate(ids, attention_mask=mask(), num_beams=2, **options)
     return found
