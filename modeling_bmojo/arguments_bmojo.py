@@ -30,6 +30,13 @@ def _all_zero(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (torch.compiler.is_compiling() or not bool(value.any()))
 
 
+def _known_inside(value: Any) -> bool:
+    """Whether it is a dict of arguments none of which is refused; raises ValueError for one that is."""
+    if isinstance(value, dict):
+        refuse_unknown(value)
+    return isinstance(value, dict)
+
+
 # Unknown names that pass, and for which values. Each is here because somebody in transformers' own code passes it.
 HARMLESS: dict[str, Callable[[Any], bool]] = {
     # read by transformers' decorators around forward
@@ -47,6 +54,8 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
     # generate()'s, for stop strings; it hands them on with everything else (`transformers serve` always gives them)
     "tokenizer": _always,
     "assistant_tokenizer": _always,
+    # of transformers' pipeline over devices: what else the first stage was called with
+    "kwargs": _known_inside,
     # ask for what this model does anyway, or for what it does not have
     "is_causal": _only(True),
     "output_router_logits": _only(False),

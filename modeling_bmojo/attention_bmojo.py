@@ -114,6 +114,7 @@ class BMojoAttention(nn.Module):
         """
         query = self._normed_heads(project(self.q_proj, hidden_states), self.q_norm)
         keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj)
+        self._check_heads(query.shape[2], keys.shape[2])
         needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         none = [None] * len(rows.lengths)
         groups = zip(
@@ -132,6 +133,17 @@ class BMojoAttention(nn.Module):
             return out, None
         weights = mixed[0][1]
         return out, weights if rows.layout is None else rows.layout.merge_weights(weights)
+
+    def _check_heads(self, query_heads: int, key_heads: int) -> None:
+        """Raise ValueError unless all heads are here: a device with some of them would judge tokens by those alone, and
+        keep others than the next device."""
+        wanted = self.config.num_attention_heads, self.config.num_key_value_heads
+        if (query_heads, key_heads) != wanted:
+            raise ValueError(
+                f"layer {self.layer_idx}: q_proj and k_proj give {query_heads} and {key_heads} of {wanted[0]} and "
+                f"{wanted[1]} heads: every device needs all of them; in a tp_plan of your own let q_proj, "
+                "k_proj and v_proj be 'colwise_gather_output' and o_proj 'rowwise_split_input', or leave the plan out."
+            )
 
     def _signals(self, fading: torch.Tensor | None, predictions: list[Prediction] | None, rows: Rows) -> list:
         """Return what the innovation test judges by, for each group of mixer rows; None where that is the keys, or

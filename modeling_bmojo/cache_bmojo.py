@@ -168,6 +168,16 @@ class BMojoCache(Cache):
             new = pads_in(mask, first.columns)
             first.pads = new if first.pads is None else first.pads + new.to(first.pads.device)
 
+    def pass_by(self, here: list[int], hidden: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Let the layers that another stage of a pipeline has count what is read.
+
+        Args:
+            here: the others. hidden: `[B, T, E]`. lengths: `[B]` of its columns that are real, None: all.
+        """
+        if len(here) < len(self.layers):
+            for index in set(range(len(self.layers))).difference(here):
+                self.layers[index].pass_by(hidden, lengths)
+
     def finish(self, last_hidden: torch.Tensor) -> None:
         """End what `begin` began. last_hidden: `[B, E]`, the model's output for each row's last real token."""
         last = self.layers[-1]
@@ -224,6 +234,14 @@ class BMojoCache(Cache):
             raise ValueError(
                 f"{CACHE_NAME}: a forward that wrote this cache, or an operation on it, stopped halfway, so its "
                 "layers disagree; go back to a copy (copy.deepcopy before reading), or reset() it and read again."
+            )
+
+    def _require_all_layers(self) -> None:
+        absent = [index for index, layer in enumerate(self.layers) if layer.elsewhere]
+        if absent:
+            raise ValueError(
+                f"{CACHE_NAME}: other stages of the pipeline have the states of layers {absent}; save a cache that one "
+                "process has read, or load the model with tp_size or device_map in place of pp_size."
             )
 
     @contextlib.contextmanager
@@ -337,7 +355,7 @@ class BMojoCache(Cache):
         """Return the tokens that a layer's eidetic memory holds for a row of the batch, by position.
 
         Raises:
-            ValueError: if the layer or row does not exist, or the layer has no eidetic memory.
+            ValueError: if the layer or row does not exist, or the layer has no eidetic memory, or is another stage's.
         """
         if not -len(self.layers) <= layer_idx < len(self.layers):
             raise ValueError(f"layer_idx={layer_idx}: the cache has {len(self.layers)} layers; layers count from 0.")
@@ -350,6 +368,10 @@ class BMojoCache(Cache):
             )
         if not layer.is_initialized:
             return []
+        if layer.elsewhere:
+            raise ValueError(
+                f"layer_idx={layer_idx}: another stage of the pipeline has the layer and what it keeps; ask there."
+            )
         if not -layer.batch_size <= row < layer.batch_size:
             raise ValueError(f"row={row}: the cache has {layer.batch_size} rows; rows count from 0.")
         own = layer.memory.part(EideticMemory).own
@@ -416,12 +438,13 @@ class BMojoCache(Cache):
 
         Raises:
             ValueError: if nothing has been read yet, a forward stopped halfway, the states cannot be those of a cache
-                (NaN, say), or the folder does not exist.
+                (NaN, say), other stages of a pipeline have some of them, or the folder does not exist.
             OSError: if the file cannot be written, for want of space say; what stood there before is unchanged.
         """
         if not self.layers[0].is_initialized:
             raise ValueError("the cache is empty: run the model with cache=cache before saving it.")
         self._require_finished()
+        self._require_all_layers()
         self.settle()
         columns = self.get_seq_length()
 
@@ -445,6 +468,7 @@ class BMojoCache(Cache):
         if not self.layers[0].is_initialized:
             raise ValueError("the cache is empty: run the model with cache=cache before syncing it.")
         self._require_finished()
+        self._require_all_layers()
         self.settle()
         elsewhere = self._elsewhere()
         own = [{n: value for n, value in layer.states().items() if n not in elsewhere} for layer in self.layers]

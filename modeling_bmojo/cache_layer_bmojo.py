@@ -45,6 +45,7 @@ class BMojoCacheLayer(CacheLayerMixin):
     pages: Any = None  # the entries of stored tokens, where a directory or host memory holds them
     store: Any = None  # that directory; the first layer starts it, with the batch size and dtype
     on_host: bool = False  # whether host memory does, wherever the model is
+    elsewhere: bool = False  # whether another stage of a pipeline has the layer, and its states
     is_compileable = False
     is_croppable = False
     is_sliding = False
@@ -122,6 +123,17 @@ class BMojoCacheLayer(CacheLayerMixin):
         if any(value.is_inference() for value in self.states().values()):
             # Read under inference_mode, continued outside (generate() uses no_grad): such tensors refuse writes.
             self._map(torch.clone)
+
+    def pass_by(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Count what another stage of a pipeline reads, as `advance` does; nothing else of it is known here.
+
+        Args:
+            hidden: `[B, T, E]`. lengths: `[B]` of its columns that are real, None: all.
+        """
+        if self.seen is None:
+            self.seen = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+            self.device, self.is_initialized, self.elsewhere = hidden.device, True, True
+        self.advance(lengths, hidden.shape[1])
 
     def states(self) -> dict[str, torch.Tensor]:
         """Every allocated state by name."""

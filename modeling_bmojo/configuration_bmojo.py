@@ -19,6 +19,7 @@ from .fields_bmojo import backbone, fields_with, memory, reject, require_choice,
 from .full_context_bmojo import FullContext
 from .innovation_bmojo import ConstantInnovation, Innovation, KeyInnovation, OutputInnovation, StateInnovation
 from .kernels_forms import KERNEL_BACKENDS
+from .parallel_bmojo import PIPELINE_PLAN, TENSOR_PLAN
 from .parts_bmojo import LayerSpec, MemoryPart
 from .register_bmojo import register_names
 from .storage_bmojo import Storage
@@ -135,6 +136,8 @@ class BMojoConfig(BackboneConfig):
     model_type = "bmojo"
     _auto_class = "AutoConfig"  # save_pretrained writes this module, and all that it imports, into the folder
     keys_to_ignore_at_inference = list(CACHE_NAMES)
+    base_model_tp_plan = TENSOR_PLAN
+    base_model_pp_plan = PIPELINE_PLAN
 
     vocab_size: int = backbone(32000, live=True)
     hidden_size: int = backbone(2048)

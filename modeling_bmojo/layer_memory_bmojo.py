@@ -29,6 +29,8 @@ OF_THE_CACHE = {
     *("is_initialized", "memory", "names", "spec", "columns", "even", "unfinished", "device", "started", "states"),
     *(
         "restore",
+        "elsewhere",
+        "pass_by",
         "saves",
         "pages",
         "store",

@@ -53,6 +53,7 @@ from .layer_memory_bmojo import LayerMemory
 from .layout_bmojo import Rows, Turns, sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
+from .parallel_bmojo import HEAD_PIPELINE_PLAN, HEAD_TENSOR_PLAN, is_elsewhere, matching
 from .peft_bmojo import NoPrompts
 from .rollback_bmojo import Columns, read_waiting, read_with_rollback
 
@@ -308,6 +309,18 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
                 kwargs["ssm_scalars_in_fp32"] = False
         return super().from_pretrained(*args, config=config, distributed_config=distributed_config, **kwargs)
 
+    def init_parallel_plans(self) -> None:
+        """Override transformers' method: of the plans of the class and the configuration, take what this model has."""
+        super().init_parallel_plans()
+        self._tp_plan = matching(self._tp_plan, self)
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
+        """Override transformers' method, which puts a weight together anew under each of the names it is tied to."""
+        found = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
+        if found is state_dict:
+            return found
+        return {name: value for name, value in found.items() if name not in model_to_save.all_tied_weights_keys}
+
     def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:
         """`nn.Module.set_submodule`, by which transformers puts quantised modules into a model."""
         if avoid_packing(module):
@@ -394,7 +407,7 @@ class BMojoModel(BMojoPreTrainedModel):
         check_tokens(self.config, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.config.embedding_multiplier != 1.0:
+        if self.config.embedding_multiplier != 1.0 and not is_elsewhere(self.layers[0]):
             inputs_embeds = inputs_embeds * self.config.embedding_multiplier
         batch, columns = inputs_embeds.shape[:2]
         past = 0
@@ -432,13 +445,15 @@ class BMojoModel(BMojoPreTrainedModel):
         if past_key_values is None and not packed and self._wants_cache(use_cache):
             past_key_values = BMojoCache(self.config)
 
-        for layer in self.layers:
-            layer.check_hooks(rows, inputs_embeds.shape[1], past_key_values is not None)
+        here = [index for index, layer in enumerate(self.layers) if not is_elsewhere(layer)]
+        for index in here:
+            self.layers[index].check_hooks(rows, inputs_embeds.shape[1], past_key_values is not None)
         if past_key_values is not None:
             past_key_values.begin(mask)
+            past_key_values.pass_by(here, inputs_embeds, rows.lengths[0])
         hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states, _ = layer(hidden_states, rows=rows, past_key_values=past_key_values)
+        for index in here:
+            hidden_states, _ = self.layers[index](hidden_states, rows=rows, past_key_values=past_key_values)
         last_hidden = None if past_key_values is None else past_key_values.layers[-1].last_hidden
         hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
         if past_key_values is not None:
@@ -468,6 +483,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = HEAD_TENSOR_PLAN
+    _pp_plan = HEAD_PIPELINE_PLAN
 
     def __init__(self, config: BMojoConfig):
         super().__init__(config)

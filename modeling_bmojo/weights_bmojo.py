@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 SAMPLES = 16  # numbers of each weight, evenly spread: whatever trains a weight changes nearly all of its numbers
@@ -11,12 +12,16 @@ SAMPLES = 16  # numbers of each weight, evenly spread: whatever trains a weight 
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return 64 hexadecimal digits that are other ones for other weights, names, shapes, dtypes or adapters in use."""
+    """Return 64 hexadecimal digits that are other ones for other weights, names, shapes, dtypes or adapters in use.
+
+    Where devices share the weights all of them must ask: each is put together, one after the other.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         count = value.numel()
         index = torch.linspace(0, max(count - 1, 0), min(count, SAMPLES), dtype=torch.float64).long()
-        found = value.detach().reshape(-1)[index.to(value.device)].to("cpu", torch.float64)
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        found = whole.detach().reshape(-1)[index.to(value.device)].to("cpu", torch.float64)
         digest.update(f"{name} {list(value.shape)} {value.dtype};".encode() + bytes(found.numpy()))
     for name, module in model.named_modules():
         if isinstance(getattr(module, "disable_adapters", None), bool):  # peft's layers

@@ -101,6 +101,7 @@ def test_every_harmless_name_passes_with_some_value():
     values |= dict(is_causal=True, output_router_logits=False, return_dict=True, max_length_q=9, max_length_k=9)
     values |= dict(output_attentions=False, output_hidden_states=False, num_items_in_batch=2, ignore_index=-100)
     values |= dict(token_type_ids=torch.zeros(1, 9), shift_labels=tokens(9), cu_seq_lens_k=torch.tensor([0, 9]))
+    values |= dict(kwargs={"tokenizer": object()})
     assert set(values) == set(HARMLESS)
     build()(tokens(9), labels=tokens(9), cu_seq_lens_q=torch.tensor([0, 9]), **values)
 
