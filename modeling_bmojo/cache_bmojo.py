@@ -85,7 +85,7 @@ class BMojoCache(Cache):
         rollback_limit: int | None = None,
     ):
         if rollback_limit is not None:
-            self.allow_rollback(rollback_limit)
+            self.rollback = Rollback(rollback_limit)
         self._layout = LAYOUT
         self.check_weights = check_weights
         if isinstance(config, Iterator | list | tuple):
@@ -311,29 +311,23 @@ class BMojoCache(Cache):
         """Whether every state has the shape that it keeps, and tensors alone say how much was read."""
         return self.layers[0].columns is None
 
-    def fix(
-        self,
-        batch_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        room: int | None = None,
-    ) -> "BMojoCache":
+    def fix(self, model: torch.nn.Module, batch_size: int | None = None, room: int | None = None) -> "BMojoCache":
         """Bring the cache into the form in which one program of fixed shapes reads every token, the first one too:
         for torch.export, ONNX, and devices that compile a step anew for each number. Returns itself.
 
         Attention masks are then of the new columns alone, and `attentions` are not returned.
 
         Args:
-            batch_size, dtype, device: of a cache that has read nothing (default: 1 row, torch's default dtype, CPU);
-                any other has its own.
+            model: which will read on. Its dtype and device are those of a cache that has read nothing.
+            batch_size: rows, of a cache that has read nothing (default: 1); any other has its own.
             room: tokens of a row that a layer with full attention has room for. Other layers need none, and read on
                 for ever.
 
         Raises:
-            ValueError: for a cache with a storage or with `rollback_limit`, another batch size than it has, RoPE types
-                that depend on the length, or a room that is missing or too small.
+            ValueError: for a cache of another model, with a storage or with `rollback_limit`, another batch size than
+                it has, RoPE types that depend on the length, or a room that is missing or too small.
         """
-        fix(self, batch_size, dtype, device, room)
+        fix(self, model, batch_size, room)
         return self
 
     def unfix(self) -> "BMojoCache":

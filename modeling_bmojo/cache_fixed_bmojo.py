@@ -26,19 +26,20 @@ from .full_context_bmojo import FullContext
 BY_LENGTH = ("dynamic", "longrope")  # RoPE types whose frequencies depend on the number of tokens
 
 
-def fix(cache: Any, batch: int | None, dtype: torch.dtype | None, device: Any, room: int | None) -> None:
+def fix(cache: Any, model: torch.nn.Module, batch: int | None, room: int | None) -> None:
     """See `BMojoCache.fix`."""
+    cache.check(model.config)
     _check(cache, batch)
     _check_room(cache, room)
     if cache.fixed:
         return
     layers, counter = cache.layers, cache.get_seq_length()
     if not layers[0].is_initialized:
-        hidden = layers[0].memory.hidden
-        like = torch.empty(1 if batch is None else batch, hidden, dtype=dtype, device=device)
+        rows = 1 if batch is None else batch
+        hidden = torch.zeros(rows, layers[0].memory.hidden, dtype=model.dtype, device=model.device)
         for layer in layers:
-            layer.lazy_initialization(like)
-        layers[-1].last_hidden = torch.zeros_like(like)
+            layer.lazy_initialization(hidden)
+        layers[-1].last_hidden = hidden
     first = layers[0]
     if first.pads is None and first.even:
         first.pads = torch.zeros_like(first.seen)
@@ -56,6 +57,9 @@ def unfix(cache: Any) -> None:
     if not cache.fixed:
         return
     columns, cache.counter = cache.get_seq_length(), None
+    if columns == 0:
+        cache.reset()
+        return
     for layer in cache.layers:
         layer.restore(layer.states(), columns)
 
@@ -76,8 +80,8 @@ def _check(cache: Any, batch: int | None) -> None:
     rope = (cache.facts.get("rope_parameters") or {}).get("rope_type")
     if rope in BY_LENGTH:
         raise ValueError(
-            f"rope_parameters: rope_type={rope!r} turns by frequencies that depend on the length of the text, a number, "
-            "so that a cache cannot be fixed; use a model of another type."
+            f"rope_parameters: rope_type={rope!r} turns by frequencies that depend on the length of the text, so "
+            "that a cache cannot be fixed; use a model of another type."
         )
     if batch is None:
         return

@@ -80,8 +80,8 @@ def new_token_mask(
         )
     if past is None and attention_mask.shape != (batch, columns):
         raise ValueError(
-            f"attention_mask of shape {list(attention_mask.shape)}: with a fixed cache it must be [{batch}, {columns}], "
-            "one entry per new token; pass the last columns, or unfix() the cache."
+            f"attention_mask of shape {list(attention_mask.shape)}: with a fixed cache it must be [{batch}, {columns}],"
+            " one entry per new token; pass the last columns, or unfix() the cache."
         )
     if past is not None and (
         attention_mask.shape[0] != batch or attention_mask.shape[1] not in (past + columns, columns)

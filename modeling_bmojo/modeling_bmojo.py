@@ -115,7 +115,7 @@ class BMojoRotaryEmbedding(WideBuffers):
         limit = config.max_rope_distance
         # Where no number says how long the text is, masks say which pairs are far.
         counts = longest is not None
-        far = limit is not None and (not counts or longest - 1 > limit and longest > config.max_rope_distance_start)
+        far = limit is not None and (not counts or (longest - 1 > limit and longest > config.max_rope_distance_start))
         sketched = config.storage_size > 0 and config.storage_sketch_size is not None
         if not (far or sketched):
             return None
