@@ -148,7 +148,7 @@ def test_what_a_fixed_cache_refuses():
         list(cache)
     with pytest.raises(ValueError, match="rollback_limit: a fixed cache"):
         cache.allow_rollback(2)
-    with pytest.raises(ValueError, match="batch_size=3: .* has 2 rows"):
+    with pytest.raises(ValueError, match=r"batch_size=3: .* has 2 rows"):
         cache.fix(model, 3)
     assert cache.fix(model) is cache and cache.get_seq_length() == 4
     cache.reset()
