@@ -8,6 +8,7 @@ the same shapes, so that one program reads the first token of a text and every l
 Shapes: B rows, V vocabulary.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 
@@ -27,7 +28,8 @@ class DecodingStep(nn.Module):
 
     Args:
         model: a `BMojoForCausalLM` in evaluation mode. cache: a fixed cache of it, as the program is to begin.
-        masked: whether it takes a mask `[B, 1]` int64, 1 = real token, 0 = pad.
+        masked: whether it takes a mask `[B, 1]` int64, 1 = real token, 0 = pad. It keeps no fingerprint of which columns
+            were pads, which runtimes without 64-bit arithmetic get wrong: `check_mask` then compares numbers alone.
 
     Raises:
         ValueError: for a cache that is not fixed, or a model in training.
@@ -48,6 +50,9 @@ class DecodingStep(nn.Module):
         if model.training:
             raise ValueError("model: it is in training, where a step keeps gradients; call model.eval() first.")
         self.model, self.masked = model, masked
+        if masked:
+            cache = copy.deepcopy(cache)
+            cache.layers[0].pads = None
         leaves, self._context = flatten(cache)
         self._first = [leaf.clone() for leaf in leaves]
         layers = json.loads(self._context)[1]

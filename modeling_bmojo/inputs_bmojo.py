@@ -168,7 +168,9 @@ def carry_last(
     # With a device_map, outputs, mask and cache may be on three devices.
     mask = mask.to(hidden_states.device)
     columns = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, columns, -1).cummax(dim=1).values
+    last = torch.where(mask, columns, -1)
+    if mask.shape[1] > 1:  # of one column it is that column, and ONNX has no such operation
+        last = last.cummax(dim=1).values
     carried = hidden_states.take_along_dim(last.clamp(min=0)[..., None], dim=1)
     before = hidden_states.new_zeros(()) if last_hidden is None else last_hidden[:, None].to(hidden_states)
     return torch.where((last >= 0)[..., None], carried, before)
