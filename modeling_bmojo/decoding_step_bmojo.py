@@ -28,8 +28,8 @@ class DecodingStep(nn.Module):
 
     Args:
         model: a `BMojoForCausalLM` in evaluation mode. cache: a fixed cache of it, as the program is to begin.
-        masked: whether it takes a mask `[B, 1]` int64, 1 = real token, 0 = pad. It keeps no fingerprint of which columns
-            were pads, which runtimes without 64-bit arithmetic get wrong: `check_mask` then compares numbers alone.
+        masked: whether it takes a mask `[B, 1]` int64, 1 = real token, 0 = pad. It keeps no fingerprint of which
+            columns were pads, which other runtimes get wrong: `check_mask` then compares numbers alone.
 
     Raises:
         ValueError: for a cache that is not fixed, or a model in training.
