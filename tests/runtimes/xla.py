@@ -61,5 +61,6 @@ def test_a_prompt_read_by_the_cpu():
     cache, text = cache_of(out).fix(model).to(device), torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
     while text.shape[1] < LENGTH:
         logits = there(text[:, -1:].to(device), cache=cache).logits
+        torch_xla.sync()  # without it the states wait, and each step is compiled with all those before it
         text = torch.cat([text, logits.argmax(-1).cpu()], dim=1)
     assert torch.equal(text, wanted)
