@@ -27,6 +27,11 @@ KVPRESS := kvpress==0.5.5 transformers==5.2.0
 OTHER_VERSIONS := 5.20.2 5.24.0
 VENVS := .venvs
 HAVE_VERSIONS := $(OTHER_VERSIONS:%=$(VENVS)/transformers-%/.have)
+# Where an exported step runs, and torch_xla, which goes with a torch of its own.
+HAVE_RUNTIMES := $(VENVS)/runtimes/.have
+RUNTIMES := onnx onnxscript onnxruntime openvino
+HAVE_XLA := $(VENVS)/xla/.have
+XLA := torch==2.9.0 torch_xla==2.9.0
 # Its own tests, from the source distribution of the version that is installed.
 HAVE_CONFORMANCE := $(VENVS)/.have-conformance
 # What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints and
@@ -38,7 +43,8 @@ CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache c
 	tests/conversion/training/test_four_bit.py $(addprefix tests/project/test_,contract.py versions.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-conformance test-faults test-wheel bench gpu-check wheel notebooks lint format clean
+.PHONY: help demo test test-versions test-conformance test-faults test-wheel test-export-runtimes test-xla bench \
+	gpu-check wheel notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -51,6 +57,8 @@ help:
 	@echo "                ARGS='--with FalconH1'  on another model as well; ARGS='-k save' some of them"
 	@echo "make test-faults  kill the programs at their file events, fill their disk, and see that nothing is lost (minutes, Linux)"
 	@echo "                ARGS='--every 1'     at every event (much longer); ARGS='--only align' one scenario"
+	@echo "make test-export-runtimes  an exported decoding step in ONNX Runtime and OpenVINO (minutes)"
+	@echo "make test-xla  decoding on torch_xla's CPU device (minutes; Linux, a torch of 1 GB and more)"
 	@echo "make bench    speed and memory against what you would use instead, into outputs/bench/ (half an hour, alone)"
 	@echo "                ARGS='--quick'       small sizes, two minutes; ARGS='--rows scan decode' measures some rows"
 	@echo "make gpu-check  parity, storage, batches, kernels and quick speeds on one GPU, in less than 10 minutes, into"
@@ -107,6 +115,14 @@ wheel: $(HAVE_TEST)
 gpu-check: $(HAVE_TEST) $(HAVE_SMOLLM2)
 	@echo "==> gpu-check: parity, storage, batches, kernels, quick speeds; docs/kernels.md"
 	@HF_HUB_DISABLE_TELEMETRY=1 $(PY) -m benchmarks.gpu_check $(ARGS)
+
+test-export-runtimes: $(HAVE_RUNTIMES)
+	@echo "==> test-export-runtimes: the decoding step as an ONNX file; docs/static_decoding.md"
+	@OMP_NUM_THREADS=1 $(VENVS)/runtimes/bin/python -m pytest tests/runtimes/exported.py $(ARGS)
+
+test-xla: $(HAVE_XLA)
+	@echo "==> test-xla: decoding on torch_xla's CPU device; docs/static_decoding.md"
+	@PJRT_DEVICE=CPU OMP_NUM_THREADS=1 $(VENVS)/xla/bin/python -m pytest tests/runtimes/xla.py $(ARGS)
 
 # Nothing else should run meanwhile: two threads on two busy cores are several times slower than one on one.
 bench: $(HAVE_BENCH) $(HAVE_SMOLLM2)
@@ -168,15 +184,34 @@ $(HAVE_TEST): $(HAVE_PACKAGE)
 	@$(PIP) install $(QUIET) -c constraints.txt -e ".[test]"
 	@touch $@
 
+# An environment that has .venv's packages behind its own.
+define BEHIND_VENV
+@rm -rf $(@D) && mkdir -p $(VENVS) && $(PY) -m venv --without-pip $(@D)
+@$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	>"$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
+endef
+
 # .venv with another transformers in front of it: everything else is that of constraints.txt and is there already.
 $(HAVE_VERSIONS): $(VENVS)/transformers-%/.have: $(HAVE_TEST) pyproject.toml constraints.txt
 	@echo "==> set-up: an environment with transformers $*"
-	@rm -rf $(@D) && mkdir -p $(VENVS) && $(PY) -m venv --without-pip $(@D)
+	$(BEHIND_VENV)
 	@sed '/^transformers==/d' constraints.txt >$(@D)/constraints.txt
-	@$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-		>"$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth"
 	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c $(@D)/constraints.txt "transformers==$*"
 	@$(@D)/bin/python -c "import transformers; assert transformers.__version__ == '$*', transformers"
+	@touch $@
+
+$(HAVE_RUNTIMES): $(HAVE_TEST) constraints.txt
+	@echo "==> set-up: an environment with ONNX Runtime and OpenVINO"
+	$(BEHIND_VENV)
+	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c constraints.txt $(RUNTIMES)
+	@touch $@
+
+# torch's default build for Linux brings CUDA's libraries along; TORCH_INDEX_URL may name an index of CPU builds.
+$(HAVE_XLA): $(HAVE_TEST)
+	@echo "==> set-up: an environment with $(XLA)"
+	$(BEHIND_VENV)
+	@$(PIP) --python $(@D)/bin/python install $(QUIET) $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") \
+		$(XLA)
 	@touch $@
 
 # kvpress, whose presses are a row of conversion.evaluate, needs an older transformers than ours.

@@ -7,6 +7,7 @@ from .cache_bmojo import BMojoCache, RememberedToken
 from .cache_tree_bmojo import cache_axes
 from .compat_bmojo import CACHE_NAME, cache_of
 from .configuration_bmojo import BMojoConfig
+from .decoding_step_bmojo import DecodingStep
 from .inspect import (
     Attribution,
     Difference,
@@ -54,6 +55,7 @@ __all__ = [
     "BMojoForTokenClassification",
     "BMojoModel",
     "BMojoPreTrainedModel",
+    "DecodingStep",
     "Difference",
     "InnovationTrace",
     "LayerCoverage",

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .cache_facts_bmojo import check_now, facts_of
 from .cache_file_bmojo import Contents, read_cache, write_cache
+from .cache_fixed_bmojo import fix, unfix
 from .cache_gather_bmojo import items_of, joined
 from .cache_layer_bmojo import BMojoCacheLayer
 from .cache_pads_bmojo import check_past_mask, pads_in
@@ -72,7 +73,7 @@ class BMojoCache(Cache):
     directory: Directory | None = None
     check_weights, _claimed = True, False
     rollback: Rollback | None = None
-    counter: torch.Tensor | None = None  # the columns read, as torch.export is told of them
+    counter: torch.Tensor | None = None  # the columns read: see `cache_tree_bmojo`, `cache_fixed_bmojo`
     one_for_all = False  # its one row was read for every row that generate() makes of a prompt
 
     def __init__(
@@ -84,7 +85,7 @@ class BMojoCache(Cache):
         rollback_limit: int | None = None,
     ):
         if rollback_limit is not None:
-            self.allow_rollback(rollback_limit)
+            self.rollback = Rollback(rollback_limit)
         self._layout = LAYOUT
         self.check_weights = check_weights
         if isinstance(config, Iterator | list | tuple):
@@ -165,7 +166,7 @@ class BMojoCache(Cache):
         first = self.layers[0]
         first.unfinished = True
         if mask is not None and (first.pads is not None or first.even):
-            new = pads_in(mask, first.columns)
+            new = pads_in(mask, self.counter if self.fixed else first.columns)
             first.pads = new if first.pads is None else first.pads + new.to(first.pads.device)
 
     def pass_by(self, here: list[int], hidden: torch.Tensor, lengths: torch.Tensor | None) -> None:
@@ -178,8 +179,14 @@ class BMojoCache(Cache):
             for index in set(range(len(self.layers))).difference(here):
                 self.layers[index].pass_by(hidden, lengths)
 
-    def finish(self, last_hidden: torch.Tensor) -> None:
-        """End what `begin` began. last_hidden: `[B, E]`, the model's output for each row's last real token."""
+    def finish(self, last_hidden: torch.Tensor, columns: int) -> None:
+        """End what `begin` began.
+
+        Args:
+            last_hidden: `[B, E]`, the model's output for each row's last real token. columns: read now, pads included.
+        """
+        if self.fixed:
+            self.counter += columns
         last = self.layers[-1]
         if last.last_hidden is None:
             last.last_hidden = torch.empty_like(last_hidden, requires_grad=False)
@@ -260,6 +267,8 @@ class BMojoCache(Cache):
         Raises:
             ValueError: unless limit is an integer of 1 or more.
         """
+        if self.fixed:
+            raise ValueError("rollback_limit: a fixed cache cannot take back tokens; unfix() it first.")
         found = Rollback(limit)
         if self.rollback is None:
             self.rollback = found
@@ -303,9 +312,46 @@ class BMojoCache(Cache):
             self.allow_rollback()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many columns were read and not taken back."""
+        """Return how many columns were read and not taken back. Of a fixed cache it looks into a tensor."""
+        if self.fixed:
+            return int(self.counter)
         waiting = 0 if self.rollback is None else self.rollback.waiting
         return super().get_seq_length(layer_idx) + waiting
+
+    def known_length(self) -> int | None:
+        """Return `get_seq_length()` where a number says it, None for a fixed cache."""
+        return None if self.fixed else self.get_seq_length()
+
+    # --- fixed shapes -----------------------------------------------------------------------------------------------
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every state has the shape that it keeps, and tensors alone say how much was read."""
+        return self.layers[0].columns is None
+
+    def fix(self, model: torch.nn.Module, batch_size: int | None = None, room: int | None = None) -> "BMojoCache":
+        """Bring the cache into the form in which one program of fixed shapes reads every token, the first one too:
+        for torch.export, ONNX, and devices that compile a step anew for each number. Returns itself.
+
+        Attention masks are then of the new columns alone, and `attentions` are not returned.
+
+        Args:
+            model: which will read on. Its dtype and device are those of a cache that has read nothing.
+            batch_size: rows, of a cache that has read nothing (default: 1); any other has its own.
+            room: tokens of a row that a layer with full attention has room for. Other layers need none, and read on
+                for ever.
+
+        Raises:
+            ValueError: for a cache of another model, with a storage or with `rollback_limit`, another batch size than
+                it has, RoPE types that depend on the length, or a room that is missing or too small.
+        """
+        fix(self, model, batch_size, room)
+        return self
+
+    def unfix(self) -> "BMojoCache":
+        """Undo `fix`: numbers say again how much was read, and buffers may grow. Returns itself."""
+        unfix(self)
+        return self
 
     def settle(self) -> None:
         """Read again what waits for the next forward after a `crop`, so that the states are those of the last column.
@@ -389,6 +435,7 @@ class BMojoCache(Cache):
         super().reset()
         if self.rollback is not None:
             self.rollback.reset()
+        self.counter = None
         self.layers[0].unfinished = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -424,6 +471,7 @@ class BMojoCache(Cache):
             for layer in self.layers:
                 layer.to(device)
                 layer.device = torch.device(device)
+            self.counter = None if self.counter is None else self.counter.to(device)
             self._map_rollback(lambda value: value.to(device))
         return self
 
@@ -534,6 +582,8 @@ class BMojoCache(Cache):
             ValueError: if a forward stopped halfway.
         """
         self.require_plain("joined")
+        if self.fixed:
+            raise ValueError("a fixed cache cannot be joined: its items have no number of columns; unfix() it first.")
         return items_of(self.facts, self.layers)
 
     def require_plain(self, wanted: str) -> None:

@@ -35,7 +35,9 @@ def cut_state(layer: BMojoCacheLayer, name: str) -> torch.Tensor | None:
     if value is None or state is None:
         return value
     value = value.to(layer.seen.device)
-    return value if state.grows is None else value.narrow(state.grows + 1, 0, state.entries(layer.columns))
+    if state.grows is None or layer.columns is None:
+        return value
+    return value.narrow(state.grows + 1, 0, state.entries(layer.columns))
 
 
 def items_of(facts: dict[str, Any], layers: list[BMojoCacheLayer]) -> Iterator[tuple]:

@@ -55,7 +55,9 @@ class BMojoCacheLayer(CacheLayerMixin):
         super().__init__()
         self.memory = LayerMemory(config, layer_idx)
         self.names = (*self.memory.declared, *COMMON)
-        self.columns = 0  # columns of input read, pads included: what transformers calls the sequence length
+        # Columns of input read, pads included: what transformers calls the sequence length. None: a tensor of the cache
+        # counts them (`cache_fixed_bmojo`).
+        self.columns: int | None = 0
         self.even = True  # no pad was ever read, so that `seen` is `columns` in every row
         self.unfinished = False  # first layer only: whoever wrote to the layers has not come to an end
         self.device: torch.device | None = None
@@ -69,8 +71,8 @@ class BMojoCacheLayer(CacheLayerMixin):
 
     @property
     def started(self) -> bool:
-        """Whether anything was read."""
-        return self.columns > 0
+        """Whether the next token is one of many: anything was read, or the states of fixed shapes stand for it."""
+        return self.columns is None or self.columns > 0
 
     # --- allocation -------------------------------------------------------------------------------------------------
 
@@ -232,7 +234,8 @@ class BMojoCacheLayer(CacheLayerMixin):
         """Count `columns` columns as read, `lengths` `[B]` of them real (None: all). Called last, once per forward."""
         self.seen += columns if lengths is None else lengths
         self.even = self.even and lengths is None
-        self.columns += columns
+        if self.columns is not None:
+            self.columns += columns
 
     # --- going back (`rollback_bmojo`) ------------------------------------------------------------------------------
 

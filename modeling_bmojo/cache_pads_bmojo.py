@@ -29,12 +29,13 @@ def _shifted(value: torch.Tensor, by: int) -> torch.Tensor:
     return (value >> by) & ((1 << (64 - by)) - 1)
 
 
-def pads_in(mask: torch.Tensor, start: int) -> torch.Tensor:
-    """Fingerprint `[B]` int64 of the pads in mask `[B, T]` bool, True = real, whose first column is number `start`.
+def pads_in(mask: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
+    """Fingerprint `[B]` int64 of the pads in mask `[B, T]` bool, True = real, whose first column is number `start`, or
+    `[1]`.
 
     No step depends on values, so that it can be compiled.
     """
-    columns = torch.arange(start, start + mask.shape[1], device=mask.device)
+    columns = start + torch.arange(mask.shape[1], device=mask.device)
     return (column_codes(columns) * ~mask).sum(dim=1)
 
 

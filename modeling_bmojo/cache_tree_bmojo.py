@@ -1,7 +1,7 @@
 """A cache as tensors and text, for torch.export: a pytree node, so that an exported program takes and returns one.
 
-    leaves     first the columns read, as the length of an empty tensor `[P, 0]`; then every allocated state, layer by
-               layer, without the room for growing
+    leaves     first the columns read, as the length of an empty tensor `[P, 0]`, or of a fixed cache as a number `[1]`;
+               then every allocated state, layer by layer, without the room for growing
     context    JSON: the facts (`cache_facts_bmojo`) and the names of the states of each layer
 
 A length stays a symbol in a program of dynamic shapes, where a number would be a constant of it. A fingerprint of the
@@ -36,7 +36,7 @@ def flatten(cache: BMojoCache) -> tuple[list[torch.Tensor], str]:
     layers = [{name: _trimmed(layer, name) for name in layer.states()} for layer in cache.layers]
     if first.seen is not None and first.even:
         layers[0]["pads"] = torch.zeros_like(first.seen)
-    if cache.counter is None or cache.counter.shape[0] != first.columns:
+    if not cache.fixed and (cache.counter is None or cache.counter.shape[0] != first.columns):
         cache.counter = torch.empty(first.columns, 0, device=None if first.seen is None else first.seen.device)
     states = [value for states in layers for value in states.values()]
     return [cache.counter, *states], json.dumps([cache.facts, [list(states) for states in layers]])
@@ -61,26 +61,29 @@ def unflatten(leaves: list[torch.Tensor], context: str) -> BMojoCache:
     """Return the cache that `flatten` was given, on the tensors themselves."""
     counter, *states = leaves
     facts, names = json.loads(context)
+    columns = counter.shape[0] if counter.dim() == 2 else None
     left = iter(states)
     layers = layers_of(facts)
     for layer, own in zip(layers, names):
         for name in own:
             setattr(layer, name, next(left))
         if own:
-            layer.columns, layer.even, layer.is_initialized = counter.shape[0], False, True
+            layer.columns, layer.even, layer.is_initialized = columns, False, True
             layer.device = layer.seen.device
     return BMojoCache.of_layers(facts, layers, counter)
 
 
 def cache_axes(cache: BMojoCache) -> list[dict[int, Any] | None]:
     """Return what `dynamic_shapes` of torch.export says of a cache whose program is to read on after any number of
-    columns: by leaf the axes that follow the text. The batch size stays what it is.
+    columns: by leaf the axes that follow the text, none of a fixed cache. The batch size stays what it is.
 
     Raises:
         ValueError: as `flatten`.
     """
     _, context = flatten(cache)
     names = [(layer, name) for layer, own in zip(cache.layers, json.loads(context)[1]) for name in own]
+    if cache.fixed:
+        return [None] * (len(names) + 1)
     axes: list[dict[int, Any] | None] = [{0: torch.export.Dim.AUTO}]
     for layer, name in names:
         state = layer.memory.declared.get(name)

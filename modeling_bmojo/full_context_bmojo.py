@@ -55,9 +55,11 @@ class FullContext(MemoryPart):
         Where a gradient is wanted the buffers are replaced instead of written in place.
 
         Returns:
-            keys and values `[B, columns + T, G, D]`, differentiable in the new ones if a gradient is wanted.
+            keys and values `[B, columns + T, G, D]`, of fixed shapes all that there is room for, differentiable in the
+            new ones if a gradient is wanted.
         """
-        upto, capacity = layer.columns + tokens.keys.shape[1], layer.keys.shape[2]
+        capacity = layer.keys.shape[2]
+        upto = capacity if layer.columns is None else layer.columns + tokens.keys.shape[1]
         if capacity < upto:
             room = (0, 0, 0, max(upto - capacity, GROWTH, capacity // 2))
             layer.keys, layer.values = (F.pad(value, room) for value in (layer.keys, layer.values))

@@ -57,12 +57,13 @@ def check_cache(cache: object, config: BMojoConfig, batch: int | None = None) ->
 
 
 def new_token_mask(
-    attention_mask: torch.Tensor | None, batch: int, columns: int, past: int, cache: BMojoCache | None = None
+    attention_mask: torch.Tensor | None, batch: int, columns: int, past: int | None, cache: BMojoCache | None = None
 ) -> torch.Tensor | None:
     """Which of the new columns are real tokens, `[B, T]` bool, or None if all are.
 
     Args:
-        attention_mask: None, or `[B, P + T]` or `[B, T]` with 1 for real tokens. past: P.
+        attention_mask: None, or `[B, P + T]` or `[B, T]` with 1 for real tokens. past: P; None: no number says it, and
+            the mask is `[B, T]`.
         cache: what the P columns of the past are compared with: they must say what was read.
 
     Raises:
@@ -77,7 +78,14 @@ def new_token_mask(
             f"attention_mask is a {kind}{shape}: must be 2-D, [batch, tokens] with 1 = real and 0 = pad; the memories "
             "define what each token sees, so a 4-D mask cannot be honoured."
         )
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (past + columns, columns):
+    if past is None and attention_mask.shape != (batch, columns):
+        raise ValueError(
+            f"attention_mask of shape {list(attention_mask.shape)}: with a fixed cache it must be [{batch}, {columns}],"
+            " one entry per new token; pass the last columns, or unfix() the cache."
+        )
+    if past is not None and (
+        attention_mask.shape[0] != batch or attention_mask.shape[1] not in (past + columns, columns)
+    ):
         raise ValueError(
             f"attention_mask of shape {list(attention_mask.shape)}: must be [{batch}, {past + columns}], one entry per "
             f"token read so far ({past}) and now ({columns}); pass the tokenizer's mask."
@@ -160,7 +168,9 @@ def carry_last(
     # With a device_map, outputs, mask and cache may be on three devices.
     mask = mask.to(hidden_states.device)
     columns = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, columns, -1).cummax(dim=1).values
+    last = torch.where(mask, columns, -1)
+    if mask.shape[1] > 1:  # of one column it is that column, and ONNX has no such operation
+        last = last.cummax(dim=1).values
     carried = hidden_states.take_along_dim(last.clamp(min=0)[..., None], dim=1)
     before = hidden_states.new_zeros(()) if last_hidden is None else last_hidden[:, None].to(hidden_states)
     return torch.where((last >= 0)[..., None], carried, before)
@@ -191,11 +201,11 @@ def build_rows(
     """
     batch, columns = inputs_embeds.shape[:2]
     device = inputs_embeds.device
-    past = 0 if cache is None else cache.get_seq_length()
+    past = 0 if cache is None else cache.known_length()
     check_columns(batch, columns, position_ids, packing["seq_idx"])
     # As for masks: values are not looked at where that would stop compiled code or stall a GPU at every step.
     looks = not torch.compiler.is_compiling() and (columns > 1 or device.type == "cpu")
-    if past and looks and position_ids is not None:
+    if past != 0 and looks and position_ids is not None:
         _check_continues(cache, mask, position_ids.expand(batch, -1))
     starts = sequence_starts(batch, columns, mask, position_ids, packing["seq_idx"], packing["cu_seq_lens"])
     if starts is not None:
@@ -227,8 +237,13 @@ def build_rows(
             if cache is not None and cache.seen is not None:
                 ids = ids + cache.seen.to(device)[:, None]
         rotary.append(None if rotary_emb is None else rotary_emb(inputs_embeds, ids))
-    weights_columns = past + columns if output_attentions else None
-    turns = None if rotary_emb is None else rotary_emb.turns(inputs_embeds, past + columns)
+    longest = None if past is None else past + columns
+    if output_attentions and longest is None:
+        raise ValueError(
+            "output_attentions=True: weights have one column per token read, and a fixed cache has no number of them; "
+            "unfix() it first."
+        )
+    turns = None if rotary_emb is None else rotary_emb.turns(inputs_embeds, longest)
     if turns is not None and turns.at_limit is not None and looks:
         _check_counted(given, lengths, cache)
-    return Rows(layout, lengths, rotary, weights_columns, turns), starts is not None
+    return Rows(layout, lengths, rotary, longest if output_attentions else None, turns), starts is not None

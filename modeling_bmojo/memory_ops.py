@@ -105,9 +105,14 @@ def retention_key(innovation: torch.Tensor, clock: torch.Tensor, decay: float) -
     position, or whatever else never runs back and is the same for all tokens of a row.
     """
     if decay == 0:
-        return innovation.nan_to_num(nan=-torch.inf)
+        return _nan_last(innovation)
     wide = widest(innovation.device)
-    return (torch.log(innovation.to(wide)) + decay * clock.to(wide)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    return _nan_last(torch.log(innovation.to(wide)) + decay * clock.to(wide))
+
+
+def _nan_last(keys: torch.Tensor) -> torch.Tensor:
+    """Return keys whose NaN are weaker than every number; torch_xla's `nan_to_num` takes no infinity."""
+    return keys.masked_fill(keys.isnan(), -torch.inf)
 
 
 def heap_expiry(keys: list[float], window: int, slots: int) -> list[float]:

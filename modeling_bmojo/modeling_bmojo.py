@@ -105,15 +105,18 @@ class BMojoRotaryEmbedding(WideBuffers):
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
-    def turns(self, x: torch.Tensor, longest: int) -> Turns | None:
+    def turns(self, x: torch.Tensor, longest: int | None) -> Turns | None:
         """Return RoPE at the distances that storage and far tokens need; None if nobody asks.
 
         Args:
-            x: whose dtype and device the tables have. longest: tokens of the longest row, read before or now.
+            x: whose dtype and device the tables have. longest: tokens of the longest row, read before or now; None: no
+                number says it.
         """
         config = self.config
         limit = config.max_rope_distance
-        far = limit is not None and longest - 1 > limit and longest > config.max_rope_distance_start
+        # Where no number says how long the text is, masks say which pairs are far.
+        counts = longest is not None
+        far = limit is not None and (not counts or (longest - 1 > limit and longest > config.max_rope_distance_start))
         sketched = config.storage_size > 0 and config.storage_sketch_size is not None
         if not (far or sketched):
             return None
@@ -122,7 +125,7 @@ class BMojoRotaryEmbedding(WideBuffers):
             cos, sin = self.turn(torch.tensor(distance, device=x.device), self.attention_scaling)
             return cos.to(x.dtype), sin.to(x.dtype)
 
-        turn = self._tables(longest, x) if far and not torch.compiler.is_compiling() else self.turn
+        turn = self._tables(longest, x) if far and counts and not torch.compiler.is_compiling() else self.turn
         return Turns(turn, table(config.window_size) if sketched else None, table(limit) if far else None)
 
     def _tables(self, longest: int, x: torch.Tensor) -> TurnTables:
@@ -419,7 +422,7 @@ class BMojoModel(BMojoPreTrainedModel):
                     f"{CACHE_NAME} in training with gradient checkpointing: recomputation would not find the states "
                     "as they were; switch one of them off, or call model.eval() to generate."
                 )
-            past = past_key_values.get_seq_length()
+            past = past_key_values.known_length()
         mask = new_token_mask(attention_mask, batch, columns, past, past_key_values)
         new = Columns(inputs_embeds, mask, position_ids)
         packing = {"seq_idx": seq_idx, "cu_seq_lens": packing_lengths(cu_seq_lens_q, kwargs)}
@@ -457,7 +460,7 @@ class BMojoModel(BMojoPreTrainedModel):
         last_hidden = None if past_key_values is None else past_key_values.layers[-1].last_hidden
         hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
         if past_key_values is not None:
-            past_key_values.finish(hidden_states[:, -1])
+            past_key_values.finish(hidden_states[:, -1], hidden_states.shape[1])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: past_key_values})
 
     @torch.no_grad()

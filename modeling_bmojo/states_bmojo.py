@@ -117,7 +117,8 @@ def shift(history: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor | None
         if kept == 0:
             return
         if lengths is None:
-            history.copy_(torch.cat([history, new[:, -kept:].to(history.dtype)], dim=1)[:, -kept:])
+            new = new[:, max(new.shape[1] - kept, 0) :]  # torch_xla takes no index before the first
+            history.copy_(torch.cat([history, new.to(history.dtype)], dim=1)[:, -kept:])
             return
         index = lengths[:, None] + torch.arange(-kept, 0, device=history.device)
         fresh = take(new, index.clamp(min=0)).to(history.dtype)
