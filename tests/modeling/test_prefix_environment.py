@@ -1,4 +1,4 @@
-"""A prefix memory that the environment names: `generate()` goes on from it, and writes nothing that nobody asked for."""
+"""A prefix memory that the environment names: `generate()` goes on from it, and keeps nothing unless asked to."""
 
 import os
 
@@ -124,7 +124,7 @@ def test_numbers_that_are_none_are_refused(name, value, folder, monkeypatch):
 
 def test_keeping_without_a_bound_and_numbers_without_a_folder_are_refused(folder, monkeypatch):
     monkeypatch.setenv("BMOJO_PREFIX_KEEP", "5")
-    with pytest.raises(ValueError, match="BMOJO_PREFIX_KEEP=5: .* set BMOJO_PREFIX_MAX_BYTES"):
+    with pytest.raises(ValueError, match=r"BMOJO_PREFIX_KEEP=5: .* set BMOJO_PREFIX_MAX_BYTES"):
         build().generate(tokens(9, rows=1), **GREEDY)
     monkeypatch.setenv("BMOJO_PREFIX_MEMORY", "")
     with pytest.raises(ValueError, match="name its folder in BMOJO_PREFIX_MEMORY"):
