@@ -165,7 +165,7 @@ def test_a_document_is_read_once_and_by_one_model(folders, tmp_path):
         assert ask(address, folder, chats[2]).choices[0].message.content == answer_to_other != plain[2]
 
         before = lengths(memory)
-        with pytest.raises(openai.APIError, match="what it holds was read with"):
+        with pytest.raises(openai.APIError) as refused:
             streamed(address, folders["mixed"], [user("a b")])
-        assert lengths(memory) == before
+        assert "what it holds was read with" in str(refused.value.body) and lengths(memory) == before
         assert ask(address, folder, chats[1]).choices[0].message.content == plain[1]  # and goes on
