@@ -2,8 +2,11 @@
 
 import hashlib
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 SAMPLES = 16  # numbers of each weight, evenly spread: whatever trains a weight changes nearly all of its numbers
@@ -13,7 +16,8 @@ SAMPLES = 16  # numbers of each weight, evenly spread: whatever trains a weight 
 def weights_fingerprint(model: nn.Module) -> str:
     """Return 64 hexadecimal digits that are other ones for other weights, names, shapes, dtypes or adapters in use."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+    named = sorted(model.named_parameters(), key=lambda pair: pair[0])
+    for name, value in (part for pair in named for part in _plain_tensors(*pair)):
         count = value.numel()
         index = torch.linspace(0, max(count - 1, 0), min(count, SAMPLES), dtype=torch.float64).long()
         found = value.detach().reshape(-1)[index.to(value.device)].to("cpu", torch.float64)
@@ -24,6 +28,16 @@ def weights_fingerprint(model: nn.Module) -> str:
             scaling = getattr(module, "scaling", {})
             digest.update(f"{name} uses {[(each, scaling.get(each)) for each in used]};".encode())
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that a weight is made of: itself, or integers and scales, where it is a quantised one."""
+    # A sharded weight answers as the whole one does.
+    if not is_traceable_wrapper_subclass(value) or type(value).__name__ == "DTensor":
+        yield name, value
+        return
+    for part in value.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(value, part))
 
 
 __all__ = ["weights_fingerprint"]
