@@ -96,13 +96,13 @@ def test_every_map_inside_layers_is_converted_and_nothing_else(kind, name, folde
     model, before = load(folders[name], kind), load(folders[name])
     found = {key for key, module in linear_maps(model).items() if is_converted(module)}
     assert found == linear_maps(before).keys() - {"lm_head"} and len(found) >= 18
+    tensors = dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
     for key, value in before.state_dict().items():
         if key.removesuffix(".weight") in found:
             weight = dequantised(linear_maps(model)[key.removesuffix(".weight")])
             assert 0 < (weight - value).norm() / value.norm() < (0.2 if "nf4" in kind else 0.02), key
         else:
-            now = model.get_parameter(key) if key in dict(model.named_parameters()) else model.get_buffer(key)
-            assert torch.equal(now, value) and now.dtype == torch.float32, key
+            assert torch.equal(tensors[key], value) and tensors[key].dtype == value.dtype == torch.float32, key
 
 
 @pytest.mark.parametrize("name", MODELS)
