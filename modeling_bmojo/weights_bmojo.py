@@ -1,7 +1,6 @@
 """Which weights a model has, adapters included, in a few bytes: what a storage on disk depends on."""
 
 import hashlib
-
 from collections.abc import Iterator
 
 import torch
