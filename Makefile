@@ -34,6 +34,9 @@ HAVE_XLA := $(VENVS)/xla/.have
 XLA := torch==2.9.0 torch_xla==2.9.0
 # Its own tests, from the source distribution of the version that is installed.
 HAVE_CONFORMANCE := $(VENVS)/.have-conformance
+# Packages that quantise weights: transformers, accelerate and PEFT take other ways once these are installed.
+HAVE_QUANTISED := $(VENVS)/quantised/.have
+QUANTISERS := torchao bitsandbytes optimum-quanto
 # What must hold on every version: equality with transformers' own models, caches, generation, padding, checkpoints and
 # the code they carry, Trainer, and what users reported of other models. Of tests whose cases are settings of our own
 # computation (marked own_settings), which no version of transformers sees, a quarter of the cases.
@@ -43,8 +46,8 @@ CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache c
 	tests/conversion/training/test_four_bit.py $(addprefix tests/project/test_,contract.py versions.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-conformance test-faults test-wheel test-export-runtimes test-xla bench \
-	gpu-check wheel notebooks lint format clean
+.PHONY: help demo test test-versions test-conformance test-quantised test-faults test-wheel test-export-runtimes \
+	test-xla bench gpu-check wheel notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +58,7 @@ help:
 	@echo "make test-versions  the core tests on the oldest and the newest transformers that are supported"
 	@echo "make test-conformance  transformers' own common tests on our classes, beside Llama (minutes)"
 	@echo "                ARGS='--with FalconH1'  on another model as well; ARGS='-k save' some of them"
+	@echo "make test-quantised  weights in 8 and 4 bits by torchao, bitsandbytes and optimum-quanto"
 	@echo "make test-faults  kill the programs at their file events, fill their disk, and see that nothing is lost (minutes, Linux)"
 	@echo "                ARGS='--every 1'     at every event (much longer); ARGS='--only align' one scenario"
 	@echo "make test-export-runtimes  an exported decoding step in ONNX Runtime and OpenVINO (minutes)"
@@ -95,6 +99,10 @@ $(OTHER_VERSIONS:%=test-version-%): test-version-%: $(VENVS)/transformers-%/.hav
 test-conformance: $(HAVE_TEST) $(HAVE_CONFORMANCE)
 	@echo "==> test-conformance: transformers' common tests; docs/compatibility.md"
 	@OMP_NUM_THREADS=1 $(PY) -m tests.conformance $(ARGS)
+
+test-quantised: $(HAVE_QUANTISED)
+	@echo "==> test-quantised: torchao, bitsandbytes, optimum-quanto; docs/quantised.md"
+	@OMP_NUM_THREADS=1 $(VENVS)/quantised/bin/python -m pytest tests/quantised/formats.py $(ARGS)
 
 test-faults: $(HAVE_TEST)
 	@echo "==> test-faults: graft, align, finetune, restore and fit_storage, killed and without space at their file events"
@@ -212,6 +220,12 @@ $(HAVE_XLA): $(HAVE_TEST)
 	$(BEHIND_VENV)
 	@$(PIP) --python $(@D)/bin/python install $(QUIET) $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") \
 		$(XLA)
+	@touch $@
+
+$(HAVE_QUANTISED): $(HAVE_TEST) constraints.txt
+	@echo "==> set-up: an environment with $(QUANTISERS) (50 MB)"
+	$(BEHIND_VENV)
+	@$(PIP) --python $(@D)/bin/python install $(QUIET) -c constraints.txt $(QUANTISERS)
 	@touch $@
 
 # kvpress, whose presses are a row of conversion.evaluate, needs an older transformers than ours.

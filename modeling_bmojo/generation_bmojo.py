@@ -14,6 +14,7 @@ from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, cache_argument
 from .inputs_bmojo import check_cache, new_token_mask
 from .prefix_bmojo import PrefixMemory
+from .prefix_environment_bmojo import known_by_environment
 from .rollback_bmojo import DRAFTED
 
 
@@ -55,7 +56,8 @@ class BMojoGenerationMixin(GenerationMixin):
         """`GenerationMixin.generate`, on a `BMojoCache`; with `rollback_limit` where drafts are taken back.
 
         Args:
-            prefix_memory: what was read before: of a prompt that begins with it the rest alone is read.
+            prefix_memory: what was read before: of a prompt that begins with it the rest alone is read. None: that of
+                the environment variable `BMOJO_PREFIX_MEMORY`, if there is one (docs/serving.md).
 
         Raises:
             ValueError: for contrastive search, early exit, another cache implementation, a mask that does not fit the
@@ -74,7 +76,9 @@ class BMojoGenerationMixin(GenerationMixin):
         )
         if prefix_memory is not None:
             cache = _known(self, prefix_memory, prompt, mask, cache)
-            kwargs |= {} if cache is None else {CACHE_NAME: cache}
+        elif cache is None:
+            cache = known_by_environment(self, prompt, {**vars(generation_config or self.generation_config), **kwargs})
+        kwargs |= {} if cache is None else {CACHE_NAME: cache}
         if mask is not None and prompt is not None and prompt.dim() > 1:
             past = 0 if cache is None else cache.get_seq_length()
             new_token_mask(mask, *prompt.shape[:2], past=past)
