@@ -12,6 +12,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 
 from .cache_bmojo import BMojoCache
 from .compat_bmojo import CACHE_NAME, cache_argument
+from .decoding_step_bmojo import DecodingStep
 from .inputs_bmojo import check_cache, new_token_mask
 from .prefix_bmojo import PrefixMemory
 from .prefix_environment_bmojo import known_by_environment
@@ -91,6 +92,10 @@ class BMojoGenerationMixin(GenerationMixin):
     def prefix_memory(self, folder: str | os.PathLike, max_bytes: int | None = None) -> PrefixMemory:
         """Return the texts that this model has read and kept in a folder; see `PrefixMemory`."""
         return PrefixMemory(self, folder, max_bytes)
+
+    def decoding_step(self, cache: BMojoCache, masked: bool = False) -> DecodingStep:
+        """Return a step as a module of tensors alone, for export; arguments and errors as of `DecodingStep`."""
+        return DecodingStep(self, cache, masked)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Where `generate_batch` and the continuous batching of `transformers serve` begin: refused."""

@@ -131,7 +131,7 @@ def test_the_step_as_a_module():
     assert all(torch.equal(*pair) for pair in zip(states, pytree.tree_leaves(before)))  # what goes in stays
     assert after[0].tolist() == [1]
     with pytest.raises(ValueError, match="not fixed"):
-        DecodingStep(model, BMojoCache(model.config))
+        model.decoding_step(BMojoCache(model.config))
     with pytest.raises(ValueError, match="in training"):
         DecodingStep(copy.deepcopy(model).train(), cache)
 
