@@ -227,13 +227,13 @@ def before_the_renames():
 
 
 def between_the_renames():
-    rename = Path.rename
+    rename = staging.rename
 
     def one(path, to):
         rename(path, to)
         os._exit(9)
 
-    Path.rename = one
+    staging.rename = one
 
 
 def test_killed_while_it_writes(folder):

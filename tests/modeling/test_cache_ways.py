@@ -163,11 +163,11 @@ def test_a_cache_pickled_before_its_memories_had_slots_goes_on():
     assert torch.equal(go_on(model, cache, ids), expected)
 
 
-@pytest.mark.parametrize("call", ["begin", "finish"])
-def test_code_of_another_version_stops_before_it_writes(call):
+@pytest.mark.parametrize(("call", "missing"), [("begin", 1), ("finish", 2)])
+def test_code_of_another_version_stops_before_it_writes(call, missing):
     """A model of older code calls begin() without the mask."""
     cache = padded(build())
-    with pytest.raises(TypeError, match="missing 1 required"):
+    with pytest.raises(TypeError, match=f"missing {missing} required"):
         getattr(cache, call)()
 
 

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversion.common import staging
 from conversion.grafting.families import bmojo_config_for
 from conversion.grafting.report import REPORT_FILE, read_report
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
@@ -337,14 +337,14 @@ def test_failing_rename_puts_the_old_output_back(tmp_path, monkeypatch):
     save_source(tmp_path / "source")
     assert graft(tmp_path) == 0
     before = snapshot(tmp_path / "graft")
-    rename = Path.rename
+    rename = staging.rename
 
-    def fail_for_partial(self, target):
-        if ".partial-" in self.name:
+    def fail_for_partial(path, target):
+        if ".partial-" in path.name:
             raise OSError("device busy")
-        return rename(self, target)
+        return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", fail_for_partial)
+    monkeypatch.setattr(staging, "rename", fail_for_partial)
     assert graft(tmp_path, "--overwrite") == 2
     assert snapshot(tmp_path / "graft") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graft", "settings.yaml", "source"]
