@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .dispatch_bmojo import Kernels
+from .fields_bmojo import reject
 from .layout_bmojo import Rows
 from .register_bmojo import NoDecay
 from .states_bmojo import State
@@ -102,6 +103,27 @@ class FadingMemory(nn.Module):
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill parameters of its own. Those of its parts are theirs to fill: a part with an `initialise` does it so, an
         `nn.Linear` with an `initial_bound` uniformly within it, any other as transformers does."""
+
+
+class GroupedFadingMemory(FadingMemory):
+    """Heads that share B and C in groups, which are convolved with x; a time step per head, projected from the input."""
+
+    @classmethod
+    def fill(cls, config):
+        if config.ssm_num_groups is None:
+            config.ssm_num_groups = config.num_key_value_heads
+        if config.ssm_norm is None:
+            config.ssm_norm = True
+
+    @classmethod
+    def check(cls, config):
+        if config.ssm_time_step_rank is not None:
+            rule = f"must be None with ssm_type={cls.name!r}, whose time steps are projected directly"
+            reject("ssm_time_step_rank", config.ssm_time_step_rank, rule, "leave it out")
+
+    @classmethod
+    def channels(cls, config):
+        return config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size
 
 
 class CausalConv(nn.Module):

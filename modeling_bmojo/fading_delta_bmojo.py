@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 
 from .delta_ops import predict_delta_input
 from .dispatch_bmojo import Kernels
-from .fading_bmojo import WHOLE, CausalConv, FadingMemory, Prediction, SSMScalars
+from .fading_bmojo import WHOLE, CausalConv, GroupedFadingMemory, Prediction, SSMScalars
 from .fields_bmojo import reject
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
@@ -46,7 +46,7 @@ class HeadRMSNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
 
-class GatedDeltaFadingMemory(FadingMemory):
+class GatedDeltaFadingMemory(GroupedFadingMemory):
     """The SSM of one layer, which replaces what it holds under a key."""
 
     name = "gated_delta"
@@ -56,24 +56,11 @@ class GatedDeltaFadingMemory(FadingMemory):
     about = "gated delta rule: one decay and one share per head; a token replaces what stood under its key"
 
     @classmethod
-    def fill(cls, config):
-        if config.ssm_num_groups is None:
-            config.ssm_num_groups = config.num_key_value_heads
-        if config.ssm_norm is None:
-            config.ssm_norm = True
-
-    @classmethod
     def check(cls, config):
-        if config.ssm_time_step_rank is not None:
-            rule = "must be None with ssm_type='gated_delta', whose time steps are projected directly"
-            reject("ssm_time_step_rank", config.ssm_time_step_rank, rule, "leave it out")
+        super().check(config)
         if not config.ssm_projected:
             rule = "must be True with ssm_type='gated_delta', whose values are made from the projected x"
             reject("ssm_projected", config.ssm_projected, rule, "leave it out")
-
-    @classmethod
-    def channels(cls, config):
-        return config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size
 
     @classmethod
     def example(cls, operation, config):

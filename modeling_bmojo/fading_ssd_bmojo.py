@@ -21,8 +21,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .dispatch_bmojo import Kernels
-from .fading_bmojo import WHOLE, CausalConv, FadingMemory, Prediction, SSMScalars
-from .fields_bmojo import reject
+from .fading_bmojo import WHOLE, CausalConv, GroupedFadingMemory, Prediction, SSMScalars
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
 from .ssm_ops import predict_input
@@ -44,7 +43,7 @@ class GroupedRMSNorm(nn.Module):
         return self.weight * normed.flatten(-2).to(x.dtype)
 
 
-class SSDFadingMemory(FadingMemory):
+class SSDFadingMemory(GroupedFadingMemory):
     """The SSM of one layer, a decay per head."""
 
     name = "mamba2"
@@ -52,23 +51,6 @@ class SSDFadingMemory(FadingMemory):
     maps = ("in_proj", "out_proj")
     modules = ("conv", "scalars")
     about = "Mamba-2: one decay and one time step per head; heads share B and C in groups"
-
-    @classmethod
-    def fill(cls, config):
-        if config.ssm_num_groups is None:
-            config.ssm_num_groups = config.num_key_value_heads
-        if config.ssm_norm is None:
-            config.ssm_norm = True
-
-    @classmethod
-    def check(cls, config):
-        if config.ssm_time_step_rank is not None:
-            rule = "must be None with ssm_type='mamba2', whose time steps are projected directly"
-            reject("ssm_time_step_rank", config.ssm_time_step_rank, rule, "leave it out")
-
-    @classmethod
-    def channels(cls, config):
-        return config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size
 
     @classmethod
     def projections(cls, config):
