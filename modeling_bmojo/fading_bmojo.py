@@ -106,7 +106,7 @@ class FadingMemory(nn.Module):
 
 
 class GroupedFadingMemory(FadingMemory):
-    """Heads that share B and C in groups, which are convolved with x; a time step per head, projected from the input."""
+    """Heads that share B and C in groups, convolved with x; a time step per head, projected from the input."""
 
     @classmethod
     def fill(cls, config):
