@@ -15,6 +15,8 @@ innovation test and its fading memory declare (docs/cache.md lists them):
 `[B, T, G, D]`, like everywhere else in this package.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,6 +127,23 @@ class BMojoCacheLayer(CacheLayerMixin):
         if any(value.is_inference() for value in self.states().values()):
             # Read under inference_mode, continued outside (generate() uses no_grad): such tensors refuse writes.
             self._map(torch.clone)
+
+    @contextmanager
+    def told_by_tensors(self, columns: int) -> Iterator[None]:
+        """Within it `columns` columns are read, and no number says how much was read before: as in a fixed cache
+        (`cache_fixed_bmojo`), so that what is compiled within it holds for every step."""
+        if self.columns is None:
+            yield
+            return
+        for part in self.memory.parts:
+            part.make_room(self, columns)
+        before, self.columns = self.columns, None
+        try:
+            yield
+        except BaseException:
+            self.columns = before
+            raise
+        self.columns = before + columns
 
     def pass_by(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Count what another stage of a pipeline reads, as `advance` does; nothing else of it is known here.

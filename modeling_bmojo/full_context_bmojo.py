@@ -43,6 +43,12 @@ class FullContext(MemoryPart):
         now = layer.seen[:, None] + torch.arange(tokens.query.shape[1], device=keys.device)
         return Observed([Whole(keys, values, entry <= now[..., None])])
 
+    def make_room(self, layer, columns):
+        capacity, upto = layer.keys.shape[2], layer.columns + columns
+        if capacity < upto:
+            room = (0, 0, 0, max(upto - capacity, GROWTH, capacity // 2))
+            layer.keys, layer.values = (F.pad(value, room) for value in (layer.keys, layer.values))
+
     def arrange(self, states):
         for name in ("keys", "values"):
             read = torch.arange(states[name].shape[2], device=states["seen"].device) < states["seen"][:, None]
@@ -58,11 +64,9 @@ class FullContext(MemoryPart):
             keys and values `[B, columns + T, G, D]`, of fixed shapes all that there is room for, differentiable in the
             new ones if a gradient is wanted.
         """
-        capacity = layer.keys.shape[2]
-        upto = capacity if layer.columns is None else layer.columns + tokens.keys.shape[1]
-        if capacity < upto:
-            room = (0, 0, 0, max(upto - capacity, GROWTH, capacity // 2))
-            layer.keys, layer.values = (F.pad(value, room) for value in (layer.keys, layer.values))
+        if layer.columns is not None:
+            self.make_room(layer, tokens.keys.shape[1])
+        upto = layer.keys.shape[2] if layer.columns is None else layer.columns + tokens.keys.shape[1]
         index = layer.seen[:, None] + torch.arange(tokens.keys.shape[1], device=layer.seen.device)
         rows = torch.arange(len(index), device=layer.seen.device)[:, None]
         news = tokens.keys, tokens.values

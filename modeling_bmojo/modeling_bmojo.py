@@ -42,6 +42,7 @@ from .arguments_bmojo import built_fields, check_built, packing_lengths, refuse_
 from .attention_bmojo import BMojoAttention, BMojoRMSNorm
 from .buffers_bmojo import WideBuffers
 from .cache_bmojo import BMojoCache
+from .cache_layer_bmojo import BMojoCacheLayer
 from .cache_tree_bmojo import register as register_cache_tree
 from .compat_bmojo import CACHE_NAME, CACHE_NAMES, SHARDS_BY_DTYPE, cache_of, one_cache
 from .configuration_bmojo import FADING_MEMORIES, BMojoConfig
@@ -55,6 +56,7 @@ from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
 from .parallel_bmojo import HEAD_PIPELINE_PLAN, HEAD_TENSOR_PLAN, is_elsewhere, matching
 from .peft_bmojo import NoPrompts
+from .regions_bmojo import Regions
 from .rollback_bmojo import Columns, read_waiting, read_with_rollback
 
 
@@ -194,13 +196,27 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         rows: Rows,
         past_key_values: BMojoCache | None = None,
+        regions: Regions | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states `[B, T, E]` to the same, and the attention weights `[B, H, T, S]` or None."""
+        """Hidden states `[B, T, E]` to the same, and the attention weights `[B, H, T, S]` or None.
+
+        Args:
+            regions: what runs the layer compiled; None: it runs as it is. Hooks on the layer stay outside of it.
+        """
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        transform = BMojoDecoderLayer.transform if regions is None else regions.transform
+        return transform(self, hidden_states, rows, cache)
+
+    def transform(
+        self, hidden_states: torch.Tensor, rows: Rows, cache: BMojoCacheLayer | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Do what `forward` says, with the layer's own states. Nothing in here tells one layer of a kind from the next:
+        compiled for one it is compiled for all of them."""
         normed = hidden_states if self.norm_after else self.input_layernorm(hidden_states)
-        update, weights = self.mix(normed, rows, past_key_values)
-        if past_key_values is not None:
-            past_key_values.layers[self.layer_idx].advance(rows.lengths[0], hidden_states.shape[1])
+        update, weights = self.mix(normed, rows, cache)
+        if cache is not None:
+            cache.advance(rows.lengths[0], hidden_states.shape[1])
         if self.norm_after:
             update = self.post_attention_layernorm(update)
         hidden_states = torch.add(hidden_states, update, alpha=self.residual_multiplier)
@@ -217,17 +233,17 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         rows: Rows,
-        past_key_values: BMojoCache | None = None,
+        cache: BMojoCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sequence mixing alone: fading memory, then attention, without norms, residual and MLP.
 
         Args:
-            hidden_states: `[B, T, E]`, normed as the layer does it. rows: how they are cut into mixer rows.
+            hidden_states: `[B, T, E]`, normed as the layer does it. rows: how they are cut into mixer rows. cache: the
+                layer's states.
 
         Returns:
             what the layer adds to its input, `[B, T, E]`, and the attention weights `[B, H, T, S]` or None.
         """
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if cache is not None:
             cache.prepare(hidden_states)
         y = predictions = None
@@ -324,6 +340,21 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
             return found
         return {name: value for name, value in found.items() if name not in model_to_save.all_tied_weights_keys}
 
+    def compile_regions(self, on: bool = True, **options) -> None:
+        """Compile decoding: from now on a step of one token per row runs the layers compiled, with one program for all
+        layers of a kind. Everything else runs as before.
+
+        The first step waits for the compiler, which needs a C++ compiler on CPUs; later processes find the program on
+        disk. Results are those of the plain step up to rounding (docs/performance.md).
+
+        Args:
+            on: False: run as before. options: of `torch.compile`.
+
+        Raises:
+            ValueError: for a storage, whose steps follow the text in their shapes.
+        """
+        self.base_model._regions = Regions(self.config, options) if on else None
+
     def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:
         """`nn.Module.set_submodule`, by which transformers puts quantised modules into a model."""
         if avoid_packing(module):
@@ -351,6 +382,7 @@ class BMojoModel(BMojoPreTrainedModel):
     """Token embeddings, decoder layers and the final norm."""
 
     _auto_class = "AutoModel"
+    _regions: Regions | None = None  # what runs its layers compiled, where that was asked for
 
     def __init__(self, config: BMojoConfig):
         config.validate()
@@ -455,8 +487,10 @@ class BMojoModel(BMojoPreTrainedModel):
             past_key_values.begin(mask)
             past_key_values.pass_by(here, inputs_embeds, rows.lengths[0])
         hidden_states = inputs_embeds
+        compiled = self._regions is not None and self._regions.take(rows, past_key_values, hidden_states.shape[1])
+        more = {"regions": self._regions} if compiled else {}
         for index in here:
-            hidden_states, _ = self.layers[index](hidden_states, rows=rows, past_key_values=past_key_values)
+            hidden_states, _ = self.layers[index](hidden_states, rows=rows, past_key_values=past_key_values, **more)
         last_hidden = None if past_key_values is None else past_key_values.layers[-1].last_hidden
         hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
         if past_key_values is not None:

@@ -173,6 +173,10 @@ class MemoryPart:
         """
         raise NotImplementedError
 
+    def make_room(self, layer: Any, columns: int) -> None:
+        """Let the layer's states that follow the text have room for so many more columns; `observe` does it by itself
+        where a number says how much was read."""
+
     def check(self, states: dict[str, torch.Tensor], seen: torch.Tensor) -> None:
         """Raise ValueError unless `states` are what `seen` `[B]` tokens can leave: a file may say anything."""
 

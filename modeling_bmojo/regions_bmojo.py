@@ -1,0 +1,76 @@
+"""Compiled decoding: the step of one layer is compiled, and every layer of its kind runs it.
+
+A compiler that takes the whole model unrolls its layers: thirty times the program, minutes of compiling. The layers of a
+kind differ in tensors alone, so that one program serves them all, if nothing in it is a number that belongs to a layer
+or to a token. So a region is a layer's `transform`, which is given the layer's own states, and these say by tensors how
+much was read (`BMojoCacheLayer.told_by_tensors`).
+
+Compiled are steps of one token per row, where a CPU waits for many small operations; texts of more tokens differ in
+length, and their time is that of large products.
+"""
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layout_bmojo import Rows
+
+
+def _transform(layer: nn.Module, hidden_states: torch.Tensor, rows: Rows, cache: Any):
+    return layer.transform(hidden_states, rows, cache)
+
+
+class Regions:
+    """The compiled programs of a model, one per kind of layer.
+
+    Args:
+        config: the model's configuration. options: of `torch.compile`.
+
+    Raises:
+        ValueError: for a storage.
+    """
+
+    def __init__(self, config: Any, options: dict[str, Any]):
+        if config.storage_size:
+            raise ValueError(
+                f"storage_size={config.storage_size}: a step that fetches from a storage follows the text in its shapes "
+                "and cannot be compiled once for all tokens; load the model with storage_size=0."
+            )
+        self.options = options
+        self.programs: dict[str, Callable] = {}
+
+    def take(self, rows: Rows, cache: Any, columns: int) -> bool:
+        """Whether a forward of so many columns runs compiled: a step without gradient, of which nobody wants the
+        attention weights."""
+        if columns != 1 or cache is None or rows.columns is not None or rows.layout is not None:
+            return False
+        return cache.layers[0].started and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def transform(self, layer: nn.Module, hidden_states: torch.Tensor, rows: Rows, cache: Any):
+        """`layer.transform` of these arguments, compiled."""
+        cache.prepare(hidden_states)
+        with cache.told_by_tensors(hidden_states.shape[1]):
+            return self._program(layer.spec.kind)(layer, hidden_states, rows, cache)
+
+    def _program(self, kind: str) -> Callable:
+        if kind not in self.programs:
+            # The compiler counts the variants of a code object and gives up after a few: one for each kind and model.
+            code = _transform.__code__.replace(co_name=f"transform_{kind}")
+            self.programs[kind] = torch.compile(FunctionType(code, globals()), **self.options)
+        return self.programs[kind]
+
+    def __reduce__(self) -> tuple:
+        """Copied and pickled as its options: programs are made anew."""
+        return _renewed, (self.options,)
+
+
+def _renewed(options: dict[str, Any]) -> Regions:
+    regions = Regions.__new__(Regions)
+    regions.options, regions.programs = options, {}
+    return regions
+
+
+__all__ = ["Regions"]
