@@ -1,9 +1,9 @@
 """Compiled decoding: the step of one layer is compiled, and every layer of its kind runs it.
 
-A compiler that takes the whole model unrolls its layers: thirty times the program, minutes of compiling. The layers of a
-kind differ in tensors alone, so that one program serves them all, if nothing in it is a number that belongs to a layer
-or to a token. So a region is a layer's `transform`, which is given the layer's own states, and these say by tensors how
-much was read (`BMojoCacheLayer.told_by_tensors`).
+A compiler that takes the whole model unrolls its layers: thirty times the program, minutes of compiling. The layers of
+a kind differ in tensors alone, so that one program serves them all, if nothing in it is a number that belongs to a
+layer or to a token. So a region is a layer's `transform`, which is given the layer's own states, and these say by
+tensors how much was read (`BMojoCacheLayer.told_by_tensors`).
 
 Compiled are steps of one token per row, where a CPU waits for many small operations; texts of more tokens differ in
 length, and their time is that of large products.
@@ -36,8 +36,8 @@ class Regions:
     def __init__(self, config: Any, options: dict[str, Any]):
         if config.storage_size:
             raise ValueError(
-                f"storage_size={config.storage_size}: a step that fetches from a storage follows the text in its shapes "
-                "and cannot be compiled once for all tokens; load the model with storage_size=0."
+                f"storage_size={config.storage_size}: a step that fetches from a storage follows the text in its "
+                "shapes and cannot be compiled once for all tokens; load the model with storage_size=0."
             )
         self.options = options
         self.programs: dict[str, Callable] = {}
@@ -63,7 +63,7 @@ class Regions:
         return self.programs[kind]
 
     def __reduce__(self) -> tuple:
-        """Copied and pickled as its options: programs are made anew."""
+        """Copy and pickle the options alone: programs are made anew."""
         return _renewed, (self.options,)
 
 

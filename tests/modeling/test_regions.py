@@ -176,5 +176,5 @@ def test_a_copy_has_programs_of_its_own():
 
 
 def test_a_storage_is_refused():
-    with pytest.raises(ValueError, match="storage_size=4.*storage_size=0"):
+    with pytest.raises(ValueError, match=r"storage_size=4.*storage_size=0"):
         build(storage_size=4).compile_regions()
