@@ -46,7 +46,8 @@ CORE_TESTS := $(addprefix tests/modeling/test_,$(addsuffix .py,arguments cache c
 	tests/conversion/training/test_four_bit.py $(addprefix tests/project/test_,contract.py versions.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-conformance test-quantised test-faults test-wheel test-export-runtimes \
+.PHONY: help demo environments test test-versions test-conformance test-quantised test-faults test-wheel \
+	test-export-runtimes \
 	test-xla bench gpu-check wheel notebooks lint format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -87,6 +88,9 @@ PYTEST_SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reor
 test: $(HAVE_TEST) $(HAVE_SMOLLM2)
 	@echo "==> test: pytest, one process per core"
 	@$(PY) -m pytest $(PYTEST_SPREAD) --durations 15 $(ARGS)
+
+# All environments that .ci/run needs besides .venv.
+environments: $(HAVE_CONFORMANCE) $(HAVE_QUANTISED) $(HAVE_VERSIONS)
 
 test-versions: $(OTHER_VERSIONS:%=test-version-%)
 
