@@ -10,7 +10,7 @@ from typing import Any
 from .compat_bmojo import CACHE_NAMES
 from .config_rules_bmojo import BackboneConfig
 from .eidetic_bmojo import EideticMemory
-from .fading_bmojo import FadingMemory
+from .fading_bmojo import HEAD_PATTERNS, FadingMemory
 from .fading_delta_bmojo import GatedDeltaFadingMemory
 from .fading_s6_bmojo import S6FadingMemory
 from .fading_ssd_bmojo import SSDFadingMemory
@@ -92,6 +92,8 @@ class BMojoConfig(BackboneConfig):
         max_rope_distance_start: position of the first query that `max_rope_distance` holds for; those before it turn by
             any distance. A source's positions: up to there a model that stores all is what its source is.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
+        tie_fading_queries: fading tokens are asked by `q_proj`, and share its norm's and `k_proj`'s weights (True); or by
+            queries of their own, with q- and k-norms of their own (False; hybrid-model-factory's untied B'MOJO-F).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
         kernel_backend: which implementations run. `"auto"` takes the fastest one that each call's tensors allow;
@@ -103,7 +105,10 @@ class BMojoConfig(BackboneConfig):
             DeltaNet: a token replaces what the state holds under its key).
         ssm_num_heads, ssm_head_dim: `None` follows the attention's heads and head_dim. Their product is the SSM's inner
             width, and that is all `"mamba"` takes from them (published: twice the hidden size).
-        ssm_num_groups: groups of heads that share B and C; `None` follows the key/value heads. `"mamba"` has one B and
+        ssm_head_pattern: what the heads of a group share: `"multi_value"`: B and C, each has its own x (Mamba-2);
+            `"multi_query"`: x and B, each has its own C (grouped-query attention: values, keys and queries). The
+            second is for `"mamba2"` and `"gated_delta"`. `None` is the first.
+        ssm_num_groups: groups of such heads; `None` follows the key/value heads. `"mamba"` has one B and
             one C for all channels: 1 or `None`.
         ssm_state_size: N, state channels per SSM channel (published: 128 for Mamba-2, 16 for Mamba).
         ssm_time_step_rank: only for `"mamba"`, the numbers per token that all time steps are made from; `None` is
@@ -114,8 +119,12 @@ class BMojoConfig(BackboneConfig):
             (Mamba-2). False: it reads the input itself and its output goes out as it is, which saves both products;
             needs ssm_num_heads * ssm_head_dim == hidden_size. B, C, time steps and the gate are learned either way.
         ssm_proj_bias: biases in the SSM's in_proj and out_proj.
+        ssm_qk_norm: RMSNorm of every head of B and of C, before the convolution (only `"mamba2"`).
+        ssm_expand_rank: rank of maps that give every head of a group its own x and B behind the convolution, added to
+            a learned mixture of what the groups share; `None`: none. Only for `"gated_delta"` with `"multi_query"`.
         ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate (`"gated_delta"`: RMSNorm
-            of each head before it); `None` is True, False for `"mamba"`, which has no such norm.
+            of each head before it); `None` is True, False for `"mamba"`, which has no such norm. ssm_norm_eps: what it
+            adds to a mean of squares; `None` follows rms_norm_eps.
         ssm_chunk_size: tokens per chunk of the chunked scan, at most; changes speed and memory, never the result.
         ssm_time_step_min, ssm_time_step_max, ssm_time_step_floor: range of the initial time step.
         ssm_scalars_in_fp32: load A_log, dt_bias and D in fp32 whatever the model's dtype; False for FSDP1, which
@@ -179,6 +188,7 @@ class BMojoConfig(BackboneConfig):
     fading_stride: int = memory(1)
     fading_mass: bool = memory(False)
     tie_fading_projections: bool = memory(True)
+    tie_fading_queries: bool = memory(True)
     storage_size: int = memory(0)
     storage_candidates: int | None = memory(None)
     storage_sketch_size: int | None = memory(None)
@@ -194,6 +204,9 @@ class BMojoConfig(BackboneConfig):
     ssm_head_dim: int | None = memory(None)
     ssm_state_size: int = memory(64)
     ssm_num_groups: int | None = memory(None)
+    ssm_head_pattern: str | None = memory(None)
+    ssm_qk_norm: bool = memory(False)
+    ssm_expand_rank: int | None = memory(None)
     ssm_time_step_rank: int | None = memory(None)
     ssm_conv_kernel: int = memory(4)
     ssm_conv_bias: bool = memory(True)
@@ -202,6 +215,7 @@ class BMojoConfig(BackboneConfig):
     ssm_proj_bias: bool = memory(False)
     ssm_gated: bool = memory(True)
     ssm_norm: bool | None = memory(None)
+    ssm_norm_eps: float | None = memory(None)
     ssm_chunk_size: int = speed(64)
     ssm_time_step_min: float = memory(0.001, results=False, live=True)
     ssm_time_step_max: float = memory(0.1, results=False, live=True)
@@ -277,6 +291,7 @@ class BMojoConfig(BackboneConfig):
         for part in PARTS:
             part.check_config(self)
         self._validate_distance()
+        self._validate_fading_queries()
         require_choice(self, "innovation", tuple(INNOVATIONS))
         require_choice(self, "kernel_backend", KERNEL_BACKENDS)
         require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")
@@ -294,6 +309,37 @@ class BMojoConfig(BackboneConfig):
         least = self.window_size - 1
         require_int(self, "max_rope_distance", max(least, 0), f"the window alone spans {least}; null is no limit")
 
+    def _validate_fading_queries(self) -> None:
+        require_choice(self, "tie_fading_queries", (True, False))
+        if self.tie_fading_queries:
+            return
+        needed = {"tie_fading_projections": False, "fading_mass": False, "max_rope_distance": None}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                rule = f"needs {name}={value!r}, which is {getattr(self, name)!r}: fading tokens with queries of their "
+                reject("tie_fading_queries", False, rule + "own have their own keys too, and turn by any distance")
+        if self.fading_size == 0:
+            reject("tie_fading_queries", False, "needs fading tokens, and fading_size is 0", "leave it out")
+
+    def _validate_ssm_extras(self) -> None:
+        """Check the fields that only some forms of the SSM have."""
+        require_choice(self, "ssm_qk_norm", (True, False))
+        if self.ssm_norm_eps is not None:
+            require_number(self, "ssm_norm_eps", 0, True, "e.g. 1e-5, or None to follow rms_norm_eps")
+        if self.ssm_qk_norm and self.ssm_type != "mamba2":
+            rule = f"needs ssm_type='mamba2'; {self.ssm_type!r} has keys of length 1, or none"
+            reject("ssm_qk_norm", True, rule, "leave it out")
+        if self.ssm_head_pattern != "multi_value" and self.ssm_type == "mamba":
+            rule = "must be 'multi_value' with ssm_type='mamba', which has no heads"
+            reject("ssm_head_pattern", self.ssm_head_pattern, rule, "leave it out")
+        if self.ssm_expand_rank is None:
+            return
+        require_int(self, "ssm_expand_rank", 1, "None has no such maps")
+        shared = self.ssm_head_pattern == "multi_query" and self.ssm_num_groups < self.ssm_num_heads
+        if self.ssm_type != "gated_delta" or not shared:
+            rule = "needs ssm_type='gated_delta' and ssm_head_pattern='multi_query' with fewer groups than heads"
+            reject("ssm_expand_rank", self.ssm_expand_rank, rule, "leave it out")
+
     def _validate_ssm(self) -> None:
         require_choice(self, "ssm_type", tuple(FADING_MEMORIES))
         for name in ("ssm_num_heads", "ssm_head_dim", "ssm_state_size", "ssm_num_groups", "ssm_conv_kernel"):
@@ -306,7 +352,9 @@ class BMojoConfig(BackboneConfig):
                 f"must divide ssm_num_heads={self.ssm_num_heads}",
                 "SSM heads share B and C in equal groups",
             )
+        require_choice(self, "ssm_head_pattern", HEAD_PATTERNS)
         require_choice(self, "ssm_projected", (True, False))
+        self._validate_ssm_extras()
         inner = self.ssm_num_heads * self.ssm_head_dim
         if not self.ssm_projected and inner != self.hidden_size:
             reject(

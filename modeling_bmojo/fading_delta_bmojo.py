@@ -8,6 +8,8 @@ Beside `SSDFadingMemory` (Mamba-2): a token first takes away what the state hold
 again has its last value and not the sum of all; nothing is skipped past the state (no D), and the norm is taken head by
 head, with one weight for all heads, before the gate.
 
+With `ssm_expand_rank` the heads of a group have x and B of their own (`HeadExpansion`), made behind the convolution.
+
 What treats each token by itself runs on the input's columns, convolution and scan on mixer rows (layout_bmojo.py).
 
 Shapes: B rows, T tokens (R', T' in mixer rows), E hidden size, H heads, P channels per head, N state channels, G groups
@@ -24,7 +26,16 @@ from transformers.activations import ACT2FN
 
 from .delta_ops import predict_delta_input
 from .dispatch_bmojo import Kernels
-from .fading_bmojo import WHOLE, CausalConv, GroupedFadingMemory, Prediction, SSMScalars
+from .fading_bmojo import (
+    WHOLE,
+    CausalConv,
+    GroupedFadingMemory,
+    HeadExpansion,
+    HeadRMSNorm,
+    Prediction,
+    SSMScalars,
+    for_heads,
+)
 from .fields_bmojo import reject
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
@@ -34,24 +45,12 @@ from .states_bmojo import shift
 LENGTH_EPS = 1e-6  # of keys and queries, as in transformers and flash-linear-attention
 
 
-class HeadRMSNorm(nn.Module):
-    """RMSNorm over the channels of each head `[..., H, P]`, one weight for all heads."""
-
-    def __init__(self, channels: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
-
-
 class GatedDeltaFadingMemory(GroupedFadingMemory):
     """The SSM of one layer, which replaces what it holds under a key."""
 
     name = "gated_delta"
     operations = ("conv", "conv_step", "delta_scan", "delta_step")
-    maps = ("in_proj", "out_proj")
+    maps = ("in_proj", "out_proj", "down", "up")
     modules = ("conv", "scalars")
     about = "gated delta rule: one decay and one share per head; a token replaces what stood under its key"
 
@@ -61,6 +60,10 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         if not config.ssm_projected:
             rule = "must be True with ssm_type='gated_delta', whose values are made from the projected x"
             reject("ssm_projected", config.ssm_projected, rule, "leave it out")
+
+    @classmethod
+    def projections(cls, config):
+        return cls.maps[:2] if config.ssm_expand_rank is None else cls.maps
 
     @classmethod
     def example(cls, operation, config):
@@ -74,7 +77,7 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.heads, self.head_dim, self.state = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
-        self.groups = config.ssm_num_groups
+        self.sizes = self.widths(config)
         self.inner = self.heads * self.head_dim
         self.gated = config.ssm_gated
         self.chunk_size = config.ssm_chunk_size
@@ -87,7 +90,12 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         self.conv = CausalConv(self.channels(config), config.ssm_conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars((self.heads,), self.heads, skips=False)
-        self.norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps) if config.ssm_norm else None
+        self.norm = HeadRMSNorm(self.head_dim, self.norm_eps(config)) if config.ssm_norm else None
+        self.expands = config.ssm_expand_rank is not None
+        if self.expands:
+            groups, rank = config.ssm_num_groups, config.ssm_expand_rank
+            self.expand_values = HeadExpansion(groups, self.heads, self.head_dim, rank)
+            self.expand_keys = HeadExpansion(groups, self.heads, self.state, rank)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
@@ -96,6 +104,8 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         convolved = [
             self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(rows.layout, mixed), rows.lengths)
         ]
+        if self.expands:
+            convolved = to_rows(rows.layout, self._expanded(to_columns(rows.layout, convolved)))
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             groups = zip(convolved, to_rows(rows.layout, steps), rows.lengths)
             scanned = [self._scan(*group, layer, predicts) for group in groups]
@@ -115,19 +125,27 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
             shift(layer.conv, mixed, lengths)
         return out
 
+    def _expanded(self, mixed: torch.Tensor) -> torch.Tensor:
+        """x|B|C `[B, T, C]` with x and B of every head."""
+        x, B, C = mixed.split(self.sizes, dim=-1)
+        pairs = (x, self.head_dim, self.expand_values), (B, self.state, self.expand_keys)
+        return torch.cat([*(each(value.unflatten(-1, (-1, size))).flatten(-2) for value, size, each in pairs), C], -1)
+
     def _scan(
         self, mixed: torch.Tensor, steps: torch.Tensor, lengths: torch.Tensor | None, layer: Any, predicts: bool
     ) -> tuple[torch.Tensor, Prediction | None]:
-        """Return the recurrence of mixer rows in fp32 at least: of x|B|C `[R', T', C]` and dt|b `[R', T', 2 H]`.
+        """Return the recurrence of mixer rows in fp32 at least: of x|B|C `[R', T', ...]` and dt|b `[R', T', 2 H]`.
 
         Returns y `[R', T', H P]` and the prediction, or None.
         """
         wide, tokens = torch.promote_types(mixed.dtype, torch.float32), mixed.shape[1]
         op = "delta_step" if tokens == 1 and layer is not None else "delta_scan"
-        x, keys = mixed.to(wide).split([self.inner, 2 * self.groups * self.state], dim=-1)
-        x = x.unflatten(-1, (self.heads, self.head_dim))
-        keys = keys.unflatten(-1, (2, self.groups, self.state))
-        B, C = (keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + LENGTH_EPS)).unbind(-3)
+        sizes = (self.inner, self.sizes[2], self.sizes[2]) if self.expands else self.sizes
+        x, *keys = mixed.to(wide).split(sizes, dim=-1)
+        x = for_heads(x.unflatten(-1, (-1, self.head_dim)), self.heads)
+        keys = [each.unflatten(-1, (-1, self.state)) for each in keys]
+        B, C = (each * torch.rsqrt(each.square().sum(-1, keepdim=True) + LENGTH_EPS) for each in keys)
+        B = B if B.shape[2] == C.shape[2] else for_heads(B, self.heads)
         log_decay, beta = self._shares(steps.to(wide), lengths)
         # A copy where a backward pass may still need what the state was; else a step writes into it.
         state = None if layer is None else layer.ssm.to(wide, copy=torch.is_grad_enabled())

@@ -17,7 +17,7 @@ from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 # Rows are cut and the outputs gathered, or columns are cut and the outputs added up; between gate and down nothing is.
 _MAPS = {
     **{f"self_attn.{name}": "colwise_gather_output" for name in ("q_proj", "k_proj", "v_proj")},
-    **{f"self_attn.{name}": "colwise_gather_output" for name in ("fading_k_proj", "fading_v_proj")},
+    **{f"self_attn.{name}": "colwise_gather_output" for name in ("fading_q_proj", "fading_k_proj", "fading_v_proj")},
     "self_attn.o_proj": "rowwise_split_input",
     "fading.in_proj": "colwise_gather_output",
     "fading.out_proj": "rowwise_split_input",

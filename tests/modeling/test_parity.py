@@ -48,6 +48,12 @@ SETTINGS = {
     "multipliers": dict(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3)
     | dict(logits_scaling=5.0, innovation="state"),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, innovation="state", eidetic_decay=0.05),
+    "multi-query": dict(ssm_head_pattern="multi_query", ssm_qk_norm=True, ssm_norm_eps=1e-3, innovation="state"),
+    "delta-multi-query": dict(ssm_type="gated_delta", ssm_head_pattern="multi_query", innovation="state"),
+    "delta-expanded": dict(ssm_type="gated_delta", ssm_head_pattern="multi_query", ssm_expand_rank=3)
+    | dict(layer_types=["bmojo", "linear_attention"], ssm_norm_eps=1e-3),
+    "fading-queries": dict(tie_fading_projections=False, tie_fading_queries=False, qk_norm="head", fading_size=WINDOW),
+    "fading-queries-stride": dict(tie_fading_projections=False, tie_fading_queries=False, fading_stride=WINDOW),
     "delta": dict(ssm_type="gated_delta", ssm_state_size=3, innovation="state", eidetic_decay=0.05),
 }
 
