@@ -170,7 +170,8 @@ class BMojoAttention(nn.Module):
 
         Args:
             query `[R, T', H, D]`, keys, values `[R, T', G, D]`: without positions. signal: what `_signals` gives.
-            fading: what `_fading_rows` gives, or None. own: what asks fading tokens, if not `query`. lengths: `[R]` real tokens, or None: all T'.
+            fading: what `_fading_rows` gives, or None. own: what asks fading tokens, if not `query`.
+            lengths: `[R]` real tokens, or None: all T'.
 
         Returns:
             `[R, T', H, D]`, and weights `[R, H, T', columns]` or None.
@@ -254,7 +255,7 @@ class BMojoAttention(nn.Module):
         return self.kernels.run("memory_attention", query, offers, block, **options, columns=columns)
 
     def _attend_apart(self, query, own, offers, columns: int | None, options: dict):
-        """The same with what is `Apart` asked by the queries `own`."""
+        """Do the same with what is `Apart` asked by the queries `own`."""
         bare = [each.offer if isinstance(each, Apart) else each for each in offers]
         if all(isinstance(each, Seen) for each in bare) and not options["dropout"]:
             pairs = zip(bare, offers)

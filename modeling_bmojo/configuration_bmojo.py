@@ -92,8 +92,8 @@ class BMojoConfig(BackboneConfig):
         max_rope_distance_start: position of the first query that `max_rope_distance` holds for; those before it turn by
             any distance. A source's positions: up to there a model that stores all is what its source is.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
-        tie_fading_queries: fading tokens are asked by `q_proj`, and share its norm's and `k_proj`'s weights (True); or by
-            queries of their own, with q- and k-norms of their own (False; hybrid-model-factory's untied B'MOJO-F).
+        tie_fading_queries: fading tokens are asked by the queries of the others, and share q- and k-norm (True); or
+            have a q_proj and norms of their own (False; hybrid-model-factory's untied B'MOJO-F).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
         kernel_backend: which implementations run. `"auto"` takes the fastest one that each call's tensors allow;

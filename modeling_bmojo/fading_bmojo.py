@@ -159,32 +159,16 @@ def for_heads(value: torch.Tensor, heads: int) -> torch.Tensor:
     return value if shared == 1 else value.repeat_interleave(shared, dim=2)
 
 
-class HeadExpansion(nn.Module):
-    """What the heads of a group share, and for each head a low-rank map of it all: `[..., G, D]` to `[..., H, D]`.
+def expand(shared: torch.Tensor, repeat: torch.Tensor, down: nn.Linear, up: nn.Linear) -> torch.Tensor:
+    """Return what every head has of what groups share, `[..., G, D]` to `[..., H, D]`.
 
         out_h = sum_g repeat_hg in_g + (up(silu(down(in))))_h
 
-    It starts with what each head's group has: `repeat` says which that is, and `up` is zero.
-
     Args:
-        groups: G. heads: H. size: D. rank: width between the two maps.
+        repeat: `[H, G]`. down: G D to r channels. up: r to H D.
     """
-
-    def __init__(self, groups: int, heads: int, size: int, rank: int):
-        super().__init__()
-        self.down = nn.Linear(groups * size, rank, bias=False)
-        self.up = nn.Linear(rank, heads * size, bias=False)
-        self.up.initial_bound = 0.0
-        self.repeat = nn.Parameter(torch.empty(heads, groups))
-
-    def initialise(self, config: PreTrainedConfig) -> None:
-        """Let every head begin with what its group has."""
-        heads, groups = self.repeat.shape
-        init.copy_(self.repeat, torch.eye(groups).repeat_interleave(heads // groups, dim=0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        own = self.up(F.silu(self.down(x.flatten(-2))))
-        return own.unflatten(-1, (len(self.repeat), -1)) + self.repeat.to(x.dtype) @ x
+    own = up(F.silu(down(shared.flatten(-2))))
+    return own.unflatten(-1, (len(repeat), -1)) + repeat.to(shared.dtype) @ shared
 
 
 class HeadRMSNorm(nn.Module):

@@ -8,7 +8,7 @@ Beside `SSDFadingMemory` (Mamba-2): a token first takes away what the state hold
 again has its last value and not the sum of all; nothing is skipped past the state (no D), and the norm is taken head by
 head, with one weight for all heads, before the gate.
 
-With `ssm_expand_rank` the heads of a group have x and B of their own (`HeadExpansion`), made behind the convolution.
+With `ssm_expand_rank` the heads of a group have x and B of their own (`expand`), made behind the convolution.
 
 What treats each token by itself runs on the input's columns, convolution and scan on mixer rows (layout_bmojo.py).
 
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .delta_ops import predict_delta_input
@@ -30,10 +31,10 @@ from .fading_bmojo import (
     WHOLE,
     CausalConv,
     GroupedFadingMemory,
-    HeadExpansion,
     HeadRMSNorm,
     Prediction,
     SSMScalars,
+    expand,
     for_heads,
 )
 from .fields_bmojo import reject
@@ -50,7 +51,7 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
 
     name = "gated_delta"
     operations = ("conv", "conv_step", "delta_scan", "delta_step")
-    maps = ("in_proj", "out_proj", "down", "up")
+    maps = ("in_proj", "out_proj", "keys_down", "keys_up", "values_down", "values_up")
     modules = ("conv", "scalars")
     about = "gated delta rule: one decay and one share per head; a token replaces what stood under its key"
 
@@ -94,8 +95,18 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         self.expands = config.ssm_expand_rank is not None
         if self.expands:
             groups, rank = config.ssm_num_groups, config.ssm_expand_rank
-            self.expand_values = HeadExpansion(groups, self.heads, self.head_dim, rank)
-            self.expand_keys = HeadExpansion(groups, self.heads, self.state, rank)
+            for name, size in (("keys", self.state), ("values", self.head_dim)):
+                up = nn.Linear(rank, self.heads * size, bias=False)
+                up.initial_bound = 0.0  # every head begins with what its group has
+                setattr(self, f"{name}_down", nn.Linear(groups * size, rank, bias=False))
+                setattr(self, f"{name}_up", up)
+                setattr(self, f"{name}_repeat", nn.Parameter(torch.empty(self.heads, groups)))
+
+    def initialise(self, config):
+        if self.expands:
+            heads, groups = self.keys_repeat.shape
+            for repeat in (self.keys_repeat, self.values_repeat):
+                init.copy_(repeat, torch.eye(groups).repeat_interleave(heads // groups, dim=0))
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
@@ -128,8 +139,10 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
     def _expanded(self, mixed: torch.Tensor) -> torch.Tensor:
         """x|B|C `[B, T, C]` with x and B of every head."""
         x, B, C = mixed.split(self.sizes, dim=-1)
-        pairs = (x, self.head_dim, self.expand_values), (B, self.state, self.expand_keys)
-        return torch.cat([*(each(value.unflatten(-1, (-1, size))).flatten(-2) for value, size, each in pairs), C], -1)
+        x, B = x.unflatten(-1, (-1, self.head_dim)), B.unflatten(-1, (-1, self.state))
+        x = expand(x, self.values_repeat, self.values_down, self.values_up)
+        B = expand(B, self.keys_repeat, self.keys_down, self.keys_up)
+        return torch.cat([x.flatten(-2), B.flatten(-2), C], dim=-1)
 
     def _scan(
         self, mixed: torch.Tensor, steps: torch.Tensor, lengths: torch.Tensor | None, layer: Any, predicts: bool

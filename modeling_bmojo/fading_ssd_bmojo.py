@@ -3,7 +3,8 @@
     z | xBC | dt = in_proj(u);  x | B | C = act(conv(xBC));  y = ssd(x, softplus(dt + dt_bias), A, B, C) + D x
     y = out_proj(norm(y * silu(z)))
 
-With `ssm_qk_norm` every head of B and C is normalised before the convolution. With `ssm_projected=False` x is u itself and y goes out as it is: in_proj has no x rows, and there is no out_proj.
+With `ssm_qk_norm` every head of B and C is normalised before the convolution. With `ssm_projected=False` x is u itself
+and y goes out as it is: in_proj has no x rows, and there is no out_proj.
 
 What treats each token by itself (in_proj, gate, norm, out_proj) runs on the input's columns, convolution and scan on
 mixer rows (layout_bmojo.py).

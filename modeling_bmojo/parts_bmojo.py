@@ -63,8 +63,8 @@ class Tokens(NamedTuple):
     wants_left: some part asks what the others let go. scaling: sigma, of the scores.
     sketches: int8 `[R, T, G, r]` of the keys, or None. asked: makes what the queries ask them,
     `[R, T, H, r]` (`sketch_bmojo`); or None.
-    far: what pairs beyond `max_rope_distance` need, or None if there are none. apart: fading tokens are asked by queries
-    of their own.
+    far: what pairs beyond `max_rope_distance` need, or None if there are none. apart: fading tokens are asked by
+    queries of their own.
     """
 
     query: torch.Tensor

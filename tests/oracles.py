@@ -446,7 +446,7 @@ class Algorithm1:
         x, B, C = torch.split(self.convolve(name, layer.convolved), parts)
         x, B, C = x.view(inputs, width), B.view(groups, size), C.view(queries, size)
         if config.ssm_head_pattern == "multi_query":
-            x, B = (self.expanded(f"{name}.expand_{which}", each) for which, each in (("values", x), ("keys", B)))
+            x, B = (self.expanded(f"{name}.{which}", each) for which, each in (("values", x), ("keys", B)))
             groups = heads
         B, C = (keys / torch.sqrt((keys**2).sum(-1, keepdim=True) + 1e-6) for keys in (B, C))
         A_log, bias = (self.tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in ("A_log", "dt_bias"))
@@ -463,9 +463,9 @@ class Algorithm1:
         heads, groups = self.config.ssm_num_heads, len(shared)
         if self.config.ssm_expand_rank is None:
             return torch.stack([shared[h // (heads // groups)] for h in range(heads)])
-        hidden = self.linear(f"{name}.down", shared.reshape(-1))
-        own = self.linear(f"{name}.up", hidden * torch.sigmoid(hidden)).view(heads, -1)
-        repeat = self.tensors[f"{name}.repeat"]
+        hidden = self.linear(f"{name}_down", shared.reshape(-1))
+        own = self.linear(f"{name}_up", hidden * torch.sigmoid(hidden)).view(heads, -1)
+        repeat = self.tensors[f"{name}_repeat"]
         return own + torch.stack([sum(repeat[h, g] * shared[g] for g in range(groups)) for h in range(heads)])
 
     def convolve(self, name, rows):
