@@ -54,12 +54,13 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
     maps = ("in_proj", "out_proj")
     modules = ("conv", "scalars")
     about = "gated delta rule: one decay and one share per head; a token replaces what stood under its key"
+    gates = 2  # numbers per head and token that in_proj makes beside z, x, B and C
 
     @classmethod
     def check(cls, config):
         super().check(config)
         if not config.ssm_projected:
-            rule = "must be True with ssm_type='gated_delta', whose values are made from the projected x"
+            rule = f"must be True with ssm_type={cls.name!r}, whose values are made from the projected x"
             reject("ssm_projected", config.ssm_projected, rule, "leave it out")
 
     @classmethod
@@ -82,7 +83,7 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         self.kernels = Kernels(config)
 
         # Rows of in_proj: z, then x, B and C, then dt and b.
-        self.rows = [self.inner if self.gated else 0, self.channels(config), 2 * self.heads]
+        self.rows = [self.inner if self.gated else 0, self.channels(config), self.gates * self.heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
         self.conv = CausalConv(self.channels(config), config.ssm_conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
@@ -141,14 +142,16 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
             layer.ssm.copy_(after.detach())
         return y.flatten(2), prediction
 
+    def _time_step(self, dt: torch.Tensor) -> torch.Tensor:
+        """softplus, clamped."""
+        dt = F.softplus(dt)
+        return dt if self.time_step_limit == (0.0, math.inf) else dt.clamp(*self.time_step_limit)
+
     def _shares(self, steps: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log decays and beta `[R', T', H]`, zeros for pads."""
         dt, beta = steps.chunk(2, dim=-1)
         A, dt_bias, _ = self.scalars(steps.dtype)
-        dt = F.softplus(dt + dt_bias)
-        if self.time_step_limit != (0.0, math.inf):
-            dt = dt.clamp(*self.time_step_limit)
-        log_decay, beta = dt * A, torch.sigmoid(beta)
+        log_decay, beta = self._time_step(dt + dt_bias) * A, torch.sigmoid(beta)
         if lengths is not None:
             real = (torch.arange(steps.shape[1], device=steps.device) < lengths[:, None])[..., None]
             log_decay, beta = log_decay * real, beta * real
