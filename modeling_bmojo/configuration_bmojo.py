@@ -1,7 +1,7 @@
 """Configuration of B'MOJO: fields, derived defaults and validation; no tensors.
 
 Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, section 3.3; Mamba-2 (arXiv 2405.21060);
-Mamba (arXiv 2312.00752); Gated DeltaNet (arXiv 2412.06464).
+Mamba (arXiv 2312.00752); Gated DeltaNet (arXiv 2412.06464); Gated KalmaNet (arXiv 2511.21016).
 """
 
 import math
@@ -12,6 +12,7 @@ from .config_rules_bmojo import BackboneConfig
 from .eidetic_bmojo import EideticMemory
 from .fading_bmojo import HEAD_PATTERNS, FadingMemory
 from .fading_delta_bmojo import GatedDeltaFadingMemory
+from .fading_kalma_bmojo import GatedKalmaFadingMemory
 from .fading_s6_bmojo import S6FadingMemory
 from .fading_ssd_bmojo import SSDFadingMemory
 from .fading_tokens_bmojo import FadingTokens
@@ -30,7 +31,7 @@ INNOVATIONS: dict[str, type[Innovation]] = {
     each.name: each for each in (OutputInnovation, StateInnovation, KeyInnovation, ConstantInnovation)
 }
 FADING_MEMORIES: dict[str, type[FadingMemory]] = {
-    each.name: each for each in (SSDFadingMemory, S6FadingMemory, GatedDeltaFadingMemory)
+    each.name: each for each in (SSDFadingMemory, S6FadingMemory, GatedDeltaFadingMemory, GatedKalmaFadingMemory)
 }
 # In the order in which they take tokens in: what a part lets go is for those behind it.
 PARTS: list[type[MemoryPart]] = [FadingTokens, EideticMemory, FullContext, Storage]
@@ -101,18 +102,23 @@ class BMojoConfig(BackboneConfig):
             `from_pretrained(..., use_kernels=True)`) insist on one for the operations that it covers, and are errors
             where it cannot run. The environment variable `BMOJO_KERNEL_BACKEND` wins. See docs/kernels.md.
         ssm_type: the fading memory, `"mamba2"`, `"mamba"` (S6, the one of B'MOJO's paper: N decays and one time step
-            per channel; set `ssm_state_size=16` as published, its cost grows with N) or `"gated_delta"` (Gated
-            DeltaNet: a token replaces what the state holds under its key).
+            per channel; set `ssm_state_size=16` as published, its cost grows with N), `"gated_delta"` (Gated DeltaNet:
+            a token replaces what the state holds under its key) or `"kalmanet"` (Gated KalmaNet: queries are answered
+            by the ridge regression of all values on all keys).
         ssm_num_heads, ssm_head_dim: `None` follows the attention's heads and head_dim. Their product is the SSM's inner
             width, and that is all `"mamba"` takes from them (published: twice the hidden size).
         ssm_head_pattern: what the heads of a group share: `"multi_value"`: B and C, each has its own x (Mamba-2);
-            `"multi_query"`: x and B, each has its own C (grouped-query attention: values, keys and queries). The
-            second is for `"mamba2"` and `"gated_delta"`. `None` is the first.
-        ssm_num_groups: groups of such heads; `None` follows the key/value heads. `"mamba"` has one B and
-            one C for all channels: 1 or `None`.
+            `"multi_query"`: x and B, each has its own C (grouped-query attention: values, keys and queries). `None` is
+            the first, with `"kalmanet"` the second, which is all it has; `"mamba"` has no heads.
+        ssm_num_groups: groups of such heads; `None` follows the key/value heads. `"mamba"` has one B and one C for all
+            channels: 1 or `None`.
         ssm_state_size: N, state channels per SSM channel (published: 128 for Mamba-2, 16 for Mamba).
         ssm_time_step_rank: only for `"mamba"`, the numbers per token that all time steps are made from; `None` is
             hidden_size / 16, rounded up.
+        ssm_solver_steps, ssm_ridge: of `"kalmanet"`, Chebyshev steps of its regression, and lambda / |H|_F > 0: the
+            smaller, the more it trusts what it read, and the more steps it needs.
+        ssm_expand_rank: only with `"multi_query"`, of `"kalmanet"` and `"gated_delta"`: the rank r of learned maps from
+            the groups' keys and values to each head's own; `None`: heads of a group have the same.
         ssm_conv_kernel, ssm_conv_bias, ssm_conv_act: the short causal convolution over x, B and C (`"mamba"`: over x),
             its activation.
         ssm_projected: True: the SSM reads learned maps of the layer's input and its output goes through out_proj
@@ -120,11 +126,9 @@ class BMojoConfig(BackboneConfig):
             needs ssm_num_heads * ssm_head_dim == hidden_size. B, C, time steps and the gate are learned either way.
         ssm_proj_bias: biases in the SSM's in_proj and out_proj.
         ssm_qk_norm: RMSNorm of every head of B and of C, before the convolution (only `"mamba2"`).
-        ssm_expand_rank: rank of maps that give every head of a group its own x and B behind the convolution, added to
-            a learned mixture of what the groups share; `None`: none. Only for `"gated_delta"` with `"multi_query"`.
-        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate (`"gated_delta"`: RMSNorm
-            of each head before it); `None` is True, False for `"mamba"`, which has no such norm. ssm_norm_eps: what it
-            adds to a mean of squares; `None` follows rms_norm_eps.
+        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate (`"gated_delta"` and
+            `"kalmanet"`: RMSNorm of each head before it); `None` is True, False for `"mamba"`, which has no such norm.
+            ssm_norm_eps: what it adds to a mean of squares; `None` follows rms_norm_eps.
         ssm_chunk_size: tokens per chunk of the chunked scan, at most; changes speed and memory, never the result.
         ssm_time_step_min, ssm_time_step_max, ssm_time_step_floor: range of the initial time step.
         ssm_scalars_in_fp32: load A_log, dt_bias and D in fp32 whatever the model's dtype; False for FSDP1, which
@@ -206,8 +210,10 @@ class BMojoConfig(BackboneConfig):
     ssm_num_groups: int | None = memory(None)
     ssm_head_pattern: str | None = memory(None)
     ssm_qk_norm: bool = memory(False)
-    ssm_expand_rank: int | None = memory(None)
     ssm_time_step_rank: int | None = memory(None)
+    ssm_solver_steps: int = memory(30)
+    ssm_ridge: float = memory(0.02)
+    ssm_expand_rank: int | None = memory(None)
     ssm_conv_kernel: int = memory(4)
     ssm_conv_bias: bool = memory(True)
     ssm_conv_act: str = memory("silu")
@@ -332,13 +338,6 @@ class BMojoConfig(BackboneConfig):
         if self.ssm_head_pattern != "multi_value" and self.ssm_type == "mamba":
             rule = "must be 'multi_value' with ssm_type='mamba', which has no heads"
             reject("ssm_head_pattern", self.ssm_head_pattern, rule, "leave it out")
-        if self.ssm_expand_rank is None:
-            return
-        require_int(self, "ssm_expand_rank", 1, "None has no such maps")
-        shared = self.ssm_head_pattern == "multi_query" and self.ssm_num_groups < self.ssm_num_heads
-        if self.ssm_type != "gated_delta" or not shared:
-            rule = "needs ssm_type='gated_delta' and ssm_head_pattern='multi_query' with fewer groups than heads"
-            reject("ssm_expand_rank", self.ssm_expand_rank, rule, "leave it out")
 
     def _validate_ssm(self) -> None:
         require_choice(self, "ssm_type", tuple(FADING_MEMORIES))
@@ -364,6 +363,14 @@ class BMojoConfig(BackboneConfig):
                 f"hidden_size={self.hidden_size}, because the SSM reads and writes the layer's channels themselves",
                 "change them, or set ssm_projected=True",
             )
+        require_int(self, "ssm_solver_steps", 1, "30 is published")
+        require_number(self, "ssm_ridge", 0, True, "e.g. 0.02")
+        shared = FADING_MEMORIES[self.ssm_type].expands and self.ssm_head_pattern == "multi_query"
+        if self.ssm_expand_rank is not None and not shared:
+            rule = f"must be None with ssm_type={self.ssm_type!r} and ssm_head_pattern={self.ssm_head_pattern!r}"
+            reject("ssm_expand_rank", self.ssm_expand_rank, rule, "only shared keys are expanded")
+        if self.ssm_expand_rank is not None:
+            require_int(self, "ssm_expand_rank", 1, "None has no such maps")
         FADING_MEMORIES[self.ssm_type].check(self)
         limit = self.ssm_time_step_limit
         if len(limit) != 2 or not 0 <= limit[0] < limit[1]:

@@ -1,9 +1,9 @@
 """FadingMemory: what every selective SSM of a layer must say and do, and the modules that they share.
 
-One class per form: `fading_ssd_bmojo` (Mamba-2), `fading_s6_bmojo` (Mamba), `fading_delta_bmojo` (gated delta rule). A
-form owns its facts: its rules between configuration fields, the defaults that None stands for, its projections, states,
-operations and initial values. It is entered in `configuration_bmojo.FADING_MEMORIES`, and configuration, cache,
-adapters and kernels ask the class.
+One class per form: `fading_ssd_bmojo` (Mamba-2), `fading_s6_bmojo` (Mamba), `fading_delta_bmojo` (gated delta rule),
+`fading_kalma_bmojo` (Gated KalmaNet). A form owns its facts: its rules between configuration fields, the defaults that
+None stands for, its projections, states, operations and initial values. It is entered in
+`configuration_bmojo.FADING_MEMORIES`, and configuration, cache, adapters and kernels ask the class.
 
 Shapes: B rows, T tokens (R, T' in mixer rows), E hidden size, I inner width, C channels of the convolution, K its taps.
 """
@@ -49,6 +49,7 @@ class FadingMemory(nn.Module):
     maps: tuple[str, ...]
     modules: tuple[str, ...] = ()
     about: str
+    expands: bool = False  # whether `ssm_expand_rank` is a field of it
 
     # Facts -----------------------------------------------------------------------------------------------------------
     @classmethod

@@ -53,18 +53,20 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
     operations = ("conv", "conv_step", "delta_scan", "delta_step")
     maps = ("in_proj", "out_proj", "keys_down", "keys_up", "values_down", "values_up")
     modules = ("conv", "scalars")
+    expands = True
     about = "gated delta rule: one decay and one share per head; a token replaces what stood under its key"
+    gates = 2  # numbers per head and token that in_proj makes beside z, x, B and C
 
     @classmethod
     def check(cls, config):
         super().check(config)
         if not config.ssm_projected:
-            rule = "must be True with ssm_type='gated_delta', whose values are made from the projected x"
+            rule = f"must be True with ssm_type={cls.name!r}, whose values are made from the projected x"
             reject("ssm_projected", config.ssm_projected, rule, "leave it out")
 
     @classmethod
     def projections(cls, config):
-        return cls.maps[:2] if config.ssm_expand_rank is None else cls.maps
+        return cls.maps if config.ssm_expand_rank is not None else cls.maps[:2]
 
     @classmethod
     def example(cls, operation, config):
@@ -86,28 +88,27 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         self.kernels = Kernels(config)
 
         # Rows of in_proj: z, then x, B and C, then dt and b.
-        self.rows = [self.inner if self.gated else 0, self.channels(config), 2 * self.heads]
+        self.rows = [self.inner if self.gated else 0, self.channels(config), self.gates * self.heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
         self.conv = CausalConv(self.channels(config), config.ssm_conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars((self.heads,), self.heads, skips=False)
         self.norm = HeadRMSNorm(self.head_dim, self.norm_eps(config)) if config.ssm_norm else None
-        self.expands = config.ssm_expand_rank is not None
-        if self.expands:
-            groups, rank = config.ssm_num_groups, config.ssm_expand_rank
-            for name, size in (("keys", self.state), ("values", self.head_dim)):
-                up = nn.Linear(rank, self.heads * size, bias=False)
-                up.initial_bound = 0.0  # every head begins with what its group has
-                setattr(self, f"{name}_down", nn.Linear(groups * size, rank, bias=False))
-                setattr(self, f"{name}_up", up)
-                setattr(self, f"{name}_repeat", nn.Parameter(torch.empty(self.heads, groups)))
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+        self.rank, groups = config.ssm_expand_rank, config.ssm_num_groups
+        for name, size in (("values", self.head_dim), ("keys", self.state)) if self.rank is not None else ():
+            up = nn.Linear(self.rank, self.heads * size, bias=False)
+            up.initial_bound = 0.0
+            self.add_module(f"{name}_down", nn.Linear(groups * size, self.rank, bias=False))
+            self.add_module(f"{name}_up", up)
+            self.register_parameter(f"{name}_repeat", nn.Parameter(torch.empty(self.heads, groups)))
 
     def initialise(self, config):
-        if self.expands:
+        """Fill the maps from groups to heads: each head has its group's, and nothing of its own yet."""
+        if self.rank is not None:
             heads, groups = self.keys_repeat.shape
-            for repeat in (self.keys_repeat, self.values_repeat):
+            for repeat in (self.values_repeat, self.keys_repeat):
                 init.copy_(repeat, torch.eye(groups).repeat_interleave(heads // groups, dim=0))
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
@@ -115,7 +116,7 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         convolved = [
             self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(rows.layout, mixed), rows.lengths)
         ]
-        if self.expands:
+        if self.rank is not None:
             convolved = to_rows(rows.layout, self._expanded(to_columns(rows.layout, convolved)))
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             groups = zip(convolved, to_rows(rows.layout, steps), rows.lengths)
@@ -144,6 +145,14 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         B = expand(B, self.keys_repeat, self.keys_down, self.keys_up)
         return torch.cat([x.flatten(-2), B.flatten(-2), C], dim=-1)
 
+    def _of_heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return x `[R', T', H, P]`, B and C `[R', T', G, N]` of x|B|C; of every head, where heads share x and B."""
+        sizes = self.sizes if self.rank is None else (self.inner, self.sizes[2], self.sizes[2])
+        x, B, C = mixed.split(sizes, dim=-1)
+        B, C = (each.unflatten(-1, (-1, self.state)) for each in (B, C))
+        B = B if B.shape[2] == C.shape[2] else for_heads(B, self.heads)
+        return for_heads(x.unflatten(-1, (-1, self.head_dim)), self.heads), B, C
+
     def _scan(
         self, mixed: torch.Tensor, steps: torch.Tensor, lengths: torch.Tensor | None, layer: Any, predicts: bool
     ) -> tuple[torch.Tensor, Prediction | None]:
@@ -153,12 +162,8 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         """
         wide, tokens = torch.promote_types(mixed.dtype, torch.float32), mixed.shape[1]
         op = "delta_step" if tokens == 1 and layer is not None else "delta_scan"
-        sizes = (self.inner, self.sizes[2], self.sizes[2]) if self.expands else self.sizes
-        x, *keys = mixed.to(wide).split(sizes, dim=-1)
-        x = for_heads(x.unflatten(-1, (-1, self.head_dim)), self.heads)
-        keys = [each.unflatten(-1, (-1, self.state)) for each in keys]
+        x, *keys = self._of_heads(mixed.to(wide))
         B, C = (each * torch.rsqrt(each.square().sum(-1, keepdim=True) + LENGTH_EPS) for each in keys)
-        B = B if B.shape[2] == C.shape[2] else for_heads(B, self.heads)
         log_decay, beta = self._shares(steps.to(wide), lengths)
         # A copy where a backward pass may still need what the state was; else a step writes into it.
         state = None if layer is None else layer.ssm.to(wide, copy=torch.is_grad_enabled())
@@ -172,14 +177,16 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
             layer.ssm.copy_(after.detach())
         return y.flatten(2), prediction
 
+    def _time_step(self, dt: torch.Tensor) -> torch.Tensor:
+        """softplus, clamped."""
+        dt = F.softplus(dt)
+        return dt if self.time_step_limit == (0.0, math.inf) else dt.clamp(*self.time_step_limit)
+
     def _shares(self, steps: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log decays and beta `[R', T', H]`, zeros for pads."""
         dt, beta = steps.chunk(2, dim=-1)
         A, dt_bias, _ = self.scalars(steps.dtype)
-        dt = F.softplus(dt + dt_bias)
-        if self.time_step_limit != (0.0, math.inf):
-            dt = dt.clamp(*self.time_step_limit)
-        log_decay, beta = dt * A, torch.sigmoid(beta)
+        log_decay, beta = self._time_step(dt + dt_bias) * A, torch.sigmoid(beta)
         if lengths is not None:
             real = (torch.arange(steps.shape[1], device=steps.device) < lengths[:, None])[..., None]
             log_decay, beta = log_decay * real, beta * real

@@ -118,6 +118,52 @@ def oracle_delta(x, log_decay, beta, B, C, initial_state=None):
     return torch.stack(rows), torch.stack(finals)
 
 
+def chebyshev_solution(H, q, steps, ridge):
+    """x of (H + lambda I) x = q after `steps` steps (hybrid-model-factory's listing); lambda = ridge |H|_F, and the
+    eigenvalues of H lie between 0 and |H|_F. Nothing was written: zeros."""
+    size = torch.sqrt((H * H).sum())
+    if size == 0:
+        return torch.zeros_like(q)
+    penalty = ridge * size
+    stride, rho = 2 / (2 * penalty + size), size / (2 * penalty + size)
+    previous, x, omega = torch.zeros_like(q), stride * q, 2.0
+    for _ in range(steps):
+        omega = 1 / (1 - rho * rho * omega / 4)
+        previous, x = x, omega * (x - stride * (H @ x + penalty * x - q)) + (1 - omega) * previous
+    return x
+
+
+def oracle_kalma_token(state, x, log_decay, mix, B, C, steps=30, ridge=0.02):
+    """Gated KalmaNet (arXiv 2511.21016), head by head: U <- g U + x B^T, H <- g H + B B^T, y = U (C + a (z - C)).
+
+    state [heads, P + N, N] is U above H, x [heads, P], log_decay, mix [heads], B, C [heads, N].
+    """
+    states, outputs = [], []
+    for h in range(len(x)):
+        U, H = state[h, : x.shape[1]], state[h, x.shape[1] :]
+        U = torch.exp(log_decay[h]) * U + torch.outer(x[h], B[h])
+        H = torch.exp(log_decay[h]) * H + torch.outer(B[h], B[h])
+        z = chebyshev_solution(H, C[h], steps, ridge)
+        outputs.append(U @ (C[h] + mix[h] * (z - C[h])))
+        states.append(torch.cat([U, H]))
+    return torch.stack(states), torch.stack(outputs)
+
+
+def oracle_kalma(x, log_decay, mix, B, C, initial_state=None, steps=30, ridge=0.02):
+    """`oracle_kalma_token` over rows and tokens: x [B, T, H, P] -> (y [B, T, H, P], state [B, H, P + N, N])."""
+    rows, finals = [], []
+    for b in range(x.shape[0]):
+        empty = x.new_zeros(x.shape[2], x.shape[3] + B.shape[3], B.shape[3])
+        state, outputs = empty if initial_state is None else initial_state[b], []
+        for t in range(x.shape[1]):
+            given = (value[b, t] for value in (x, log_decay, mix, B, C))
+            state, y = oracle_kalma_token(state, *given, steps, ridge)
+            outputs.append(y)
+        rows.append(torch.stack(outputs) if outputs else x[b])
+        finals.append(state)
+    return torch.stack(rows), torch.stack(finals)
+
+
 # Innovation ----------------------------------------------------------------------------------------------------------
 def scale_free_error(value, prediction, eps=INNOVATION_EPS):
     """sum (y - y_hat)^2 / (sum y^2 + sum y_hat^2 + eps), over everything."""
@@ -359,9 +405,9 @@ class Algorithm1:
         """Steps 2 and 3: y_t in hidden space, and e_t appended to the layer's innovations."""
         config = self.config
         eps = config.rms_norm_eps if config.ssm_norm_eps is None else config.ssm_norm_eps
-        form = {"mamba2": self.mamba2, "mamba": self.s6, "gated_delta": self.gated_delta}[config.ssm_type]
-        x, z, y, prediction = form(name, u, layer)
-        normed = config.ssm_norm and config.ssm_type != "gated_delta"
+        forms = {"mamba2": self.mamba2, "mamba": self.s6, "gated_delta": self.gated_delta, "kalmanet": self.kalmanet}
+        x, z, y, prediction = forms[config.ssm_type](name, u, layer)
+        normed = config.ssm_norm and config.ssm_type not in ("gated_delta", "kalmanet")
         if config.ssm_norm and not normed:
             y = rms_norm(y, self.tensors[f"{name}.norm.weight"], eps)
         y = y.reshape(-1)
@@ -446,7 +492,8 @@ class Algorithm1:
         x, B, C = torch.split(self.convolve(name, layer.convolved), parts)
         x, B, C = x.view(inputs, width), B.view(groups, size), C.view(queries, size)
         if config.ssm_head_pattern == "multi_query":
-            x, B = (self.expanded(f"{name}.{which}", each) for which, each in (("values", x), ("keys", B)))
+            pairs = ("values", x), ("keys", B)
+            x, B = (self.for_heads(f"{name}.{which}", each.reshape(-1)) for which, each in pairs)
             groups = heads
         B, C = (keys / torch.sqrt((keys**2).sum(-1, keepdim=True) + 1e-6) for keys in (B, C))
         A_log, bias = (self.tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in ("A_log", "dt_bias"))
@@ -458,15 +505,39 @@ class Algorithm1:
         layer.state, y = oracle_delta_token(layer.state, x, log_decay, beta, B, C / math.sqrt(size))
         return x.reshape(-1), z, y, prediction
 
-    def expanded(self, name, shared):
-        """[G, D] as every head [H, D] has it: of its group, or by learned maps."""
-        heads, groups = self.config.ssm_num_heads, len(shared)
+    def kalmanet(self, name, u, layer):
+        """The same for Gated KalmaNet: z|x|B|C|a|b|m from one projection; x and B of groups, C of heads."""
+        config = self.config
+        heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
+        groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
+        wide, long, all_long = groups * width, groups * size, heads * size
+        sizes = [inner if config.ssm_gated else 0, wide + long + all_long, heads, heads, heads]
+        z, mixed, dt, b, m = torch.split(self.linear(f"{name}.in_proj", u), sizes)
+        layer.convolved.append(mixed)
+        x, B, C = torch.split(self.convolve(name, layer.convolved), [wide, long, all_long])
+        x, B = self.for_heads(f"{name}.values", x), self.for_heads(f"{name}.keys", B)
+        B, C = (keys / (torch.sqrt((keys**2).sum(-1, keepdim=True)) + 1e-6) for keys in (B, C.view(heads, size)))
+        keys = ("A_log", "dt_bias", "share_bias", "mix_bias")
+        A_log, bias, b_bias, m_bias = (self.tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in keys)
+        log_decay = -torch.exp(A_log) * self.time_step(dt + bias)
+        share, mix = 1 / (1 + torch.exp(-b - b_bias)) + 1e-6, 1 / (1 + torch.exp(-m - m_bias))
+        if layer.state is None:
+            layer.state = x.new_zeros(heads, width + size, size)
+        rule = config.ssm_solver_steps, config.ssm_ridge
+        said = [S[:width] @ chebyshev_solution(S[width:], key, *rule) for S, key in zip(layer.state, B)]
+        written = share[:, None] * x, log_decay, mix, share[:, None] * B, C / math.sqrt(size)
+        layer.state, y = oracle_kalma_token(layer.state, *written, *rule)
+        return x.reshape(-1), z, y, torch.cat(said)
+
+    def for_heads(self, name, grouped):
+        """Values or keys [H, channels] of every head from those of the groups; with a rank, also maps of its own."""
+        heads, groups = self.config.ssm_num_heads, self.config.ssm_num_groups
+        by_group = grouped.view(groups, -1)
         if self.config.ssm_expand_rank is None:
-            return torch.stack([shared[h // (heads // groups)] for h in range(heads)])
-        hidden = self.linear(f"{name}_down", shared.reshape(-1))
-        own = self.linear(f"{name}_up", hidden * torch.sigmoid(hidden)).view(heads, -1)
-        repeat = self.tensors[f"{name}_repeat"]
-        return own + torch.stack([sum(repeat[h, g] * shared[g] for g in range(groups)) for h in range(heads)])
+            return torch.stack([by_group[h // (heads // groups)] for h in range(heads)])
+        low = self.linear(f"{name}_down", grouped)
+        own = self.linear(f"{name}_up", low / (1 + torch.exp(-low))).view(heads, -1)
+        return own + self.tensors[f"{name}_repeat"] @ by_group
 
     def convolve(self, name, rows):
         """The causal depthwise conv at the last of `rows`; tap K-1 multiplies the current token."""

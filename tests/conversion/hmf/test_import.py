@@ -30,8 +30,13 @@ LAYOUTS = {
     "gdn-extras": ("GDN", dict(gdn_config=dict(use_gate=False, conv_bias=True, conv_size=3, norm_eps=1e-3))),
     "gdn-expanded": ("GDN", dict(gdn_config=dict(kv_proj_rank=3))),
     "gdn-mixed": ("GDN", dict(gdn_config=MIXED)),
+    "gka": ("GKA-*", {}),
+    "gka-extras": ("GKA", dict(gka_config=dict(use_gate=False, num_iter=4, ridge_strength=0.1, norm_eps=1e-3))),
+    "gka-mixed": ("GKA", dict(gka_config=MIXED)),
     "bmojo-mamba2": ("BMF-*", {}),
     "bmojo-gdn": ("BMF", dict(bmojo_config=dict(ssm_mixer="gdn", window_size=WINDOW - 1), tie_word_embeddings=True)),
+    "bmojo-gka": ("BMF-GKA", dict(bmojo_config=dict(ssm_mixer="gka"))),
+    "bmojo-gka-untied": ("BMF-*", dict(bmojo_config=dict(ssm_mixer="gka", **UNTIED))),
     "bmojo-mamba2-untied": ("BMF-SWA", dict(bmojo_config=dict(ssm_mixer="mamba2", **UNTIED), attention_bias=True)),
     "bmojo-gdn-untied": ("BMF-GDN", dict(bmojo_config=dict(ssm_mixer="gdn", **UNTIED))),
 }
