@@ -36,6 +36,7 @@ STATES = {
     "mixed-layers": MIXED_LAYERS,
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
     "delta": dict(ssm_type="gated_delta", ssm_state_size=3, num_hidden_layers=1),
+    "kalma": dict(ssm_type="kalmanet", ssm_state_size=3, ssm_solver_steps=5, num_hidden_layers=1),
 }
 LENGTHS = torch.tensor([30, 17, 4])  # real tokens of the three rows of `padded`, left-padded to 30 columns
 
@@ -271,6 +272,7 @@ def layer_bytes(config, kind, size):
         dict(num_hidden_layers=3, layer_types=["linear_attention", "sliding_attention", "bmojo"], innovation_taps=2),
         dict(ssm_type="mamba", ssm_num_heads=3, ssm_head_dim=5),
         dict(ssm_type="gated_delta", ssm_num_heads=6, ssm_num_groups=3, ssm_head_dim=5),
+        dict(ssm_type="kalmanet", ssm_num_heads=6, ssm_num_groups=3, ssm_head_dim=5, ssm_solver_steps=2),
     ],
     ids=str,
 )

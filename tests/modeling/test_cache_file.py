@@ -468,6 +468,8 @@ OTHER_VALUES = {
     "ssm_type": "mamba",
     "ssm_num_heads": 8,
     "ssm_head_dim": 8,
+    "ssm_solver_steps": 7,
+    "ssm_ridge": 0.1,
     "ssm_state_size": 7,
     "ssm_num_groups": 4,
     "ssm_conv_kernel": 3,
@@ -498,7 +500,7 @@ def fields_of_config():
 def test_every_field_is_a_fact_or_neutral():
     facts, neutral = (set(fields_with(BMojoConfig, results=results)) for results in (True, False))
     assert facts | neutral == fields_of_config() and not facts & neutral
-    assert facts == {*OTHER_VALUES, "ssm_time_step_rank"}  # the latter exists for one SSM alone: below
+    assert facts == {*OTHER_VALUES, "ssm_time_step_rank", "ssm_expand_rank"}  # these exist for one SSM each: below
 
 
 def assert_refused(fields, other, name, tmp_path):
@@ -521,8 +523,9 @@ def test_a_cache_of_a_model_with_other_results_is_refused(name, tmp_path):
     assert_refused({**BACKBONE, **NEEDED_BY.get(name, {})}, {name: OTHER_VALUES[name], **extra}, name, tmp_path)
 
 
-def test_a_cache_of_another_time_step_rank_is_refused(tmp_path):
-    assert_refused(dict(ssm_type="mamba"), dict(ssm_time_step_rank=2), "ssm_time_step_rank", tmp_path)
+@pytest.mark.parametrize("form, name", [("mamba", "ssm_time_step_rank"), ("kalmanet", "ssm_expand_rank")])
+def test_a_cache_of_another_rank_is_refused(form, name, tmp_path):
+    assert_refused(dict(ssm_type=form), {name: 2}, name, tmp_path)
 
 
 @pytest.mark.parametrize(
