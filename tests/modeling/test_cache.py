@@ -246,8 +246,13 @@ def layer_bytes(config, kind, size):
     channels = config.ssm_num_heads * config.ssm_head_dim
     if config.ssm_type != "mamba":
         channels += 2 * config.ssm_num_groups * config.ssm_state_size
+    values = config.ssm_head_dim
+    if config.ssm_type == "kalmanet":  # values and keys of groups, queries of heads; keys on keys beside values on keys
+        channels = config.ssm_num_groups * (values + config.ssm_state_size)
+        channels += config.ssm_num_heads * config.ssm_state_size
+        values += config.ssm_state_size
     ssm = (config.ssm_conv_kernel - 1) * channels * size
-    ssm += config.ssm_num_heads * config.ssm_head_dim * config.ssm_state_size * wide
+    ssm += config.ssm_num_heads * values * config.ssm_state_size * wide
     if kind == "linear_attention":
         return integer + ssm
     if kind == "sliding_attention":
