@@ -146,7 +146,10 @@ class GroupedFadingMemory(FadingMemory):
 
     @classmethod
     def channels(cls, config):
-        return sum(cls.widths(config))
+        if config.ssm_head_pattern == "multi_query":
+            shared = config.ssm_head_dim + config.ssm_state_size
+            return config.ssm_num_groups * shared + config.ssm_num_heads * config.ssm_state_size
+        return config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size
 
     @classmethod
     def norm_eps(cls, config: PreTrainedConfig) -> float:

@@ -7,8 +7,8 @@
 U (H + lambda I)^-1 is the ridge regression of all values written on all keys, older pairs counting less: where the
 gated delta rule corrects one key at a time, this looks up the best map from all of them.
 
-With F = |H|_F the steps are the same for every token, a polynomial p of H / F: z = p(H / F) C / F. Chunked, with l_t the
-log decay summed from the start of t's chunk to t, H and U the states that enter, D_ts = exp(l_t - l_s) for s <= t:
+With F = |H|_F the steps are the same for every token, a polynomial p of H / F: z = p(H / F) C / F. Chunked, with l_t
+the log decay summed from the start of t's chunk to t, H and U the states that enter, D_ts = exp(l_t - l_s) for s <= t:
 
     H_t v = exp(l_t) H v + sum_s D_ts B_s (B_s . v)                  U_t v the same, of x_s
     F_t^2 = exp(2 l_t) |H|^2 + 2 exp(l_t) sum_s D_ts B_s . H B_s + sum_s sum_r D_ts D_tr (B_s . B_r)^2
@@ -18,10 +18,10 @@ No term of F_t^2 is negative, so nothing cancels. H_t itself is never formed but
 The backward pass of the solve is written out: the adjoint steps of the same recursion, exact for any number of steps.
 It makes the iterates anew, a few chunks at a time: O(T) memory. It is not differentiable a second time.
 
-Shapes: B batch, T tokens, H heads, P channels per head, N state channels, L chunk length, n chunks. The state is U above
-H, `[B, H, P + N, N]`; its H is symmetric and has no negative eigenvalue, as every sum of B B^T. Decays are logarithms. A
-token with x, B and log decay 0 leaves the state as it was: that is how pads are passed over. Everything is computed in
-the inputs' dtype: the mixer hands over fp32 or fp64.
+Shapes: B batch, T tokens, H heads, P channels per head, N state channels, L chunk length, n chunks. The state is U
+above H, `[B, H, P + N, N]`; its H is symmetric and has no negative eigenvalue, as every sum of B B^T. Decays are
+logarithms. A token with x, B and log decay 0 leaves the state as it was: that is how pads are passed over. Everything
+is computed in the inputs' dtype: the mixer hands over fp32 or fp64.
 """
 
 import functools

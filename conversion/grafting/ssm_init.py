@@ -50,6 +50,7 @@ from modeling_bmojo import BMojoConfig
 
 from .ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
 from .ssm_init_delta import DELTA_FIELDS, check_delta, delta, delta_memory
+from .ssm_init_kalmanet import KALMANET_FIELDS, check_kalmanet, kalmanet, kalmanet_memory
 from .ssm_projection import inner_projection
 from .ssm_scalars import check_time_constants, constant_scalars, smoother_time_constants
 
@@ -185,5 +186,12 @@ SSM_INITS = {
         check=check_delta,
         build=delta,
         describe="running average of the layer input by the gated delta rule (conversion/grafting/ssm_init_delta.py)",
+    ),
+    "kalmanet": SSMInit(
+        fields=KALMANET_FIELDS,
+        complete=kalmanet_memory,
+        check=check_kalmanet,
+        build=kalmanet,
+        describe="running average of the layer input by Gated KalmaNet (conversion/grafting/ssm_init_kalmanet.py)",
     ),
 }

@@ -29,6 +29,7 @@ SETTINGS = {
     "qk-norm": dict(UNTIED, qk_norm="head", norm_position="post"),
     "s6": dict(UNTIED, ssm_type="mamba", ssm_state_size=3),
     "delta": dict(UNTIED, ssm_type="gated_delta", ssm_state_size=3),
+    "kalma": dict(UNTIED, ssm_type="kalmanet", ssm_state_size=3, ssm_solver_steps=5),
 }
 PATTERNS = ("left", "right", "inner")
 LENGTHS, COLUMNS = [29, 17, 12], 33
