@@ -261,6 +261,8 @@ class BMojoConfig(BackboneConfig):
             self.ssm_head_dim = self.head_dim
         if self.ssm_type in FADING_MEMORIES:  # else `validate` says so
             FADING_MEMORIES[self.ssm_type].fill(self)
+        if self.ssm_head_pattern is None:
+            self.ssm_head_pattern = "multi_value"
         self.ssm_time_step_limit = list(self.ssm_time_step_limit)
 
     def validate(self) -> None:
@@ -319,13 +321,15 @@ class BMojoConfig(BackboneConfig):
         require_choice(self, "tie_fading_queries", (True, False))
         if self.tie_fading_queries:
             return
-        needed = {"tie_fading_projections": False, "fading_mass": False, "max_rope_distance": None}
-        for name, value in needed.items():
+        needed = {
+            "tie_fading_projections": (False, "what has queries of its own has keys of its own"),
+            "fading_mass": (False, "means of tokens are asked as tokens are"),
+            "max_rope_distance": (None, "these queries are not turned back"),
+        }
+        for name, (value, reason) in needed.items():
             if getattr(self, name) != value:
-                rule = f"needs {name}={value!r}, which is {getattr(self, name)!r}: fading tokens with queries of their "
-                reject("tie_fading_queries", False, rule + "own have their own keys too, and turn by any distance")
-        if self.fading_size == 0:
-            reject("tie_fading_queries", False, "needs fading tokens, and fading_size is 0", "leave it out")
+                rule = f"needs {name}={value!r}, which is {getattr(self, name)!r}, because {reason}"
+                reject("tie_fading_queries", False, rule, "change one of the two")
 
     def _validate_ssm_extras(self) -> None:
         """Check the fields that only some forms of the SSM have."""

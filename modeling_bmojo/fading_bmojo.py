@@ -123,8 +123,6 @@ class GroupedFadingMemory(FadingMemory):
     def fill(cls, config):
         if config.ssm_num_groups is None:
             config.ssm_num_groups = config.num_key_value_heads
-        if config.ssm_head_pattern is None:
-            config.ssm_head_pattern = "multi_value"
         if config.ssm_norm is None:
             config.ssm_norm = True
 

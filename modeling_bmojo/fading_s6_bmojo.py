@@ -45,8 +45,6 @@ class S6FadingMemory(FadingMemory):
     def fill(cls, config):
         if config.ssm_num_groups is None:
             config.ssm_num_groups = 1
-        if config.ssm_head_pattern is None:
-            config.ssm_head_pattern = "multi_value"
         if config.ssm_norm is None:
             config.ssm_norm = False
         if config.ssm_time_step_rank is None:
