@@ -1,5 +1,6 @@
 """Folders in the format of hybrid-model-factory, tiny, with random values. Tensors and keys as its code names them."""
 
+import copy
 import json
 
 import torch
@@ -101,7 +102,7 @@ def make_config(pattern, **changes):
         config[name] = {**config[name], **value} if isinstance(config.get(name), dict) else value
         if value is None:
             del config[name]
-    return config
+    return copy.deepcopy(config)
 
 
 def attention_shapes(bias, marks=("",)):

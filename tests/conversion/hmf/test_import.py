@@ -284,7 +284,7 @@ def test_what_is_refused(name, tmp_path, capsys):
     write_source(tmp_path / "source", config, tensors)
     assert run(tmp_path / "source", tmp_path / "ours") == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: ") and re.search(message, told), told
+    assert re.search(rf"(^|\n)error: .*{message}", told), told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
