@@ -108,8 +108,8 @@ class BMojoConfig(BackboneConfig):
         ssm_num_heads, ssm_head_dim: `None` follows the attention's heads and head_dim. Their product is the SSM's inner
             width, and that is all `"mamba"` takes from them (published: twice the hidden size).
         ssm_head_pattern: what the heads of a group share: `"multi_value"`: B and C, each has its own x (Mamba-2);
-            `"multi_query"`: x and B, each has its own C (grouped-query attention: values, keys and queries). `None` is
-            the first, with `"kalmanet"` the second, which is all it has; `"mamba"` has no heads.
+            `"multi_query"`: x and B, each has its own C (grouped-query attention: values, keys and queries). For
+            `"mamba2"` and `"gated_delta"`; `"kalmanet"` is always the second, and `"mamba"` has no heads.
         ssm_num_groups: groups of such heads; `None` follows the key/value heads. `"mamba"` has one B and one C for all
             channels: 1 or `None`.
         ssm_state_size: N, state channels per SSM channel (published: 128 for Mamba-2, 16 for Mamba).
@@ -208,7 +208,7 @@ class BMojoConfig(BackboneConfig):
     ssm_head_dim: int | None = memory(None)
     ssm_state_size: int = memory(64)
     ssm_num_groups: int | None = memory(None)
-    ssm_head_pattern: str | None = memory(None)
+    ssm_head_pattern: str = memory("multi_value")
     ssm_qk_norm: bool = memory(False)
     ssm_time_step_rank: int | None = memory(None)
     ssm_solver_steps: int = memory(30)
@@ -261,8 +261,6 @@ class BMojoConfig(BackboneConfig):
             self.ssm_head_dim = self.head_dim
         if self.ssm_type in FADING_MEMORIES:  # else `validate` says so
             FADING_MEMORIES[self.ssm_type].fill(self)
-        if self.ssm_head_pattern is None:
-            self.ssm_head_pattern = "multi_value"
         self.ssm_time_step_limit = list(self.ssm_time_step_limit)
 
     def validate(self) -> None:
@@ -369,8 +367,8 @@ class BMojoConfig(BackboneConfig):
             )
         require_int(self, "ssm_solver_steps", 1, "30 is published")
         require_number(self, "ssm_ridge", 0, True, "e.g. 0.02")
-        shared = FADING_MEMORIES[self.ssm_type].expands and self.ssm_head_pattern == "multi_query"
-        if self.ssm_expand_rank is not None and not shared:
+        memory = FADING_MEMORIES[self.ssm_type]
+        if self.ssm_expand_rank is not None and not (memory.expands and memory.shares_values(self)):
             rule = f"must be None with ssm_type={self.ssm_type!r} and ssm_head_pattern={self.ssm_head_pattern!r}"
             reject("ssm_expand_rank", self.ssm_expand_rank, rule, "only shared keys are expanded")
         if self.ssm_expand_rank is not None:

@@ -136,15 +136,20 @@ class GroupedFadingMemory(FadingMemory):
             reject("ssm_head_pattern", config.ssm_head_pattern, rule, "change one of the two")
 
     @classmethod
+    def shares_values(cls, config: PreTrainedConfig) -> bool:
+        """Whether heads of a group share x and B, and not B and C."""
+        return config.ssm_head_pattern == "multi_query"
+
+    @classmethod
     def widths(cls, config: PreTrainedConfig) -> tuple[int, int, int]:
         """Return how many channels x, B and C have before the heads of a group share them."""
         heads, groups = config.ssm_num_heads, config.ssm_num_groups
-        inputs, queries = (groups, heads) if config.ssm_head_pattern == "multi_query" else (heads, groups)
+        inputs, queries = (groups, heads) if cls.shares_values(config) else (heads, groups)
         return inputs * config.ssm_head_dim, groups * config.ssm_state_size, queries * config.ssm_state_size
 
     @classmethod
     def channels(cls, config):
-        if config.ssm_head_pattern == "multi_query":
+        if cls.shares_values(config):
             shared = config.ssm_head_dim + config.ssm_state_size
             return config.ssm_num_groups * shared + config.ssm_num_heads * config.ssm_state_size
         return config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size

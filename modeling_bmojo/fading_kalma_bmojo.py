@@ -17,7 +17,6 @@ from transformers import initialization as init
 
 from .fading_bmojo import Prediction, SSMScalars
 from .fading_delta_bmojo import GatedDeltaFadingMemory
-from .fields_bmojo import reject
 from .kalma_ops import predict_kalma_input
 from .states_bmojo import State
 
@@ -69,17 +68,8 @@ class GatedKalmaFadingMemory(GatedDeltaFadingMemory):
     gates = 3
 
     @classmethod
-    def fill(cls, config):
-        if config.ssm_head_pattern is None:
-            config.ssm_head_pattern = "multi_query"
-        super().fill(config)
-
-    @classmethod
-    def check(cls, config):
-        if config.ssm_head_pattern != "multi_query":
-            rule = "must be 'multi_query' with ssm_type='kalmanet', whose groups share values and keys"
-            reject("ssm_head_pattern", config.ssm_head_pattern, rule, "leave it out")
-        super().check(config)
+    def shares_values(cls, config):
+        return True
 
     @classmethod
     def states(cls, config):
