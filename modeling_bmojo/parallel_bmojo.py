@@ -2,8 +2,8 @@
 
 A tensor plan cuts every large map by its rows or columns, the vocabulary too. What is between them is replicated:
 attention, innovation test and SSM run on all heads on every device, so that all of them judge a token by the same
-numbers, keep the same tokens, bit for bit, and hold the same cache. Norms, convolutions, scalars, sketches and the two
-small maps of `"mamba"` are whole on every device.
+numbers, keep the same tokens, bit for bit, and hold the same cache. Norms, convolutions, scalars, sketches, the two
+small maps of `"mamba"` and those of `ssm_expand_rank` are whole on every device.
 
 A pipeline gives each device some of the layers; its cache holds the states of those.
 """

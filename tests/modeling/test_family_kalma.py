@@ -24,7 +24,7 @@ HEADS, GROUPS, SIZE, HIDDEN, RANK, TAPS = 4, 2, 6, 16, 3, 4
 
 def published(expanded):
     """Random tensors by the names that stand below `gka.` in a published checkpoint."""
-    generator = torch.Generator().manual_seed(expanded)
+    generator = torch.Generator().manual_seed(int(expanded))
     inner, shared = HEADS * SIZE, GROUPS * SIZE
     shapes = {f"{name}_proj.weight": (inner, HIDDEN) for name in "qg"} | {"o_proj.weight": (HIDDEN, inner)}
     shapes |= {f"{name}_proj.weight": (shared, HIDDEN) for name in "kv"}

@@ -194,9 +194,12 @@ def test_keys_that_are_alike_are_told_apart():
 
 
 def test_long_texts_keep_their_precision():
-    """float32 against float64 over many chunks: no term of |H|_F cancels another."""
-    exact = draw(400, batch=1, width=16)
-    y, final = chunk_kalma(*(value.float() for value in exact))
-    expected, last = chunk_kalma(*exact)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(final.double(), last, rtol=1e-4, atol=1e-5)
+    """float32 against float64 over many chunks, beside the loop's own rounding: no term of |H|_F cancels another.
+
+    A state is rounded by the decays of one chunk, of which the loop multiplies the last few alone."""
+    exact = draw(200, batch=1, width=16)
+    rounded = [value.float() for value in exact]
+    expected = chunk_kalma(*exact)
+    for found, loop, wanted in zip(chunk_kalma(*rounded), naive_kalma(*rounded), expected):
+        error, floor = ((value.double() - wanted).norm() for value in (found, loop))
+        assert error < max(2 * floor, 1e-6 * wanted.norm()) and error < 1e-5 * wanted.norm()
