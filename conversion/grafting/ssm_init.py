@@ -165,6 +165,8 @@ def check_fields(init: str, required: Mapping[str, Any], given: Mapping[str, Any
             )
 
 
+# No start is made for heads that share their values, for normed keys, or for keys of each head.
+EVERY_INIT = {"ssm_head_pattern": "multi_value", "ssm_qk_norm": False, "ssm_expand_rank": None}
 SSM_INITS = {
     "smoother": SSMInit(
         fields=SMOOTHER_FIELDS,
