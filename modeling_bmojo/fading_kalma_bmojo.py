@@ -79,8 +79,8 @@ class GatedKalmaFadingMemory(GatedDeltaFadingMemory):
 
     @classmethod
     def channels(cls, config):
-        per_group = config.ssm_head_dim + config.ssm_state_size
-        return config.ssm_num_groups * per_group + config.ssm_num_heads * config.ssm_state_size
+        heads, groups, size = config.ssm_num_heads, config.ssm_num_groups, config.ssm_state_size
+        return groups * config.ssm_head_dim + groups * size + heads * size
 
     @classmethod
     def projections(cls, config):
