@@ -50,8 +50,8 @@ KALMANET_FIELDS = {
     "ssm_conv_bias": True,
     "ssm_expand_rank": None,
 }
-# Length of the random part of B beside e_1, for an input of RMS 1: the regression takes its mean out of the average, and
-# what it takes grows with the square of the length over the ridge.
+# Length of the random part of B beside e_1, for an input of RMS 1. The regression answers by it, too: what that changes
+# of the average grows with its square over the ridge.
 RANDOM = 0.03
 
 
