@@ -35,7 +35,7 @@ from modeling_bmojo import BMojoConfig
 from modeling_bmojo.fading_kalma_bmojo import LEAST_SHARE
 from modeling_bmojo.kalma_ops import step_kalma
 
-from .ssm_init_delta import DELTA_DEFAULTS, RANDOM
+from .ssm_init_delta import DELTA_DEFAULTS
 from .ssm_projection import inner_projection
 from .ssm_scalars import check_time_constants, smoother_time_constants
 
@@ -50,6 +50,9 @@ KALMANET_FIELDS = {
     "ssm_conv_bias": True,
     "ssm_expand_rank": None,
 }
+# Length of the random part of B beside e_1, for an input of RMS 1. The regression answers by it, too: what that changes
+# of the average grows with its square over the ridge.
+RANDOM = 0.03
 
 
 def kalmanet_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
