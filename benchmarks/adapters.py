@@ -6,7 +6,7 @@ an SSM head and state, E width of an SSM output, W window, M eidetic slots, F fa
 
 import torch
 
-from modeling_bmojo import BMojoConfig, attention_ops, delta_ops, memory_ops, ssm_ops
+from modeling_bmojo import BMojoConfig, attention_ops, delta_ops, kalma_ops, memory_ops, ssm_ops
 from modeling_bmojo.dispatch_bmojo import Kernels
 
 
@@ -33,6 +33,16 @@ def delta(x, log_decay, shares, keys, queries) -> tuple[torch.Tensor, torch.Tens
 def naive_delta(x, log_decay, shares, keys, queries) -> tuple[torch.Tensor, torch.Tensor]:
     """Return its oracle, token by token."""
     return delta_ops.naive_delta(x, log_decay, shares, keys, queries)
+
+
+def kalma(x, log_decay, mix, keys, queries) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Gated KalmaNet's chunked scan: y `[B, T, H, P]` and the last state. Shapes as `kalma_ops.naive_kalma`."""
+    return KERNELS.run("kalma_scan", x, log_decay, mix, keys, queries, None, CHUNK)
+
+
+def naive_kalma(x, log_decay, mix, keys, queries) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return its oracle, token by token."""
+    return kalma_ops.naive_kalma(x, log_decay, mix, keys, queries)
 
 
 def convolve(x, weight, bias) -> torch.Tensor:

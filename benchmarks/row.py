@@ -20,6 +20,7 @@ GOALS = {
     "scan, memory": 0.4,
     "delta, theirs": 0.5,
     "delta, mamba2": 3.0,
+    "kalma, mamba2": 15.0,
     "attention, full causal": 0.33,
     "prefill 512": 1.45,
     "prefill 2048": 1.1,

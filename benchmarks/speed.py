@@ -34,6 +34,7 @@ from . import (
     rows_compiled,
     rows_cuda,
     rows_delta,
+    rows_kalma,
     rows_memory,
     rows_model,
     rows_peers,
@@ -51,6 +52,7 @@ from .row import Context, Row
 ROWS: list[Row] = [
     *rows_scan.ROWS,
     *rows_delta.ROWS,
+    *rows_kalma.ROWS,
     *rows_attention.ROWS,
     *rows_memory.ROWS,
     *rows_model.ROWS,

@@ -18,6 +18,7 @@ PROGRAMS = {
     "demo": "graft a model, let it read a long document and answer",
     "recipes": "list the recipes, or print one to copy and change",
     "graft": "turn a Transformer into a B'MOJO model",
+    "import-hmf": "read a checkpoint of hybrid-model-factory as a B'MOJO model",
     "fit-storage": "fit the sketches of a storage to a B'MOJO folder",
     "align": "train a graft's new tensors to do what its source did",
     "finetune": "train a B'MOJO model on next tokens, with or without LoRA",

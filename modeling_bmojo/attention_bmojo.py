@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .attention_ops import Seen, Whole, causal_attention, step_attention, weights_by_position
+from .attention_ops import Apart, Seen, Whole, causal_attention, joined, step_attention, weights_by_position
 from .cache_layer_bmojo import BMojoCacheLayer
 from .configuration_bmojo import BMojoConfig
 from .dispatch_bmojo import Kernels
@@ -78,12 +78,15 @@ class BMojoAttention(nn.Module):
         if self.spec.fading and not self.tied:
             self.fading_k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
             self.fading_v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+        self.asks_apart = bool(self.spec.fading) and not config.tie_fading_queries
+        if self.asks_apart:
+            self.fading_q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
         self.norm_joins_heads = config.qk_norm == "full"
-        if config.qk_norm is None:
-            self.q_norm = self.k_norm = nn.Identity()
-        else:
-            sizes = (query_size, key_size) if self.norm_joins_heads else (size, size)
-            self.q_norm, self.k_norm = (BMojoRMSNorm(each, config.rms_norm_eps) for each in sizes)
+        sizes = (query_size, key_size) if self.norm_joins_heads else (size, size)
+        for prefix in ("", *("fading_",) * self.asks_apart):
+            for name, each in zip(("q_norm", "k_norm"), sizes):
+                norm = nn.Identity() if config.qk_norm is None else BMojoRMSNorm(each, config.rms_norm_eps)
+                setattr(self, prefix + name, norm)
         sketched = self.spec.stored > 0 and config.storage_sketch_size is not None
         self.sketch = KeySketch(config) if sketched else None
 
@@ -113,7 +116,8 @@ class BMojoAttention(nn.Module):
             `[B, T, E]`, and weights `[B, H, T, S]` or None.
         """
         query = self._normed_heads(project(self.q_proj, hidden_states), self.q_norm)
-        keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj)
+        keys, values = self._keys_values(hidden_states, self.k_proj, self.v_proj, self.k_norm)
+        own = self._fading_queries(hidden_states) if self.asks_apart and fading is not None else None
         self._check_heads(query.shape[2], keys.shape[2])
         needs_grad = torch.is_grad_enabled() and any(value.requires_grad for value in (query, keys, values))
         none = [None] * len(rows.lengths)
@@ -121,6 +125,7 @@ class BMojoAttention(nn.Module):
             *(to_rows(rows.layout, value) for value in (query, keys, values)),
             self._signals(fading, predictions, rows),
             none if fading is None or not self.spec.fading else self._fading_rows(fading, rows),
+            none if own is None else to_rows(rows.layout, own),
             rows.lengths,
             rows.rotary if self.use_rope else none,
         )
@@ -160,12 +165,13 @@ class BMojoAttention(nn.Module):
             return predictions
         return [None] * len(rows.lengths)
 
-    def _mix(self, query, keys, values, signal, fading, lengths, rotary, cache, columns, needs_grad, turns):
+    def _mix(self, query, keys, values, signal, fading, own, lengths, rotary, cache, columns, needs_grad, turns):
         """Attention of one group of mixer rows, which the cache takes in.
 
         Args:
             query `[R, T', H, D]`, keys, values `[R, T', G, D]`: without positions. signal: what `_signals` gives.
-            fading: what `_fading_rows` gives, or None. lengths: `[R]` real tokens, or None: all T'.
+            fading: what `_fading_rows` gives, or None. own: what asks fading tokens, if not `query`.
+            lengths: `[R]` real tokens, or None: all T'.
 
         Returns:
             `[R, T', H, D]`, and weights `[R, H, T', columns]` or None.
@@ -184,16 +190,18 @@ class BMojoAttention(nn.Module):
         sketches, asked = (None, None) if self.sketch is None else self._sketches(query, keys, turns)
         far = self._far(query, turns)
         query, keys = rotate(query, rotary), rotate(keys, rotary)
+        own = None if own is None else rotate(own, rotary)
         counted = steps and cache.counts(lengths)
         fading_tokens = self._fading_tokens(fading, rotary, cache, steps, counted)
         front, block = self.memory.front(tokens, cache), self.block if self.spec.window else tokens
         how = (front, block, steps, counted, needs_grad, self.memory.takes_left)
-        how = (*how, self.scaling, sketches, asked, far)
+        how = (*how, self.scaling, sketches, asked, far, own is not None)
         new = Tokens(query, keys, values, innovation, lengths, fading_tokens, *how)
         offers = self.memory.observe(new, cache, self.kernels)
-        out, weights = self._attend(query, keys, values, offers, front, columns)
+        out, weights = self._attend(query, keys, values, offers, front, columns, own)
         if self.training and fading is not None:
-            out = out + _zero_anchor((*fading, *(fading_tokens or ()))).to(out.dtype)
+            ends = (*fading, *(fading_tokens or ()), *(() if own is None else (own,)))
+            out = out + _zero_anchor(ends).to(out.dtype)
         return out, weights
 
     def _sketches(self, query, keys, turns: Turns | None) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
@@ -214,20 +222,27 @@ class BMojoAttention(nn.Module):
         bounds = config.max_rope_distance, config.max_rope_distance_start
         return Far(*bounds, rotate(query, turns.at_limit), turns.turn, self.scaling)
 
-    def _attend(self, query, keys, values, offers, front: int, columns: int | None):
-        """One softmax per query over the offers; the first `front` queries see the tokens before them."""
+    def _attend(self, query, keys, values, offers, front: int, columns: int | None, own=None):
+        """One softmax per query over the offers; the first `front` queries see the tokens before them.
+
+        Args:
+            own: queries `[R, T', H, D]` of what is `Apart`, or None.
+        """
         if front == 0:
-            return self._attend_offers(query, offers, columns)
+            return self._attend_offers(query, offers, columns, own)
         out, weights = self._attend_offers(query[:, :front], [Whole(keys[:, :front], values[:, :front])], columns)
         if front == query.shape[1]:
             return out, weights
-        rest, rest_weights = self._attend_offers(query[:, front:], offers, columns)
+        own = None if own is None else own[:, front:]
+        rest, rest_weights = self._attend_offers(query[:, front:], offers, columns, own)
         if columns is not None:
             weights = torch.cat([nn.functional.pad(weights, (0, columns - front)), rest_weights], dim=2)
         return torch.cat([out, rest], dim=1), weights
 
-    def _attend_offers(self, query, offers, columns: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend_offers(self, query, offers, columns: int | None, own=None) -> tuple[torch.Tensor, torch.Tensor | None]:
         options = self._softmax_options(columns)
+        if own is not None:
+            return self._attend_apart(query, own, offers, columns, options)
         if len(offers) == 1 and isinstance(offers[0], Whole):
             keys, values, visible, position = offers[0]
             out, weights = causal_attention(query, keys.to(query.dtype), values.to(query.dtype), visible, **options)
@@ -239,18 +254,38 @@ class BMojoAttention(nn.Module):
         block = min(self.block if self.spec.window else query.shape[1], query.shape[1])
         return self.kernels.run("memory_attention", query, offers, block, **options, columns=columns)
 
+    def _attend_apart(self, query, own, offers, columns: int | None, options: dict):
+        """Do the same with what is `Apart` asked by the queries `own`."""
+        bare = [each.offer if isinstance(each, Apart) else each for each in offers]
+        if all(isinstance(each, Seen) for each in bare) and not options["dropout"]:
+            pairs = zip(bare, offers)
+            asked = [seen._replace(query=own) if isinstance(each, Apart) else seen for seen, each in pairs]
+            return step_attention(query, asked, self.scaling, columns)
+        query, offers = joined(query, own, offers)
+        block = min(self.block, query.shape[1])
+        out, weights = self.kernels.run("memory_attention", query, offers, block, **options, columns=columns)
+        return out[..., : self.head_dim], weights
+
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
     def _normed_heads(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         return self._heads(norm(x)) if self.norm_joins_heads else norm(self._heads(x))
 
-    def _keys_values(self, x: torch.Tensor, k_proj: nn.Module, v_proj: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys_values(
+        self, x: torch.Tensor, k_proj: nn.Module, v_proj: nn.Module, k_norm: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys, without positions, and values of x `[B, T, E]`: `[B, T, G, D]` each."""
-        return self._normed_heads(project(k_proj, x), self.k_norm), self._heads(project(v_proj, x))
+        return self._normed_heads(project(k_proj, x), k_norm), self._heads(project(v_proj, x))
 
-    def _fading_projections(self) -> tuple[nn.Module, nn.Module]:
-        return (self.k_proj, self.v_proj) if self.tied else (self.fading_k_proj, self.fading_v_proj)
+    def _fading_queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what asks fading tokens, without positions, of x `[B, T, E]`: `[B, T, H, D]`."""
+        return self._normed_heads(project(self.fading_q_proj, x), self.fading_q_norm)
+
+    def _fading_projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return what makes keys and values of fading tokens, and the norm of the keys."""
+        norm = self.fading_k_norm if self.asks_apart else self.k_norm
+        return (self.k_proj, self.v_proj, norm) if self.tied else (self.fading_k_proj, self.fading_v_proj, norm)
 
     def check_hooks(self, rows: Rows, columns: int) -> None:
         """Refuse hooks on tied projections that would look at other columns than the `columns` of the input.
@@ -260,7 +295,7 @@ class BMojoAttention(nn.Module):
         """
         if not (self.tied and self._moves_columns(rows, columns)):
             return
-        heard = self._listeners(rows, *self._fading_projections())
+        heard = self._listeners(rows, *self._fading_projections()[:2])
         if heard:
             raise ValueError(
                 f"layer {self.layer_idx}: {heard[0]} is hooked onto the tied k_proj or v_proj, which with fading_size="
@@ -289,7 +324,7 @@ class BMojoAttention(nn.Module):
         if not self._moves_columns(rows, fading.shape[1]):
             return [(part,) for part in to_rows(rows.layout, fading)]
         projections, made_of = self._fading_projections(), (fading,)
-        if self._listeners(rows, *projections, self.k_norm):
+        if self._listeners(rows, *projections):
             made_of = self._keys_values(fading, *projections)
         return list(zip(*(to_rows(rows.layout, value) for value in made_of)))
 

@@ -14,7 +14,7 @@ length, K keys offered to one block. Queries and keys stand on one axis of coord
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,13 +85,21 @@ class Seen(NamedTuple):
     """What the one query of a step sees.
 
     keys, values: `[B, G, S, D]`. bias: added to its scores, `[B, G, 1 or H / G, S]`, -inf = unseen; None: zero.
-    position: `[B, S]`, or `[B, G, S]` where the heads differ, as in `KeySet`.
+    position: `[B, S]`, or `[B, G, S]` where the heads differ, as in `KeySet`. query: `[B, 1, H, D]`, which asks these
+    keys; None: the one that asks the others.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     bias: torch.Tensor | None
     position: torch.Tensor
+    query: torch.Tensor | None = None
+
+
+class Apart(NamedTuple):
+    """An offer, a set with how it is offered or one of the kinds above, whose keys are asked by queries of its own."""
+
+    offer: Any
 
 
 def banded(keyset: KeySet, low: int, high: int, blocks: int, block: int) -> BlockKeys:
@@ -153,6 +161,31 @@ def one_block(seen: Seen) -> BlockKeys:
     bias = keys.new_zeros(1, 1, 1, 1, 1) if bias is None else bias.flatten(1, 2)[:, None, :, None]
     position = seen.position if seen.position.dim() == 3 else seen.position[:, None].expand(-1, keys.shape[1], -1)
     return BlockKeys(keys[:, None], seen.values[:, None], None, None, position[:, None], bias)
+
+
+def joined(query: torch.Tensor, own: torch.Tensor, offers: list) -> tuple[torch.Tensor, list]:
+    """Return one query for all offers, `[q | q']`, with keys `[k | 0]`, and `[0 | k']` for what is `Apart`.
+
+    Their products are q . k and q' . k', for one softmax over all. Values get as many zeros, because most kernels take
+    heads of one size: the first D channels of the result are meant.
+
+    Args:
+        query, own: `[B, T, H, D]`; own asks what is `Apart`.
+    """
+    size = query.shape[-1]
+    return torch.cat([query, own], dim=-1), [
+        _doubled(each.offer, size, True) if isinstance(each, Apart) else _doubled(each, size, False) for each in offers
+    ]
+
+
+def _doubled(offer, size: int, behind: bool):
+    """Return the offer with keys and values of twice the `size`; the keys in the first half, or `behind` it."""
+    if isinstance(offer, Lazy):
+        return offer._replace(make=lambda blocks: [_doubled(each, size, behind) for each in offer.make(blocks)])
+    if type(offer) is tuple:
+        return _doubled(offer[0], size, behind), offer[1]
+    keys = F.pad(offer.keys, (size, 0) if behind else (0, size))
+    return offer._replace(keys=keys, values=F.pad(offer.values, (0, size)))
 
 
 def memory_attention(
@@ -339,8 +372,9 @@ def step_attention(
         `[B, 1, H, D]`, and the weights `[B, H, 1, columns]` or None.
     """
     groups, sizes = sets[0].keys.shape[1], [each.keys.shape[2] for each in sets]
-    own = query[:, 0].unflatten(1, (groups, -1)) * scaling
-    found = [own @ each.keys.transpose(-1, -2) for each in sets]
+    asks = [query if each.query is None else each.query for each in sets]
+    own = [each[:, 0].unflatten(1, (groups, -1)) * scaling for each in asks]
+    found = [asking @ each.keys.transpose(-1, -2) for asking, each in zip(own, sets)]
     found = [score if each.bias is None else score + each.bias for score, each in zip(found, sets)]
     scores = torch.cat(found, dim=-1) if len(found) > 1 else found[0]
     wide = torch.promote_types(query.dtype, torch.float32)

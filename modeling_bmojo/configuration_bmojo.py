@@ -1,7 +1,7 @@
 """Configuration of B'MOJO: fields, derived defaults and validation; no tensors.
 
 Sources: B'MOJO (Zancato et al., NeurIPS 2024, arXiv 2407.06324), Algorithm 1, section 3.3; Mamba-2 (arXiv 2405.21060);
-Mamba (arXiv 2312.00752); Gated DeltaNet (arXiv 2412.06464).
+Mamba (arXiv 2312.00752); Gated DeltaNet (arXiv 2412.06464); Gated KalmaNet (arXiv 2511.21016).
 """
 
 import math
@@ -10,8 +10,9 @@ from typing import Any
 from .compat_bmojo import CACHE_NAMES
 from .config_rules_bmojo import BackboneConfig
 from .eidetic_bmojo import EideticMemory
-from .fading_bmojo import FadingMemory
+from .fading_bmojo import HEAD_PATTERNS, FadingMemory
 from .fading_delta_bmojo import GatedDeltaFadingMemory
+from .fading_kalma_bmojo import GatedKalmaFadingMemory
 from .fading_s6_bmojo import S6FadingMemory
 from .fading_ssd_bmojo import SSDFadingMemory
 from .fading_tokens_bmojo import FadingTokens
@@ -30,7 +31,7 @@ INNOVATIONS: dict[str, type[Innovation]] = {
     each.name: each for each in (OutputInnovation, StateInnovation, KeyInnovation, ConstantInnovation)
 }
 FADING_MEMORIES: dict[str, type[FadingMemory]] = {
-    each.name: each for each in (SSDFadingMemory, S6FadingMemory, GatedDeltaFadingMemory)
+    each.name: each for each in (SSDFadingMemory, S6FadingMemory, GatedDeltaFadingMemory, GatedKalmaFadingMemory)
 }
 # In the order in which they take tokens in: what a part lets go is for those behind it.
 PARTS: list[type[MemoryPart]] = [FadingTokens, EideticMemory, FullContext, Storage]
@@ -92,6 +93,8 @@ class BMojoConfig(BackboneConfig):
         max_rope_distance_start: position of the first query that `max_rope_distance` holds for; those before it turn by
             any distance. A source's positions: up to there a model that stores all is what its source is.
         tie_fading_projections: fading tokens use `k_proj` and `v_proj` (True) or their own projections (False).
+        tie_fading_queries: fading tokens are asked by the queries of the others, and share q- and k-norm (True); or
+            have a q_proj and norms of their own (False; hybrid-model-factory's untied B'MOJO-F).
         memory_block_size: queries that share one gathered set of keys in prefill and training; changes speed and
             memory, never the result.
         kernel_backend: which implementations run. `"auto"` takes the fastest one that each call's tensors allow;
@@ -99,23 +102,33 @@ class BMojoConfig(BackboneConfig):
             `from_pretrained(..., use_kernels=True)`) insist on one for the operations that it covers, and are errors
             where it cannot run. The environment variable `BMOJO_KERNEL_BACKEND` wins. See docs/kernels.md.
         ssm_type: the fading memory, `"mamba2"`, `"mamba"` (S6, the one of B'MOJO's paper: N decays and one time step
-            per channel; set `ssm_state_size=16` as published, its cost grows with N) or `"gated_delta"` (Gated
-            DeltaNet: a token replaces what the state holds under its key).
+            per channel; set `ssm_state_size=16` as published, its cost grows with N), `"gated_delta"` (Gated DeltaNet:
+            a token replaces what the state holds under its key) or `"kalmanet"` (Gated KalmaNet: queries are answered
+            by the ridge regression of all values on all keys).
         ssm_num_heads, ssm_head_dim: `None` follows the attention's heads and head_dim. Their product is the SSM's inner
             width, and that is all `"mamba"` takes from them (published: twice the hidden size).
-        ssm_num_groups: groups of heads that share B and C; `None` follows the key/value heads. `"mamba"` has one B and
-            one C for all channels: 1 or `None`.
+        ssm_head_pattern: what the heads of a group share: `"multi_value"`: B and C, each has its own x (Mamba-2);
+            `"multi_query"`: x and B, each has its own C (grouped-query attention: values, keys and queries). For
+            `"mamba2"` and `"gated_delta"`; `"kalmanet"` is always the second, and `"mamba"` has no heads.
+        ssm_num_groups: groups of such heads; `None` follows the key/value heads. `"mamba"` has one B and one C for all
+            channels: 1 or `None`.
         ssm_state_size: N, state channels per SSM channel (published: 128 for Mamba-2, 16 for Mamba).
         ssm_time_step_rank: only for `"mamba"`, the numbers per token that all time steps are made from; `None` is
             hidden_size / 16, rounded up.
+        ssm_solver_steps, ssm_ridge: of `"kalmanet"`, Chebyshev steps of its regression, and lambda / |H|_F > 0: the
+            smaller, the more it trusts what it read, and the more steps it needs.
+        ssm_expand_rank: only with `"multi_query"`, of `"kalmanet"` and `"gated_delta"`: the rank r of learned maps from
+            the groups' keys and values to each head's own; `None`: heads of a group have the same.
         ssm_conv_kernel, ssm_conv_bias, ssm_conv_act: the short causal convolution over x, B and C (`"mamba"`: over x),
             its activation.
         ssm_projected: True: the SSM reads learned maps of the layer's input and its output goes through out_proj
             (Mamba-2). False: it reads the input itself and its output goes out as it is, which saves both products;
             needs ssm_num_heads * ssm_head_dim == hidden_size. B, C, time steps and the gate are learned either way.
         ssm_proj_bias: biases in the SSM's in_proj and out_proj.
-        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate (`"gated_delta"`: RMSNorm
-            of each head before it); `None` is True, False for `"mamba"`, which has no such norm.
+        ssm_qk_norm: RMSNorm of every head of B and of C, before the convolution (only `"mamba2"`).
+        ssm_gated: multiply the output by silu(z). ssm_norm: grouped RMSNorm after the gate (`"gated_delta"` and
+            `"kalmanet"`: RMSNorm of each head before it); `None` is True, False for `"mamba"`, which has no such norm.
+            ssm_norm_eps: what it adds to a mean of squares; `None` follows rms_norm_eps.
         ssm_chunk_size: tokens per chunk of the chunked scan, at most; changes speed and memory, never the result.
         ssm_time_step_min, ssm_time_step_max, ssm_time_step_floor: range of the initial time step.
         ssm_scalars_in_fp32: load A_log, dt_bias and D in fp32 whatever the model's dtype; False for FSDP1, which
@@ -179,6 +192,7 @@ class BMojoConfig(BackboneConfig):
     fading_stride: int = memory(1)
     fading_mass: bool = memory(False)
     tie_fading_projections: bool = memory(True)
+    tie_fading_queries: bool = memory(True)
     storage_size: int = memory(0)
     storage_candidates: int | None = memory(None)
     storage_sketch_size: int | None = memory(None)
@@ -194,7 +208,12 @@ class BMojoConfig(BackboneConfig):
     ssm_head_dim: int | None = memory(None)
     ssm_state_size: int = memory(64)
     ssm_num_groups: int | None = memory(None)
+    ssm_head_pattern: str = memory("multi_value")
+    ssm_qk_norm: bool = memory(False)
     ssm_time_step_rank: int | None = memory(None)
+    ssm_solver_steps: int = memory(30)
+    ssm_ridge: float = memory(0.02)
+    ssm_expand_rank: int | None = memory(None)
     ssm_conv_kernel: int = memory(4)
     ssm_conv_bias: bool = memory(True)
     ssm_conv_act: str = memory("silu")
@@ -202,6 +221,7 @@ class BMojoConfig(BackboneConfig):
     ssm_proj_bias: bool = memory(False)
     ssm_gated: bool = memory(True)
     ssm_norm: bool | None = memory(None)
+    ssm_norm_eps: float | None = memory(None)
     ssm_chunk_size: int = speed(64)
     ssm_time_step_min: float = memory(0.001, results=False, live=True)
     ssm_time_step_max: float = memory(0.1, results=False, live=True)
@@ -277,6 +297,7 @@ class BMojoConfig(BackboneConfig):
         for part in PARTS:
             part.check_config(self)
         self._validate_distance()
+        self._validate_fading_queries()
         require_choice(self, "innovation", tuple(INNOVATIONS))
         require_choice(self, "kernel_backend", KERNEL_BACKENDS)
         require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")
@@ -294,6 +315,32 @@ class BMojoConfig(BackboneConfig):
         least = self.window_size - 1
         require_int(self, "max_rope_distance", max(least, 0), f"the window alone spans {least}; null is no limit")
 
+    def _validate_fading_queries(self) -> None:
+        require_choice(self, "tie_fading_queries", (True, False))
+        if self.tie_fading_queries:
+            return
+        needed = {
+            "tie_fading_projections": (False, "what has queries of its own has keys of its own"),
+            "fading_mass": (False, "means of tokens are asked as tokens are"),
+            "max_rope_distance": (None, "these queries are not turned back"),
+        }
+        for name, (value, reason) in needed.items():
+            if getattr(self, name) != value:
+                rule = f"needs {name}={value!r}, which is {getattr(self, name)!r}, because {reason}"
+                reject("tie_fading_queries", False, rule, "change one of the two")
+
+    def _validate_ssm_extras(self) -> None:
+        """Check the fields that only some forms of the SSM have."""
+        require_choice(self, "ssm_qk_norm", (True, False))
+        if self.ssm_norm_eps is not None:
+            require_number(self, "ssm_norm_eps", 0, True, "e.g. 1e-5, or None to follow rms_norm_eps")
+        if self.ssm_qk_norm and self.ssm_type != "mamba2":
+            rule = f"needs ssm_type='mamba2'; {self.ssm_type!r} has keys of length 1, or none"
+            reject("ssm_qk_norm", True, rule, "leave it out")
+        if self.ssm_head_pattern != "multi_value" and self.ssm_type == "mamba":
+            rule = "must be 'multi_value' with ssm_type='mamba', which has no heads"
+            reject("ssm_head_pattern", self.ssm_head_pattern, rule, "leave it out")
+
     def _validate_ssm(self) -> None:
         require_choice(self, "ssm_type", tuple(FADING_MEMORIES))
         for name in ("ssm_num_heads", "ssm_head_dim", "ssm_state_size", "ssm_num_groups", "ssm_conv_kernel"):
@@ -306,7 +353,9 @@ class BMojoConfig(BackboneConfig):
                 f"must divide ssm_num_heads={self.ssm_num_heads}",
                 "SSM heads share B and C in equal groups",
             )
+        require_choice(self, "ssm_head_pattern", HEAD_PATTERNS)
         require_choice(self, "ssm_projected", (True, False))
+        self._validate_ssm_extras()
         inner = self.ssm_num_heads * self.ssm_head_dim
         if not self.ssm_projected and inner != self.hidden_size:
             reject(
@@ -316,6 +365,14 @@ class BMojoConfig(BackboneConfig):
                 f"hidden_size={self.hidden_size}, because the SSM reads and writes the layer's channels themselves",
                 "change them, or set ssm_projected=True",
             )
+        require_int(self, "ssm_solver_steps", 1, "30 is published")
+        require_number(self, "ssm_ridge", 0, True, "e.g. 0.02")
+        memory = FADING_MEMORIES[self.ssm_type]
+        if self.ssm_expand_rank is not None and not (memory.expands and memory.shares_values(self)):
+            rule = f"must be None with ssm_type={self.ssm_type!r} and ssm_head_pattern={self.ssm_head_pattern!r}"
+            reject("ssm_expand_rank", self.ssm_expand_rank, rule, "only shared keys are expanded")
+        if self.ssm_expand_rank is not None:
+            require_int(self, "ssm_expand_rank", 1, "None has no such maps")
         FADING_MEMORIES[self.ssm_type].check(self)
         limit = self.ssm_time_step_limit
         if len(limit) != 2 or not 0 <= limit[0] < limit[1]:

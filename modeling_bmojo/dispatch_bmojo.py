@@ -4,6 +4,7 @@
     chunk_scan, scan_step  the Mamba-2 recurrence, of many tokens and of one
     s6_scan, s6_step       the same of the S6 form
     delta_scan, delta_step the same of the gated delta rule
+    kalma_scan, kalma_step the same of Gated KalmaNet
     innovation, expiry     the innovation of every token, and which tokens are kept (Algorithm 1, line 3)
     memory_attention       attention over [eidetic | fading | local] (Algorithm 1, line 5)
 
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from .attention_ops import memory_attention
 from .delta_ops import chunk_delta, step_delta
+from .kalma_ops import chunk_kalma, step_kalma
 from .kernels_attention import KERNELS as TRITON_ATTENTION
 from .kernels_common import INTERPRETED, tf32_allowed, unavailable
 from .kernels_cuda import DTYPES, KERNELS, load
@@ -47,13 +49,15 @@ TORCH = {
     "s6_step": step_s6,
     "delta_scan": chunk_delta,
     "delta_step": step_delta,
+    "kalma_scan": chunk_kalma,
+    "kalma_step": step_kalma,
     "innovation": output_innovation,
     "expiry": select,
     "memory_attention": memory_attention,
 }
 TRITON = {**TRITON_SSM, **TRITON_MEMORY, **TRITON_ATTENTION}
 OPERATIONS = tuple(TORCH)
-SCANS = ("chunk_scan", "scan_step", "s6_scan", "s6_step", "delta_scan", "delta_step")
+SCANS = ("chunk_scan", "scan_step", "s6_scan", "s6_step", "delta_scan", "delta_step", "kalma_scan", "kalma_step")
 # Which operations a backend is for. Forcing it is about these; others are chosen as if nothing had been forced.
 COVERED = {"hub": KERNELS.keys(), "cuda": KERNELS.keys(), "triton": TRITON.keys(), "torch": TORCH.keys()}
 # Hub kernels belong to a model, and are not here. What can be imported of "cuda" enters together, when that is first

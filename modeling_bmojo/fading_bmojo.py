@@ -1,9 +1,9 @@
 """FadingMemory: what every selective SSM of a layer must say and do, and the modules that they share.
 
-One class per form: `fading_ssd_bmojo` (Mamba-2), `fading_s6_bmojo` (Mamba), `fading_delta_bmojo` (gated delta rule). A
-form owns its facts: its rules between configuration fields, the defaults that None stands for, its projections, states,
-operations and initial values. It is entered in `configuration_bmojo.FADING_MEMORIES`, and configuration, cache,
-adapters and kernels ask the class.
+One class per form: `fading_ssd_bmojo` (Mamba-2), `fading_s6_bmojo` (Mamba), `fading_delta_bmojo` (gated delta rule),
+`fading_kalma_bmojo` (Gated KalmaNet). A form owns its facts: its rules between configuration fields, the defaults that
+None stands for, its projections, states, operations and initial values. It is entered in
+`configuration_bmojo.FADING_MEMORIES`, and configuration, cache, adapters and kernels ask the class.
 
 Shapes: B rows, T tokens (R, T' in mixer rows), E hidden size, I inner width, C channels of the convolution, K its taps.
 """
@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -22,6 +23,10 @@ from .layout_bmojo import Rows
 from .register_bmojo import NoDecay
 from .states_bmojo import State
 
+
+# How heads are grouped (arXiv 2405.21060, section 7.2): those of a group share B and C, or share x and B.
+HEAD_PATTERNS = ("multi_value", "multi_query")
+KEY_NORM_EPS = 1e-6  # of B and C, under `ssm_qk_norm`
 
 # Rows as they stand, all real, without positions.
 WHOLE = Rows(None, [None], [None], None)
@@ -44,6 +49,7 @@ class FadingMemory(nn.Module):
     maps: tuple[str, ...]
     modules: tuple[str, ...] = ()
     about: str
+    expands: bool = False  # whether `ssm_expand_rank` is a field of it
 
     # Facts -----------------------------------------------------------------------------------------------------------
     @classmethod
@@ -106,7 +112,12 @@ class FadingMemory(nn.Module):
 
 
 class GroupedFadingMemory(FadingMemory):
-    """Heads that share B and C in groups, convolved with x; a time step per head, projected from the input."""
+    """Heads in groups, x, B and C convolved together; a time step per head, projected from the input.
+
+    With `ssm_head_pattern="multi_value"` each head has its x, and those of a group share B and C (Mamba-2). With
+    `"multi_query"` those of a group share x and B, and each head has its C: the groups of grouped-query attention,
+    where x are its values, B its keys and C its queries.
+    """
 
     @classmethod
     def fill(cls, config):
@@ -120,10 +131,64 @@ class GroupedFadingMemory(FadingMemory):
         if config.ssm_time_step_rank is not None:
             rule = f"must be None with ssm_type={cls.name!r}, whose time steps are projected directly"
             reject("ssm_time_step_rank", config.ssm_time_step_rank, rule, "leave it out")
+        if config.ssm_head_pattern == "multi_query" and not config.ssm_projected:
+            rule = "must be 'multi_value' with ssm_projected=False, where every channel of the layer is one of x"
+            reject("ssm_head_pattern", config.ssm_head_pattern, rule, "change one of the two")
+
+    @classmethod
+    def shares_values(cls, config: PreTrainedConfig) -> bool:
+        """Whether heads of a group share x and B, and not B and C."""
+        return config.ssm_head_pattern == "multi_query"
+
+    @classmethod
+    def widths(cls, config: PreTrainedConfig) -> tuple[int, int, int]:
+        """Return how many channels x, B and C have before the heads of a group share them."""
+        heads, groups = config.ssm_num_heads, config.ssm_num_groups
+        inputs, queries = (groups, heads) if cls.shares_values(config) else (heads, groups)
+        return inputs * config.ssm_head_dim, groups * config.ssm_state_size, queries * config.ssm_state_size
 
     @classmethod
     def channels(cls, config):
+        if cls.shares_values(config):
+            shared = config.ssm_head_dim + config.ssm_state_size
+            return config.ssm_num_groups * shared + config.ssm_num_heads * config.ssm_state_size
         return config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size
+
+    @classmethod
+    def norm_eps(cls, config: PreTrainedConfig) -> float:
+        """Return what the norm of the output adds to a mean of squares."""
+        return config.rms_norm_eps if config.ssm_norm_eps is None else config.ssm_norm_eps
+
+
+def for_heads(value: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return what the heads of a group share, `[B, T, G, ...]`, once for each of the H heads `[B, T, H, ...]`."""
+    shared = heads // value.shape[2]
+    return value if shared == 1 else value.repeat_interleave(shared, dim=2)
+
+
+def expand(shared: torch.Tensor, repeat: torch.Tensor, down: nn.Linear, up: nn.Linear) -> torch.Tensor:
+    """Return what every head has of what groups share, `[..., G, D]` to `[..., H, D]`.
+
+        out_h = sum_g repeat_hg in_g + (up(silu(down(in))))_h
+
+    Args:
+        repeat: `[H, G]`. down: G D to r channels. up: r to H D.
+    """
+    own = up(F.silu(down(shared.flatten(-2))))
+    return own.unflatten(-1, (len(repeat), -1)) + repeat.to(shared.dtype) @ shared
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over the channels of each head `[..., H, P]`, one weight for all heads; computed in fp32 at least."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class CausalConv(nn.Module):

@@ -3,7 +3,8 @@
     z | xBC | dt = in_proj(u);  x | B | C = act(conv(xBC));  y = ssd(x, softplus(dt + dt_bias), A, B, C) + D x
     y = out_proj(norm(y * silu(z)))
 
-With `ssm_projected=False` x is u itself and y goes out as it is: in_proj has no x rows, and there is no out_proj.
+With `ssm_qk_norm` every head of B and C is normalised before the convolution. With `ssm_projected=False` x is u itself
+and y goes out as it is: in_proj has no x rows, and there is no out_proj.
 
 What treats each token by itself (in_proj, gate, norm, out_proj) runs on the input's columns, convolution and scan on
 mixer rows (layout_bmojo.py).
@@ -21,7 +22,16 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .dispatch_bmojo import Kernels
-from .fading_bmojo import WHOLE, CausalConv, GroupedFadingMemory, Prediction, SSMScalars
+from .fading_bmojo import (
+    KEY_NORM_EPS,
+    WHOLE,
+    CausalConv,
+    GroupedFadingMemory,
+    HeadRMSNorm,
+    Prediction,
+    SSMScalars,
+    for_heads,
+)
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
 from .ssm_ops import predict_input
@@ -68,7 +78,7 @@ class SSDFadingMemory(GroupedFadingMemory):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.heads, self.head_dim, self.state = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
-        self.groups = config.ssm_num_groups
+        self.sizes = self.widths(config)
         self.inner = self.heads * self.head_dim
         self.gated = config.ssm_gated
         self.projected = config.ssm_projected
@@ -77,13 +87,17 @@ class SSDFadingMemory(GroupedFadingMemory):
         self.kernels = Kernels(config)
 
         # Rows of in_proj: z, then x (if projected), B and C, then dt.
-        mixed = (self.inner if self.projected else 0) + 2 * self.groups * self.state
+        mixed = (self.sizes[0] if self.projected else 0) + sum(self.sizes[1:])
         self.rows = [self.inner if self.gated else 0, mixed, self.heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.rows), bias=config.ssm_proj_bias)
         self.conv = CausalConv(self.channels(config), config.ssm_conv_kernel, config.ssm_conv_bias, self.kernels)
         self.act = ACT2FN[config.ssm_conv_act]
         self.scalars = SSMScalars((self.heads,), self.heads)
-        self.norm = GroupedRMSNorm(self.inner, self.groups, config.rms_norm_eps) if config.ssm_norm else None
+        normed = self.sizes[2] // self.state  # groups, as many as there are C
+        self.norm = GroupedRMSNorm(self.inner, normed, self.norm_eps(config)) if config.ssm_norm else None
+        if config.ssm_qk_norm:
+            self.B_norm, self.C_norm = (HeadRMSNorm(self.state, KEY_NORM_EPS) for _ in "BC")
+        self.normed = config.ssm_qk_norm
         self.out_proj = None
         if self.projected:
             self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
@@ -91,6 +105,8 @@ class SSDFadingMemory(GroupedFadingMemory):
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
         gate, mixed, dt = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
+        if self.normed:
+            mixed = self._normed(mixed)
         # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
         parts = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
         groups = zip(zip(*(to_rows(rows.layout, part) for part in parts)), rows.lengths)
@@ -108,6 +124,12 @@ class SSDFadingMemory(GroupedFadingMemory):
             y = project(self.out_proj, y)
         return y, [prediction for _, prediction in scanned] if predicts else None
 
+    def _normed(self, mixed: torch.Tensor) -> torch.Tensor:
+        """x|B|C or B|C `[B, T, C']` with every head of B and C normalised."""
+        x, *keys = mixed.split([mixed.shape[-1] - sum(self.sizes[1:]), *self.sizes[1:]], dim=-1)
+        pairs = zip(keys, (self.B_norm, self.C_norm))
+        return torch.cat([x, *(norm(each.unflatten(-1, (-1, self.state))).flatten(-2) for each, norm in pairs)], -1)
+
     def _convolve(
         self, parts: tuple[torch.Tensor, ...], lengths: torch.Tensor | None, layer: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +143,7 @@ class SSDFadingMemory(GroupedFadingMemory):
             if layer is not None:
                 shift(layer.conv, part, lengths, first)
             first += part.shape[-1]
-        return convolved if len(convolved) > 1 else convolved[0].split([self.inner, 2 * self.groups * self.state], -1)
+        return convolved if len(convolved) > 1 else convolved[0].split([self.sizes[0], sum(self.sizes[1:])], -1)
 
     def _scan(
         self,
@@ -132,13 +154,14 @@ class SSDFadingMemory(GroupedFadingMemory):
         layer: Any,
         predicts: bool,
     ) -> tuple[torch.Tensor, Prediction | None]:
-        """Return the recurrence of mixer rows in fp32 at least: of x `[R, T', H P]`, keys = B|C `[R, T', 2 G N]` and dt
-        `[R, T', H]`. Returns y `[R, T', H P]` and the prediction, or None."""
+        """Return the recurrence of mixer rows in fp32 at least: of x, keys = B|C (`widths`) and dt `[R, T', H]`.
+        Returns y `[R, T', H P]` and the prediction, or None."""
         wide, tokens = torch.promote_types(x.dtype, torch.float32), dt.shape[1]
         op = "scan_step" if tokens == 1 and layer is not None else "chunk_scan"
         taken = self.kernels.input_dtype(op, x, wide)
-        x = x.to(taken).unflatten(-1, (self.heads, self.head_dim))
-        B, C = keys.to(taken).unflatten(-1, (2, self.groups, self.state)).unbind(-3)
+        x = for_heads(x.to(taken).unflatten(-1, (-1, self.head_dim)), self.heads)
+        B, C = (each.unflatten(-1, (-1, self.state)) for each in keys.to(taken).split(self.sizes[1:], dim=-1))
+        B = B if B.shape[2] == C.shape[2] else for_heads(B, self.heads)
         A, dt_bias, D = self.scalars(wide)
         dt = F.softplus(dt.to(wide) + dt_bias)
         if self.time_step_limit != (0.0, math.inf):

@@ -13,10 +13,11 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention_ops import BlockKeys, Lazy, Seen, Whole, by_block, some_blocks
+from .attention_ops import Apart, BlockKeys, Lazy, Seen, Whole, by_block, some_blocks
 from .configuration_bmojo import FADING_MEMORIES, INNOVATIONS, PARTS
 from .dispatch_bmojo import Kernels
 from .distance_bmojo import step_correction, with_distances
+from .fading_tokens_bmojo import FadingTokens
 from .innovation_bmojo import SIGNALS
 from .parts_bmojo import LayerSpec, MemoryPart, Tokens
 from .states_bmojo import State
@@ -168,11 +169,14 @@ class LayerMemory:
         offers, left, full = [], [], True
         for part in self.parts:
             observed = part.observe(tokens, layer, left, kernels)
-            offers += observed.offers
+            apart = tokens.apart and isinstance(part, FadingTokens)
+            offers += [Apart(each) for each in observed.offers] if apart else observed.offers
             full = full and observed.full
             if observed.left is not None:
                 left.append(observed.left)
-        if tokens.steps and "positions" in self.declared:
+        if tokens.steps and tokens.apart:
+            offers = [*self._buffer_apart(tokens, layer, full), *offers]
+        elif tokens.steps and "positions" in self.declared:
             of_one = bool(offers) and all(isinstance(each, Seen) for each in offers)
             offers.insert(0, (self._buffer_now if of_one else self._buffer)(tokens, layer, full))
         if tokens.far is None or tokens.queries <= 0:
@@ -195,13 +199,29 @@ class LayerMemory:
 
     def _buffer(self, tokens: Tokens, layer: Any, full: bool) -> Whole:
         """Return the key buffer after a step: its entries are exactly what the token sees."""
-        if full:
-            return Whole(*layer.by_token(), None, layer.positions)
+        visible = None if full else self._visible(tokens, layer)[:, None]
+        return Whole(*layer.by_token(), visible, layer.positions)
+
+    def _visible(self, tokens: Tokens, layer: Any) -> torch.Tensor:
+        """Which entries of the key buffer hold what the token of a step sees, `[B, S]`."""
         visible = layer.positions >= 0
         if tokens.lengths is not None:
             # A row that reads a pad sees anything at all: a softmax over nothing would be NaN.
             visible = visible | (tokens.lengths <= 0)[:, None]
-        return Whole(*layer.by_token(), visible[:, None], layer.positions)
+        return visible
+
+    def _buffer_apart(self, tokens: Tokens, layer: Any, full: bool) -> tuple[Seen, Apart]:
+        """Return the key buffer after a step in two: without the fading tokens, and these."""
+        dtype, own, bias = tokens.query.dtype, self.part(FadingTokens).own, None
+        keys, values = layer.keys.to(dtype), layer.values.to(dtype)
+        if not full:
+            bias = torch.where(self._visible(tokens, layer), 0.0, -torch.inf).to(dtype)[:, None, None]
+
+        def places(which: slice) -> Seen:
+            seen = None if bias is None else bias[..., which]
+            return Seen(keys[:, :, which], values[:, :, which], seen, layer.positions[:, which])
+
+        return places(slice(own.stop, None)), Apart(places(own))  # fading tokens are the first in `PARTS`
 
     def _buffer_now(self, tokens: Tokens, layer: Any, full: bool) -> Seen:
         """Return the same for a step whose rows have all read as much, with distances of at most D_max."""

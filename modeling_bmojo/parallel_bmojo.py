@@ -2,8 +2,8 @@
 
 A tensor plan cuts every large map by its rows or columns, the vocabulary too. What is between them is replicated:
 attention, innovation test and SSM run on all heads on every device, so that all of them judge a token by the same
-numbers, keep the same tokens, bit for bit, and hold the same cache. Norms, convolutions, scalars, sketches and the two
-small maps of `"mamba"` are whole on every device.
+numbers, keep the same tokens, bit for bit, and hold the same cache. Norms, convolutions, scalars, sketches, the two
+small maps of `"mamba"` and those of `ssm_expand_rank` are whole on every device.
 
 A pipeline gives each device some of the layers; its cache holds the states of those.
 """
@@ -17,7 +17,7 @@ from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 # Rows are cut and the outputs gathered, or columns are cut and the outputs added up; between gate and down nothing is.
 _MAPS = {
     **{f"self_attn.{name}": "colwise_gather_output" for name in ("q_proj", "k_proj", "v_proj")},
-    **{f"self_attn.{name}": "colwise_gather_output" for name in ("fading_k_proj", "fading_v_proj")},
+    **{f"self_attn.{name}": "colwise_gather_output" for name in ("fading_q_proj", "fading_k_proj", "fading_v_proj")},
     "self_attn.o_proj": "rowwise_split_input",
     "fading.in_proj": "colwise_gather_output",
     "fading.out_proj": "rowwise_split_input",

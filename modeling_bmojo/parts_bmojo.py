@@ -63,7 +63,8 @@ class Tokens(NamedTuple):
     wants_left: some part asks what the others let go. scaling: sigma, of the scores.
     sketches: int8 `[R, T, G, r]` of the keys, or None. asked: makes what the queries ask them,
     `[R, T, H, r]` (`sketch_bmojo`); or None.
-    far: what pairs beyond `max_rope_distance` need, or None if there are none.
+    far: what pairs beyond `max_rope_distance` need, or None if there are none. apart: fading tokens are asked by
+    queries of their own.
     """
 
     query: torch.Tensor
@@ -82,6 +83,7 @@ class Tokens(NamedTuple):
     sketches: torch.Tensor | None = None
     asked: Callable[[], torch.Tensor] | None = None
     far: Far | None = None
+    apart: bool = False
 
     @property
     def queries(self) -> int:

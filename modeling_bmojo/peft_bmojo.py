@@ -14,6 +14,7 @@ from .configuration_bmojo import FADING_MEMORIES
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FADING_ATTENTION = ("fading_k_proj", "fading_v_proj")
+FADING_QUERIES = ("fading_q_proj",)
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 # PEFT's tables, and the submodule that its prompt methods, and nothing else, ask a model for when they wrap it.
@@ -24,7 +25,7 @@ PROMPT_PROBE = "embeddings.word_embeddings"
 def all_targets() -> list[str]:
     """Return every projection that a layer of some type has. PEFT passes over names that a model does not have."""
     fading = (name for form in FADING_MEMORIES.values() for name in form.maps)
-    return list(dict.fromkeys((*ATTENTION, *FADING_ATTENTION, *fading, *MLP)))
+    return list(dict.fromkeys((*ATTENTION, *FADING_ATTENTION, *FADING_QUERIES, *fading, *MLP)))
 
 
 def fill_tables(tables: Any) -> None:

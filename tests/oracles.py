@@ -118,6 +118,52 @@ def oracle_delta(x, log_decay, beta, B, C, initial_state=None):
     return torch.stack(rows), torch.stack(finals)
 
 
+def chebyshev_solution(H, q, steps, ridge):
+    """x of (H + lambda I) x = q after `steps` steps (hybrid-model-factory's listing); lambda = ridge |H|_F, and the
+    eigenvalues of H lie between 0 and |H|_F. Nothing was written: zeros."""
+    size = torch.sqrt((H * H).sum())
+    if size == 0:
+        return torch.zeros_like(q)
+    penalty = ridge * size
+    stride, rho = 2 / (2 * penalty + size), size / (2 * penalty + size)
+    previous, x, omega = torch.zeros_like(q), stride * q, 2.0
+    for _ in range(steps):
+        omega = 1 / (1 - rho * rho * omega / 4)
+        previous, x = x, omega * (x - stride * (H @ x + penalty * x - q)) + (1 - omega) * previous
+    return x
+
+
+def oracle_kalma_token(state, x, log_decay, mix, B, C, steps=30, ridge=0.02):
+    """Gated KalmaNet (arXiv 2511.21016), head by head: U <- g U + x B^T, H <- g H + B B^T, y = U (C + a (z - C)).
+
+    state [heads, P + N, N] is U above H, x [heads, P], log_decay, mix [heads], B, C [heads, N].
+    """
+    states, outputs = [], []
+    for h in range(len(x)):
+        U, H = state[h, : x.shape[1]], state[h, x.shape[1] :]
+        U = torch.exp(log_decay[h]) * U + torch.outer(x[h], B[h])
+        H = torch.exp(log_decay[h]) * H + torch.outer(B[h], B[h])
+        z = chebyshev_solution(H, C[h], steps, ridge)
+        outputs.append(U @ (C[h] + mix[h] * (z - C[h])))
+        states.append(torch.cat([U, H]))
+    return torch.stack(states), torch.stack(outputs)
+
+
+def oracle_kalma(x, log_decay, mix, B, C, initial_state=None, steps=30, ridge=0.02):
+    """`oracle_kalma_token` over rows and tokens: x [B, T, H, P] -> (y [B, T, H, P], state [B, H, P + N, N])."""
+    rows, finals = [], []
+    for b in range(x.shape[0]):
+        empty = x.new_zeros(x.shape[2], x.shape[3] + B.shape[3], B.shape[3])
+        state, outputs = empty if initial_state is None else initial_state[b], []
+        for t in range(x.shape[1]):
+            given = (value[b, t] for value in (x, log_decay, mix, B, C))
+            state, y = oracle_kalma_token(state, *given, steps, ridge)
+            outputs.append(y)
+        rows.append(torch.stack(outputs) if outputs else x[b])
+        finals.append(state)
+    return torch.stack(rows), torch.stack(finals)
+
+
 # Innovation ----------------------------------------------------------------------------------------------------------
 def scale_free_error(value, prediction, eps=INNOVATION_EPS):
     """sum (y - y_hat)^2 / (sum y^2 + sum y_hat^2 + eps), over everything."""
@@ -233,14 +279,20 @@ def rotate(x, position, theta, dtype=None):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attend(query, keys, values):
-    """One softmax of one query [H, D] over lists of keys and values [G, D]; head h reads group h // (H / G)."""
+def attend(query, keys, values, others=0, other=None):
+    """One softmax of one query [H, D] over lists of keys and values [G, D]; head h reads group h // (H / G).
+
+    The last `others` keys are asked by the query `other` instead, if there is one.
+    """
     per_group = query.shape[0] // keys[0].shape[0]
     outputs = []
     for h in range(query.shape[0]):
         k = torch.stack([key[h // per_group] for key in keys])
         v = torch.stack([value[h // per_group] for value in values])
-        weights = torch.softmax(k @ query[h] / math.sqrt(query.shape[-1]), dim=0)
+        scores = k @ query[h]
+        if other is not None and others:
+            scores = torch.cat([scores[:-others], k[-others:] @ other[h]])
+        weights = torch.softmax(scores / math.sqrt(query.shape[-1]), dim=0)
         outputs.append(weights @ v)
     return torch.stack(outputs)
 
@@ -352,16 +404,18 @@ class Algorithm1:
     def fading_output(self, name, u, layer):
         """Steps 2 and 3: y_t in hidden space, and e_t appended to the layer's innovations."""
         config = self.config
-        form = {"mamba2": self.mamba2, "mamba": self.s6, "gated_delta": self.gated_delta}[config.ssm_type]
-        x, z, y, prediction = form(name, u, layer)
-        normed = config.ssm_norm and config.ssm_type != "gated_delta"
+        eps = config.rms_norm_eps if config.ssm_norm_eps is None else config.ssm_norm_eps
+        forms = {"mamba2": self.mamba2, "mamba": self.s6, "gated_delta": self.gated_delta, "kalmanet": self.kalmanet}
+        x, z, y, prediction = forms[config.ssm_type](name, u, layer)
+        normed = config.ssm_norm and config.ssm_type not in ("gated_delta", "kalmanet")
         if config.ssm_norm and not normed:
-            y = rms_norm(y, self.tensors[f"{name}.norm.weight"], config.rms_norm_eps)
+            y = rms_norm(y, self.tensors[f"{name}.norm.weight"], eps)
         y = y.reshape(-1)
         if config.ssm_gated:
             y = y * z * torch.sigmoid(z)
         if normed:
-            grouped = rms_norm(y.view(config.ssm_num_groups, -1), 1.0, config.rms_norm_eps).reshape(-1)
+            groups = config.ssm_num_heads if config.ssm_head_pattern == "multi_query" else config.ssm_num_groups
+            grouped = rms_norm(y.view(groups, -1), 1.0, eps).reshape(-1)
             y = grouped * self.tensors[f"{name}.norm.weight"]
         if config.ssm_projected:
             y = self.linear(f"{name}.out_proj", y)
@@ -388,12 +442,18 @@ class Algorithm1:
         config = self.config
         heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
         groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
+        inputs, queries = (groups, heads) if config.ssm_head_pattern == "multi_query" else (heads, groups)
         projected = self.linear(f"{name}.in_proj", u)
-        sizes = [inner if config.ssm_gated else 0, inner if config.ssm_projected else 0, 2 * groups * size, heads]
-        z, x, keys, dt = torch.split(projected, sizes)
-        layer.convolved.append(torch.cat([x if config.ssm_projected else u, keys]))
-        x, B, C = torch.split(self.convolve(name, layer.convolved), [inner, groups * size, groups * size])
-        x, B, C = x.view(heads, width), B.view(groups, size), C.view(groups, size)
+        sizes = [inputs * width if config.ssm_projected else 0, groups * size, queries * size]
+        z, x, B, C, dt = torch.split(projected, [inner if config.ssm_gated else 0, *sizes, heads])
+        if config.ssm_qk_norm:
+            B = rms_norm(B.view(groups, size), self.tensors[f"{name}.B_norm.weight"], 1e-6).reshape(-1)
+            C = rms_norm(C.view(queries, size), self.tensors[f"{name}.C_norm.weight"], 1e-6).reshape(-1)
+        layer.convolved.append(torch.cat([x if config.ssm_projected else u, B, C]))
+        x, B, C = torch.split(self.convolve(name, layer.convolved), [inputs * width, groups * size, queries * size])
+        x, B, C = x.view(inputs, width), B.view(groups, size), C.view(queries, size)
+        if config.ssm_head_pattern == "multi_query":
+            x, B = (torch.stack([value[h // (heads // groups)] for h in range(heads)]) for value in (x, B))
         A, bias, D = self.scalars(name)
         dt = self.time_step(dt + bias)
         if layer.state is None:
@@ -424,12 +484,17 @@ class Algorithm1:
         config = self.config
         heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
         groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
-        sizes = [inner if config.ssm_gated else 0, inner + 2 * groups * size, heads, heads]
+        inputs, queries = (groups, heads) if config.ssm_head_pattern == "multi_query" else (heads, groups)
+        parts = [inputs * width, groups * size, queries * size]
+        sizes = [inner if config.ssm_gated else 0, sum(parts), heads, heads]
         z, mixed, dt, b = torch.split(self.linear(f"{name}.in_proj", u), sizes)
         layer.convolved.append(mixed)
-        x, B, C = torch.split(self.convolve(name, layer.convolved), [inner, groups * size, groups * size])
-        x = x.view(heads, width)
-        B, C = (keys.view(groups, size) for keys in (B, C))
+        x, B, C = torch.split(self.convolve(name, layer.convolved), parts)
+        x, B, C = x.view(inputs, width), B.view(groups, size), C.view(queries, size)
+        if config.ssm_head_pattern == "multi_query":
+            pairs = ("values", x), ("keys", B)
+            x, B = (self.for_heads(f"{name}.{which}", each.reshape(-1)) for which, each in pairs)
+            groups = heads
         B, C = (keys / torch.sqrt((keys**2).sum(-1, keepdim=True) + 1e-6) for keys in (B, C))
         A_log, bias = (self.tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in ("A_log", "dt_bias"))
         log_decay, beta = -torch.exp(A_log) * self.time_step(dt + bias), 1 / (1 + torch.exp(-b))
@@ -439,6 +504,40 @@ class Algorithm1:
         prediction = torch.stack([decayed[h] @ B[h // (heads // groups)] for h in range(heads)]).reshape(-1)
         layer.state, y = oracle_delta_token(layer.state, x, log_decay, beta, B, C / math.sqrt(size))
         return x.reshape(-1), z, y, prediction
+
+    def kalmanet(self, name, u, layer):
+        """The same for Gated KalmaNet: z|x|B|C|a|b|m from one projection; x and B of groups, C of heads."""
+        config = self.config
+        heads, width, size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
+        groups, inner = config.ssm_num_groups, config.ssm_num_heads * config.ssm_head_dim
+        wide, long, all_long = groups * width, groups * size, heads * size
+        sizes = [inner if config.ssm_gated else 0, wide + long + all_long, heads, heads, heads]
+        z, mixed, dt, b, m = torch.split(self.linear(f"{name}.in_proj", u), sizes)
+        layer.convolved.append(mixed)
+        x, B, C = torch.split(self.convolve(name, layer.convolved), [wide, long, all_long])
+        x, B = self.for_heads(f"{name}.values", x), self.for_heads(f"{name}.keys", B)
+        B, C = (keys / (torch.sqrt((keys**2).sum(-1, keepdim=True)) + 1e-6) for keys in (B, C.view(heads, size)))
+        keys = ("A_log", "dt_bias", "share_bias", "mix_bias")
+        A_log, bias, b_bias, m_bias = (self.tensors[f"{name}.scalars.{key}"].to(self.dtype) for key in keys)
+        log_decay = -torch.exp(A_log) * self.time_step(dt + bias)
+        share, mix = 1 / (1 + torch.exp(-b - b_bias)) + 1e-6, 1 / (1 + torch.exp(-m - m_bias))
+        if layer.state is None:
+            layer.state = x.new_zeros(heads, width + size, size)
+        rule = config.ssm_solver_steps, config.ssm_ridge
+        said = [S[:width] @ chebyshev_solution(S[width:], key, *rule) for S, key in zip(layer.state, B)]
+        written = share[:, None] * x, log_decay, mix, share[:, None] * B, C / math.sqrt(size)
+        layer.state, y = oracle_kalma_token(layer.state, *written, *rule)
+        return x.reshape(-1), z, y, torch.cat(said)
+
+    def for_heads(self, name, grouped):
+        """Values or keys [H, channels] of every head from those of the groups; with a rank, also maps of its own."""
+        heads, groups = self.config.ssm_num_heads, self.config.ssm_num_groups
+        by_group = grouped.view(groups, -1)
+        if self.config.ssm_expand_rank is None:
+            return torch.stack([by_group[h // (heads // groups)] for h in range(heads)])
+        low = self.linear(f"{name}_down", grouped)
+        own = self.linear(f"{name}_up", low / (1 + torch.exp(-low))).view(heads, -1)
+        return own + self.tensors[f"{name}_repeat"] @ by_group
 
     def convolve(self, name, rows):
         """The causal depthwise conv at the last of `rows`; tap K-1 multiplies the current token."""
@@ -484,6 +583,7 @@ class Algorithm1:
             layer.innovations.append(oracle_key_innovation(torch.stack(layer.bare_keys))[-1])
         layer.inputs.append((key, self.heads(f"{name}.v_proj", u, pairs, None, i, t)))
 
+        other, others = None, 0
         window = t + 1 if layer_type == "full_attention" else config.window_size
         seen = list(layer.inputs[max(0, t - window + 1) :])
         if layer_type == "bmojo":
@@ -493,16 +593,20 @@ class Algorithm1:
             seen += [payload for _, _, payload in layer.eidetic.tokens]
             if config.fading_size:
                 prefix = "" if config.tie_fading_projections else "fading_"
-                y = layer.outputs[t]
-                fading_key = self.heads(f"{name}.{prefix}k_proj", y, pairs, k_norm, i, t)
+                y, fading_norm = layer.outputs[t], k_norm
+                if not config.tie_fading_queries:
+                    fading_norm, own = f"{name}.fading_k_norm.weight", f"{name}.fading_q_norm.weight"
+                    other = self.heads(f"{name}.fading_q_proj", u, config.num_attention_heads, own, i, t)
+                fading_key = self.heads(f"{name}.{prefix}k_proj", y, pairs, fading_norm, i, t)
                 if (t + 1) % config.fading_stride == 0:
                     fading_value = self.heads(f"{name}.{prefix}v_proj", y, pairs, None, i, t)
                     layer.fading.append((t, fading_key, fading_value))
                 beyond = [(key, value) for s, key, value in layer.fading if s <= t - window]
+                others = len(beyond[-config.fading_size :])
                 seen += beyond[-config.fading_size :]
         if config.attention_multiplier is not None:
             query = query * config.attention_multiplier * config.head_dim**0.5  # attend divides by the root
-        out = attend(query, [key for key, _ in seen], [value for _, value in seen])
+        out = attend(query, [key for key, _ in seen], [value for _, value in seen], others, other)
         return self.linear(f"{name}.o_proj", out.reshape(-1))
 
 

@@ -15,7 +15,7 @@ from modeling_bmojo import BMojoConfig
 from ..common.commands import command
 from ..common.settings import DTYPES, RULED, known_keys, make_settings, read_settings
 from .families import MEMORY_FIELDS
-from .ssm_init import SSM_INITS, check_fields
+from .ssm_init import EVERY_INIT, SSM_INITS, check_fields
 
 
 @dataclass
@@ -97,7 +97,7 @@ def _check(settings: GraftSettings) -> None:
     for name in ("measured_files", "storage_text"):
         _check_files(name, getattr(settings, name))
     _check_sketches(settings)
-    check_fields(settings.ssm_init, SSM_INITS[settings.ssm_init].fields, settings.memory)
+    check_fields(settings.ssm_init, SSM_INITS[settings.ssm_init].fields | EVERY_INIT, settings.memory)
 
 
 def _check_measured(settings: GraftSettings) -> None:

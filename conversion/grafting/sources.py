@@ -170,6 +170,20 @@ def _download(repo: str, allow_pickle: bool) -> Path:
         ) from error
 
 
+def stated_facts(readme: Path, label: str) -> dict[str, Any]:
+    """Return name, licence and languages as far as a README states them in its front matter."""
+    import yaml
+
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    try:
+        stated = yaml.safe_load(match.group(1)) if match else None
+    except yaml.YAMLError:
+        stated = None
+    stated = stated if isinstance(stated, dict) else {}
+    return {"name": label, "license": stated.get("license"), "language": stated.get("language")}
+
+
 class FolderSource:
     """A checkpoint folder of transformers, its weights one file or shards."""
 
@@ -207,14 +221,4 @@ class FolderSource:
 
     def facts(self) -> dict[str, Any]:
         """Name, licence and languages as far as the folder's README states them in its front matter."""
-        import yaml
-
-        readme = self.path / "README.md"
-        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
-        try:
-            stated = yaml.safe_load(match.group(1)) if match else None
-        except yaml.YAMLError:
-            stated = None
-        stated = stated if isinstance(stated, dict) else {}
-        return {"name": self.label, "license": stated.get("license"), "language": stated.get("language")}
+        return stated_facts(self.path / "README.md", self.label)

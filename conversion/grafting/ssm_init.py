@@ -50,6 +50,7 @@ from modeling_bmojo import BMojoConfig
 
 from .ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
 from .ssm_init_delta import DELTA_FIELDS, check_delta, delta, delta_memory
+from .ssm_init_kalmanet import KALMANET_FIELDS, check_kalmanet, kalmanet, kalmanet_memory
 from .ssm_projection import inner_projection
 from .ssm_scalars import check_time_constants, constant_scalars, smoother_time_constants
 
@@ -164,6 +165,8 @@ def check_fields(init: str, required: Mapping[str, Any], given: Mapping[str, Any
             )
 
 
+# No start is made for heads that share their values, for normed keys, or for keys of each head.
+EVERY_INIT = {"ssm_head_pattern": "multi_value", "ssm_qk_norm": False, "ssm_expand_rank": None}
 SSM_INITS = {
     "smoother": SSMInit(
         fields=SMOOTHER_FIELDS,
@@ -185,5 +188,12 @@ SSM_INITS = {
         check=check_delta,
         build=delta,
         describe="running average of the layer input by the gated delta rule (conversion/grafting/ssm_init_delta.py)",
+    ),
+    "kalmanet": SSMInit(
+        fields=KALMANET_FIELDS,
+        complete=kalmanet_memory,
+        check=check_kalmanet,
+        build=kalmanet,
+        describe="running average of the layer input by Gated KalmaNet (conversion/grafting/ssm_init_kalmanet.py)",
     ),
 }

@@ -91,6 +91,7 @@ MODELS: dict[str, Kind] = {
     "mamba": Kind("Mamba", (SSM,) * 2, _mamba("mamba")),
     "mamba2": Kind("Mamba-2", (SSM,) * 2, _mamba("mamba2")),
     "gated_delta": Kind("Gated DeltaNet", (SSM,) * 2, _mamba("gated_delta")),
+    "kalmanet": Kind("Gated KalmaNet", (SSM,) * 2, _mamba("kalmanet")),
     "jamba": Kind("Mamba-2, then full attention", (SSM, ATTENTION), lambda k, sizes: _stack(16, sizes), ranked=False),
     "samba": Kind("Mamba-2, then a sliding window", (SSM, WINDOW), _stack),
     "bmojo_f": Kind("B'MOJO-F: window and fading tokens", (BMOJO,) * 2, _bmojo(None)),

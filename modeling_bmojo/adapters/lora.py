@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..configuration_bmojo import FADING_MEMORIES, BMojoConfig
-from ..peft_bmojo import ATTENTION, FADING_ATTENTION, MLP, all_targets
+from ..peft_bmojo import ATTENTION, FADING_ATTENTION, FADING_QUERIES, MLP, all_targets
 
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def projections(config: BMojoConfig) -> list[str]:
     specs = [config.layer_spec(index) for index in range(config.num_hidden_layers)]
     untied = not config.tie_fading_projections and any(spec.fading for spec in specs)
     names = [*ATTENTION] * any(spec.has_attention for spec in specs) + [*FADING_ATTENTION] * untied
+    names += [*FADING_QUERIES] * (untied and not config.tie_fading_queries)
     if any(spec.has_ssm for spec in specs):
         names += FADING_MEMORIES[config.ssm_type].projections(config)
     return names + [*MLP] * (config.intermediate_size > 0)

@@ -36,6 +36,7 @@ STATES = {
     "mixed-layers": MIXED_LAYERS,
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
     "delta": dict(ssm_type="gated_delta", ssm_state_size=3, num_hidden_layers=1),
+    "kalma": dict(ssm_type="kalmanet", ssm_state_size=3, ssm_solver_steps=5, num_hidden_layers=1),
 }
 LENGTHS = torch.tensor([30, 17, 4])  # real tokens of the three rows of `padded`, left-padded to 30 columns
 
@@ -245,8 +246,13 @@ def layer_bytes(config, kind, size):
     channels = config.ssm_num_heads * config.ssm_head_dim
     if config.ssm_type != "mamba":
         channels += 2 * config.ssm_num_groups * config.ssm_state_size
+    values = config.ssm_head_dim
+    if config.ssm_type == "kalmanet":  # values and keys of groups, queries of heads; keys on keys beside values on keys
+        channels = config.ssm_num_groups * (values + config.ssm_state_size)
+        channels += config.ssm_num_heads * config.ssm_state_size
+        values += config.ssm_state_size
     ssm = (config.ssm_conv_kernel - 1) * channels * size
-    ssm += config.ssm_num_heads * config.ssm_head_dim * config.ssm_state_size * wide
+    ssm += config.ssm_num_heads * values * config.ssm_state_size * wide
     if kind == "linear_attention":
         return integer + ssm
     if kind == "sliding_attention":
@@ -271,6 +277,7 @@ def layer_bytes(config, kind, size):
         dict(num_hidden_layers=3, layer_types=["linear_attention", "sliding_attention", "bmojo"], innovation_taps=2),
         dict(ssm_type="mamba", ssm_num_heads=3, ssm_head_dim=5),
         dict(ssm_type="gated_delta", ssm_num_heads=6, ssm_num_groups=3, ssm_head_dim=5),
+        dict(ssm_type="kalmanet", ssm_num_heads=6, ssm_num_groups=3, ssm_head_dim=5, ssm_solver_steps=2),
     ],
     ids=str,
 )

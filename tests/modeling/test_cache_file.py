@@ -465,11 +465,16 @@ OTHER_VALUES = {
     "max_rope_distance": 100,
     "max_rope_distance_start": 7,
     "tie_fading_projections": False,
+    "tie_fading_queries": False,
     "ssm_type": "mamba",
     "ssm_num_heads": 8,
     "ssm_head_dim": 8,
+    "ssm_solver_steps": 7,
+    "ssm_ridge": 0.1,
     "ssm_state_size": 7,
     "ssm_num_groups": 4,
+    "ssm_head_pattern": "multi_query",
+    "ssm_qk_norm": True,
     "ssm_conv_kernel": 3,
     "ssm_conv_bias": False,
     "ssm_conv_act": "gelu",
@@ -477,6 +482,7 @@ OTHER_VALUES = {
     "ssm_proj_bias": True,
     "ssm_gated": False,
     "ssm_norm": False,
+    "ssm_norm_eps": 1e-3,
     "ssm_time_step_limit": [0.0, 0.5],
 }
 
@@ -484,6 +490,7 @@ OTHER_VALUES = {
 # What a field cannot be set without.
 NEEDED_BY = {
     "fading_mass": dict(storage_size=3, fading_stride=5),
+    "tie_fading_queries": dict(tie_fading_projections=False),
     "storage_candidates": dict(storage_size=3, storage_sketch_size=2),
     "max_rope_distance_start": dict(max_rope_distance=90),
 }
@@ -498,7 +505,7 @@ def fields_of_config():
 def test_every_field_is_a_fact_or_neutral():
     facts, neutral = (set(fields_with(BMojoConfig, results=results)) for results in (True, False))
     assert facts | neutral == fields_of_config() and not facts & neutral
-    assert facts == {*OTHER_VALUES, "ssm_time_step_rank"}  # the latter exists for one SSM alone: below
+    assert facts == {*OTHER_VALUES, "ssm_time_step_rank", "ssm_expand_rank"}  # these exist for one SSM each: below
 
 
 def assert_refused(fields, other, name, tmp_path):
@@ -521,8 +528,9 @@ def test_a_cache_of_a_model_with_other_results_is_refused(name, tmp_path):
     assert_refused({**BACKBONE, **NEEDED_BY.get(name, {})}, {name: OTHER_VALUES[name], **extra}, name, tmp_path)
 
 
-def test_a_cache_of_another_time_step_rank_is_refused(tmp_path):
-    assert_refused(dict(ssm_type="mamba"), dict(ssm_time_step_rank=2), "ssm_time_step_rank", tmp_path)
+@pytest.mark.parametrize("form, name", [("mamba", "ssm_time_step_rank"), ("kalmanet", "ssm_expand_rank")])
+def test_a_cache_of_another_rank_is_refused(form, name, tmp_path):
+    assert_refused(dict(ssm_type=form), {name: 2}, name, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ MODELS = {
     "unprojected": dict(**UNPROJECTED, ssm_proj_bias=True),
     "s6": dict(ssm_type="mamba", ssm_time_step_rank=3, ssm_proj_bias=True),
     "delta": dict(ssm_type="gated_delta", ssm_proj_bias=True),
+    "kalma": dict(ssm_type="kalmanet", ssm_expand_rank=8, ssm_proj_bias=True),
 }
 
 
@@ -178,6 +179,10 @@ def assert_sane(name, value, config):
     elif name.endswith("dt_proj.weight"):
         bound = config.ssm_time_step_rank**-0.5
         assert 0.8 * bound < value.abs().max() <= bound and value.std() > 0.4 * bound, name
+    elif name.endswith("_repeat"):
+        assert torch.equal(value, torch.eye(value.shape[1]).repeat_interleave(len(value) // value.shape[1], 0)), name
+    elif name.endswith(("keys_up.weight", "values_up.weight")):
+        assert (value == 0).all(), name
     elif name.endswith("conv.weight"):
         assert value.abs().max() <= config.ssm_conv_kernel**-0.5 and value.std() > 0.1, name
     else:
@@ -478,13 +483,18 @@ def test_defaults_are_derived():
     assert (s6.ssm_num_groups, s6.ssm_norm, s6.ssm_time_step_rank) == (1, False, 5)
     delta = BMojoConfig(hidden_size=72, num_attention_heads=6, num_key_value_heads=2, ssm_type="gated_delta")
     assert (delta.ssm_num_groups, delta.ssm_norm, delta.ssm_time_step_rank) == (2, True, None)
+    kalma = BMojoConfig(hidden_size=72, num_attention_heads=6, num_key_value_heads=2, ssm_type="kalmanet")
+    assert (kalma.ssm_num_groups, kalma.ssm_norm, kalma.ssm_solver_steps, kalma.ssm_ridge) == (2, True, 30, 0.02)
 
 
 @st.composite
 def valid_fields(draw):
     """Fields that agree with each other, far from the defaults."""
     groups, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    ssm_type, ssm_repeat = draw(st.sampled_from(["mamba2", "mamba", "gated_delta"])), draw(st.integers(1, 3))
+    ssm_type, ssm_repeat = (
+        draw(st.sampled_from(["mamba2", "mamba", "gated_delta", "kalmanet"])),
+        draw(st.integers(1, 3)),
+    )
     is_mamba2, is_s6 = ssm_type == "mamba2", ssm_type == "mamba"
     ssm_groups = 1 if is_s6 else draw(st.integers(1, 3))
     heads, layers = groups * repeat, draw(st.integers(1, 3))
@@ -545,6 +555,9 @@ def valid_fields(draw):
         ssm_state_size=draw(st.integers(1, 6)),
         ssm_num_groups=ssm_groups,
         ssm_time_step_rank=draw(st.integers(1, 3)) if is_s6 else None,
+        ssm_solver_steps=draw(st.integers(1, 6)),
+        ssm_ridge=draw(st.floats(0.001, 1)),
+        ssm_expand_rank=draw(st.sampled_from([None, 1, 3])) if ssm_type == "kalmanet" else None,
         ssm_conv_kernel=draw(st.integers(1, 5)),
         ssm_conv_bias=draw(st.booleans()),
         ssm_conv_act=draw(st.sampled_from(["silu", "linear", "gelu"])),
@@ -655,6 +668,11 @@ CONTRADICTIONS = [
     ("ssm_type", "s4"),
     ("ssm_type", None),
     ("ssm_time_step_rank", 1),  # Mamba-2 has none
+    ("ssm_expand_rank", 4),  # only KalmaNet has
+    ("ssm_solver_steps", 0),
+    ("ssm_solver_steps", 2.5),
+    ("ssm_ridge", 0),
+    ("ssm_ridge", NAN),
     ("ssm_num_heads", 0),
     ("ssm_head_dim", 0),
     ("ssm_state_size", 0),
@@ -717,6 +735,11 @@ def test_contradictions_between_fields():
             dict(ssm_type="gated_delta", ssm_projected=False),
             r"ssm_projected=False: must be True with ssm_type='gated_delta'.*; leave",
         ),
+        (
+            dict(ssm_type="kalmanet", ssm_projected=False),
+            r"ssm_projected=False: must be True with ssm_type='kalmanet'.*; leave",
+        ),
+        (dict(ssm_type="kalmanet", ssm_expand_rank=0), r"ssm_expand_rank=0: must be an integer >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             BMojoConfig(**{**BASE, **fields})

@@ -23,6 +23,7 @@ logging.getLogger("torch._export.serde.serialize").setLevel(logging.ERROR)
 
 SETTINGS = {"bmojo": {}, "mixed": MIXED_LAYERS, "s6": dict(ssm_type="mamba", innovation="key")}
 SETTINGS["delta"] = dict(ssm_type="gated_delta", innovation="state")
+SETTINGS["kalma"] = dict(ssm_type="kalmanet", innovation="state", ssm_solver_steps=3)
 
 
 def build(name="bmojo"):
@@ -71,7 +72,7 @@ def test_a_prompt(name, masked):
     assert_same_memory(model, cache_of(found), cache_of(expected))
 
 
-@pytest.mark.parametrize("name, columns", [("bmojo", 8), ("mixed", 1), ("s6", 1), ("delta", 7)])
+@pytest.mark.parametrize("name, columns", [("bmojo", 8), ("mixed", 1), ("s6", 1), ("delta", 7), ("kalma", 7)])
 def test_one_program_reads_on_after_any_number_of_columns(name, columns, tmp_path):
     """From a file, as it is deployed; the second call is the first with another length than was traced."""
     model, ids = build(name), tokens(70)

@@ -210,7 +210,9 @@ def test_a_fading_memory(average, tmp_path, innovation, layers):
     _, cache = read(model, tokens())
     assert {"conv", "ssm"}.isdisjoint(cache.layers[0].states()) and "average" in cache.layers[0].states()
     rows = {row.operation: row.used for row in explain_kernels(model)}
-    assert not any(rows[name] for name in ("conv", "chunk_scan", "scan_step", "s6_scan", "s6_step", "delta_scan"))
+    assert not any(
+        rows[name] for name in ("conv", "chunk_scan", "scan_step", "s6_scan", "s6_step", "delta_scan", "kalma_scan")
+    )
     targets = bmojo_lora_config(model).target_modules
     assert {"mix_map", "read_map"} <= set(targets) and {"in_proj", "out_proj"}.isdisjoint(targets)
     assert {"mix_map", "read_map"} <= set(bmojo_lora_config().target_modules)

@@ -27,12 +27,15 @@ SETTINGS = {
     "mixed-layers": {**MIXED_LAYERS, **UNTIED},
     "unprojected": {**UNPROJECTED, **UNTIED},
     "qk-norm": dict(UNTIED, qk_norm="head", norm_position="post"),
+    "queries": dict(UNTIED, tie_fading_queries=False, qk_norm="head"),
     "s6": dict(UNTIED, ssm_type="mamba", ssm_state_size=3),
     "delta": dict(UNTIED, ssm_type="gated_delta", ssm_state_size=3),
+    "kalma": dict(UNTIED, ssm_type="kalmanet", ssm_state_size=3, ssm_solver_steps=5),
 }
 PATTERNS = ("left", "right", "inner")
 LENGTHS, COLUMNS = [29, 17, 12], 33
-ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "fading_k_proj", "fading_v_proj", "in_proj", "out_proj")
+ADAPTABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj")
+ADAPTABLE += ("fading_q_proj", "fading_k_proj", "fading_v_proj")
 INVOCATION = [7, 9]
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.own_settings
 
 SETTINGS = {"mixed": MIXED_LAYERS, "unprojected": UNPROJECTED, "s6": {"ssm_type": "mamba"}}
 SETTINGS["delta"] = {"ssm_type": "gated_delta"}
+SETTINGS["kalma"] = {"ssm_type": "kalmanet", "ssm_solver_steps": 5}
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ SETTINGS = {
     "post-norm": dict(norm_position="post", qk_norm="full", residual_multiplier=0.5),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
     "delta": dict(ssm_type="gated_delta", innovation="state", ssm_state_size=3, num_hidden_layers=1),
+    "kalma": dict(ssm_type="kalmanet", innovation="state", ssm_state_size=3, ssm_solver_steps=5, num_hidden_layers=1),
 }
 PATTERNS = ("left", "right", "inner")
 ROWS = {"one row": [31], "many": [40, 23, 6, 1]}  # real tokens per row

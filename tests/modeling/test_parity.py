@@ -48,7 +48,14 @@ SETTINGS = {
     "multipliers": dict(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3)
     | dict(logits_scaling=5.0, innovation="state"),
     "s6": dict(ssm_type="mamba", ssm_state_size=3, innovation="state", eidetic_decay=0.05),
+    "multi-query": dict(ssm_head_pattern="multi_query", ssm_qk_norm=True, ssm_norm_eps=1e-3, innovation="state"),
+    "delta-multi-query": dict(ssm_type="gated_delta", ssm_head_pattern="multi_query", innovation="state"),
+    "delta-expanded": dict(ssm_type="gated_delta", ssm_head_pattern="multi_query", ssm_expand_rank=3)
+    | dict(layer_types=["bmojo", "linear_attention"], ssm_norm_eps=1e-3),
+    "fading-queries": dict(tie_fading_projections=False, tie_fading_queries=False, qk_norm="head", fading_size=WINDOW),
+    "fading-queries-stride": dict(tie_fading_projections=False, tie_fading_queries=False, fading_stride=WINDOW),
     "delta": dict(ssm_type="gated_delta", ssm_state_size=3, innovation="state", eidetic_decay=0.05),
+    "kalma": dict(ssm_type="kalmanet", ssm_state_size=3, innovation="state", ssm_solver_steps=5, ssm_expand_rank=2),
 }
 
 
@@ -263,7 +270,7 @@ def test_gradients_equal_those_of_algorithm1(name):
         assert (actual - wanted).abs().max() <= 1e-6 * max(1.0, wanted.abs().max().item()), key
 
 
-@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "s6", "delta"])
+@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "s6", "delta", "kalma"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
     model, ids = build(name).train(), tokens()
@@ -278,7 +285,7 @@ def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
 
 def test_every_parameter_learns():
     """With T far beyond the window every tensor of every layer type receives a gradient."""
-    for name in ("output", "state-decay", "mixed-layers", "unprojected", "s6", "delta"):
+    for name in ("output", "state-decay", "mixed-layers", "unprojected", "s6", "delta", "kalma"):
         for key, gradient in gradients(build(name).train(), tokens()).items():
             assert gradient.abs().max() > 0, f"{name}: {key}"
 
@@ -310,7 +317,7 @@ def test_eager_equals_sdpa(name):
         assert (results["eager"][2][key] - value).abs().max() < 1e-11, key
 
 
-@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "unprojected", "s6", "delta"])
+@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "unprojected", "s6", "delta", "kalma"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.25)])
 def test_low_precision_is_finite_and_close(name, dtype, limit):
     """Root mean square error over that of the logits; rounding may also exchange tokens of nearly equal innovation."""
@@ -328,12 +335,12 @@ def test_low_precision_is_finite_and_close(name, dtype, limit):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_finite_in_low_precision(dtype):
-    for name in ("output", "state-decay", "mixed-layers", "unprojected", "s6", "delta"):
+    for name in ("output", "state-decay", "mixed-layers", "unprojected", "s6", "delta", "kalma"):
         for key, gradient in gradients(build(name, dtype).train(), tokens()).items():
             assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, f"{name}: {key}"
 
 
-@pytest.mark.parametrize("name", ["output", "unprojected", "s6", "delta"])
+@pytest.mark.parametrize("name", ["output", "unprojected", "s6", "delta", "kalma"])
 def test_autocast_keeps_the_recurrent_state_in_fp32(name):
     model, ids = build(name, dtype=torch.float32), tokens()
     expected, _ = read(model, ids, [TOKENS])

@@ -26,6 +26,7 @@ SETTINGS = {
     "stride": dict(fading_size=2, fading_stride=5),
     "S6": dict(ssm_type="mamba", ssm_num_heads=8, ssm_head_dim=4, ssm_num_groups=1),
     "delta": dict(ssm_type="gated_delta", innovation="state"),
+    "kalma": dict(ssm_type="kalmanet", innovation="state", ssm_solver_steps=5),
     "unprojected": UNPROJECTED,
     "mixed": MIXED_LAYERS,
     "full attention": dict(layer_types=["full_attention"] * 2),

@@ -31,10 +31,10 @@ def test_command_line_from_a_shell(tmp_path):
 def test_command_line(capsys):
     assert speed.main(["--list"]) == 0
     named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    expected = "scan delta attention innovation prefill decode cache storage lookup prefix train peers compiled"
+    expected = "scan delta kalma attention innovation prefill decode cache storage lookup prefix train peers compiled"
     assert named == expected.split() + ["cuda-scan", "cuda-attention", "cuda-decode", "cuda-train"]
     for arguments, words in (
-        (["--rows", "scam"], "--rows scam: no such row; choose from scan, delta, attention"),
+        (["--rows", "scam"], "--rows scam: no such row; choose from scan, delta, kalma, attention"),
         (["--threads", "0"], "--threads 0: must be 1 or more"),
     ):
         assert speed.main(arguments) == 2

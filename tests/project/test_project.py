@@ -377,6 +377,7 @@ LIBRARIES = {
     "training": {"common", "data", "grafting"},
     "evaluation": {"common", "data", "grafting"},
     "synthetic": {"common", "data", "evaluation"},
+    "hmf": {"common", "data", "grafting"},
 }
 
 

@@ -58,6 +58,8 @@ def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:
         ("ssm_projected=perhaps", ["ssm_projected='perhaps'", "True"]),
         ("ssm_num_heads={}", ["ssm_num_heads={}"]),
         ("ssm_type=mamba", ["ssm_type='mamba'", "ssm_init='smoother' needs ssm_type='mamba2'"]),
+        ("ssm_head_pattern=multi_query", ["needs ssm_head_pattern='multi_value'"]),
+        ("ssm_qk_norm=true", ["ssm_init='smoother' needs ssm_qk_norm=False"]),
         ("ssm_time_step_rank=4", ["ssm_time_step_rank=4", "must be None with ssm_type='mamba2'"]),
         ("smoother_tau=[8, 2]", ["smoother_tau=[8, 2]", "low <= high"]),
         ("smoother_tau=4", ["smoother_tau=4", "[low, high]"]),

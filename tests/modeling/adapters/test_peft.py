@@ -35,6 +35,7 @@ MODELS = {
     "mamba2": {},
     "s6": dict(ssm_type="mamba"),
     "delta": dict(ssm_type="gated_delta"),
+    "kalma": dict(ssm_type="kalmanet", ssm_solver_steps=5, ssm_expand_rank=2),
     "mixed": MIXED_LAYERS,
     "unprojected": UNPROJECTED,
     "untied": dict(tie_fading_projections=False),

@@ -20,7 +20,7 @@ from modeling_bmojo.kernels_cuda import KERNELS
 from modeling_bmojo.memory_ops import NEVER
 from tests.modeling.kernels.kernel_stubs import FUNCTIONS, LAYERS, oracle_s6
 from tests.modeling.test_attention_ops import SCALING, generator, one_by_one, three_sets
-from tests.oracles import oracle_delta, oracle_eidetic, oracle_output_innovation, oracle_ssd, randomize_
+from tests.oracles import oracle_delta, oracle_eidetic, oracle_kalma, oracle_output_innovation, oracle_ssd, randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
@@ -84,6 +84,15 @@ def delta_case(tokens, batch, started, seed):
     return [*inputs, *keys, normal(batch, heads, channels, width) if started else None], oracle_delta
 
 
+def kalma_case(tokens, batch, started, seed):
+    normal, heads, channels, width = draw(seed), 2, 3, 4
+    gates = -torch.nn.functional.softplus(normal(batch, tokens, heads)), normal(batch, tokens, heads).sigmoid()
+    keys = [torch.nn.functional.normalize(normal(batch, tokens, heads, width), dim=-1) for _ in range(2)]
+    read = normal(batch, heads, channels + width, 6)
+    state = read @ read[:, :, channels:].mT  # as six tokens leave it
+    return [normal(batch, tokens, heads, channels), *gates, *keys, state if started else None], oracle_kalma
+
+
 def innovation_case(tokens, batch, started, seed):
     normal, taps, size = draw(seed), 3, 7
     y, history = normal(batch, tokens, size), normal(batch, taps, size) if started else torch.zeros(batch, taps, size)
@@ -142,6 +151,8 @@ CASES = {
     "s6_step": s6_case,
     "delta_scan": delta_case,
     "delta_step": delta_case,
+    "kalma_scan": kalma_case,
+    "kalma_step": kalma_case,
     "innovation": innovation_case,
     "expiry": expiry_case,
     "memory_attention": attention_case,

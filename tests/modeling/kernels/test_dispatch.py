@@ -399,7 +399,8 @@ def test_explain_on_the_cpu(capsys, installed):
     printed = capsys.readouterr().out
     assert [row.operation for row in rows] == list(OPERATIONS)
     assert all(row.inference.startswith("torch: ") and row.training == row.inference for row in rows)
-    assert [row.operation for row in rows if not row.used] == ["s6_scan", "s6_step", "delta_scan", "delta_step"]
+    others = ["s6_scan", "s6_step", "delta_scan", "delta_step", "kalma_scan", "kalma_step"]
+    assert [row.operation for row in rows if not row.used] == others
     assert "s6_scan (not in this model)" in printed and "conv (not in this model)" not in printed
     assert "B'MOJO kernels for torch.float32 on cpu, kernel_backend='auto'" in printed
     assert (

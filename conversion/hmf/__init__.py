@@ -1,0 +1,1 @@
+"""Reading the published checkpoints of hybrid-model-factory (awslabs; `model_type` "hybrid_qwen3")."""
