@@ -24,7 +24,6 @@ logarithms. A token with x, B and log decay 0 leaves the state as it was: that i
 is computed in the inputs' dtype: the mixer hands over fp32 or fp64.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -163,7 +162,6 @@ def _first(ridge: float) -> float:
     return 2 / (1 + 2 * ridge)
 
 
-@functools.cache
 def _rule(steps: int, ridge: float) -> tuple[tuple[float, float, float], ...]:
     """Return (a, b, d) of every step x' = a x + b (q - H x / F) + d x_before: lambda / F is the same for all tokens."""
     stride, rho, omega, rule = _first(ridge), 1 / (1 + 2 * ridge), 2.0, []

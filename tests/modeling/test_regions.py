@@ -25,6 +25,7 @@ SETTINGS = {
     "far": dict(THREE, window_size=6, fading_stride=3, max_rope_distance=9),
     "mamba": dict(THREE, ssm_type="mamba"),
     "gated_delta": dict(THREE, ssm_type="gated_delta"),
+    "kalmanet": dict(THREE, ssm_type="kalmanet"),
     "mixed-layers": MIXED_LAYERS,
 }
 PROMPT, LENGTH = 14, 34

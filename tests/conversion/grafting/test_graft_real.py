@@ -139,7 +139,8 @@ def test_beyond_the_window_no_worse_than_a_sliding_window_with_sinks(folder, eng
     """At T = 1,024, W = 256, M = 64, through the program that makes the table of docs/evaluation.md."""
     document = tmp_path / "text.txt"
     document.write_text(english_text[:40_000], encoding="utf-8")
-    options = [f"files=[{document}]", "builtin=null", "topics=null", "texts=1", "tokens=1024", "rows=[source, window, sinks]"]
+    options = [f"files=[{document}]", "builtin=null", "topics=null", "texts=1", "tokens=1024"]
+    options += ["rows=[source, window, sinks]"]
     options += [f"{section}=false" for section in ("agreement", "passkey", "cost", "plot")]
     options += [f"grafts=[{{folder: {folder}, window_size: 256}}]", f"output={tmp_path / 'out'}"]
     assignments = [part for option in options for part in ("--set", option)]
