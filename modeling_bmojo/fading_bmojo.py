@@ -20,6 +20,7 @@ from .dispatch_bmojo import Kernels
 from .fields_bmojo import reject
 from .layout_bmojo import Rows
 from .register_bmojo import NoDecay
+from .share_bmojo import UNCUT, Cut, Share
 from .states_bmojo import State
 
 
@@ -44,6 +45,8 @@ class FadingMemory(nn.Module):
     maps: tuple[str, ...]
     modules: tuple[str, ...] = ()
     about: str
+    share: Share | None = None
+    in_cut: Cut = UNCUT
 
     # Facts -----------------------------------------------------------------------------------------------------------
     @classmethod
@@ -79,6 +82,11 @@ class FadingMemory(nn.Module):
         channels, taps = cls.channels(config), config.ssm_conv_kernel
         return torch.empty(1, 1, channels), torch.empty(channels, taps), None
 
+    @classmethod
+    def channel_slices(cls, config: PreTrainedConfig, share: Share) -> list[slice]:
+        """Return which channels of the convolution belong to a share of the heads."""
+        return [share.part(cls.channels(config))]
+
     # Work ------------------------------------------------------------------------------------------------------------
     def forward(
         self,
@@ -99,6 +107,17 @@ class FadingMemory(nn.Module):
             without gradient; None unless asked for.
         """
         raise NotImplementedError
+
+    def accept_share(self, config: PreTrainedConfig, share: Share) -> None:
+        """Compute this share of the heads from now on. What gives y over all heads is the same on every device.
+
+        Raises:
+            ValueError: if this form cannot.
+        """
+        raise ValueError(
+            f"ssm_type={self.name!r}: its heads cannot be shared out to devices yet; load with "
+            "tp_plan=BMojoForCausalLM.whole_heads_plan(config), which lets every device have all of them."
+        )
 
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill parameters of its own. Those of its parts are theirs to fill: a part with an `initialise` does it so, an
@@ -125,6 +144,31 @@ class GroupedFadingMemory(FadingMemory):
     def channels(cls, config):
         return config.ssm_num_heads * config.ssm_head_dim + 2 * config.ssm_num_groups * config.ssm_state_size
 
+    @classmethod
+    def channel_slices(cls, config, share):
+        inner, groups = config.ssm_num_heads * config.ssm_head_dim, config.ssm_num_groups * config.ssm_state_size
+        here, size = share.groups(config.ssm_num_groups), config.ssm_state_size
+        each = [slice(first + here.start * size, first + here.stop * size) for first in (inner, inner + groups)]
+        return [share.part(inner), *each]
+
+    def _cut_grouped(self, config: PreTrainedConfig, share: Share) -> None:
+        """Cut what forms of this kind have in common: the rows z | x | B | C | one or two for each head of in_proj (no x
+        where it is not projected), and the parameters of convolution and scalars."""
+        gates, mixed, steps = self.rows
+        channels = self.channel_slices(config, share)
+        if mixed < self.channels(config):
+            channels = [slice(each.start - self.inner, each.stop - self.inner) for each in channels[1:]]
+        part = share.part(self.heads)
+        heads = [slice(first + part.start, first + part.stop) for first in range(0, steps, self.heads)]
+        kinds = (0, [share.part(gates)] if gates else []), (gates, channels), (gates + mixed, heads)
+        slices = [slice(first + each.start, first + each.stop) for first, kind in kinds for each in kind]
+        self.share, self.in_cut = share, Cut(share, slices)
+        self.conv.cut = Cut(share, self.channel_slices(config, share))
+        self.scalars.cut = Cut(share, [part])
+        self.rows = [sum(each.stop - each.start for each in kind) for _, kind in kinds]
+        self.heads, self.inner = self.heads // share.size, self.inner // share.size
+        self.groups = share.config(config).ssm_num_groups
+
 
 class CausalConv(nn.Module):
     """Depthwise causal convolution. A module of its own, so that adapters can train it in full."""
@@ -134,6 +178,7 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.kernels = Kernels() if kernels is None else kernels
+        self.cut = UNCUT
 
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill the parameters as torch fills a convolution's."""
@@ -142,8 +187,9 @@ class CausalConv(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, history: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
-        """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels."""
-        weight, bias = self.weight, self.bias
+        """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels. Where a
+        device has some heads, all are theirs."""
+        weight, bias = self.cut(self.weight, 0), None if self.bias is None else self.cut(self.bias, 0)
         if x.shape[-1] < weight.shape[0]:
             part = slice(first, first + x.shape[-1])
             weight, bias = weight[part], None if bias is None else bias[part]
@@ -168,6 +214,7 @@ class SSMScalars(NoDecay):
         self.A_log = nn.Parameter(torch.empty(rates))
         self.dt_bias = nn.Parameter(torch.empty(channels))
         self.D = nn.Parameter(torch.empty(channels)) if skips else None
+        self.cut = UNCUT
 
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill them as published: A = -1 ... -H over the heads (Mamba-2) or -1 ... -N in every channel (Mamba), time
@@ -185,5 +232,6 @@ class SSMScalars(NoDecay):
 
         Copies: FSDP2 frees a module's parameters when its forward is over, and what is an alias of one with them.
         """
-        skips = None if self.D is None else self.D.to(dtype, copy=True)
-        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype, copy=True), skips
+        values = [None if value is None else self.cut(value, 0) for value in (self.A_log, self.dt_bias, self.D)]
+        skips = None if values[2] is None else values[2].to(dtype, copy=True)
+        return -torch.exp(values[0].to(dtype)), values[1].to(dtype, copy=True), skips

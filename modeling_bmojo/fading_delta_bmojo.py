@@ -28,6 +28,7 @@ from .fading_bmojo import WHOLE, CausalConv, GroupedFadingMemory, Prediction, SS
 from .fields_bmojo import reject
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
+from .share_bmojo import UNCUT, Cut
 from .states_bmojo import shift
 
 
@@ -41,9 +42,10 @@ class HeadRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.eps = eps
+        self.cut = UNCUT
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+        return self.cut(self.weight) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
 
 class GatedDeltaFadingMemory(GroupedFadingMemory):
@@ -90,9 +92,14 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
         self.norm = HeadRMSNorm(self.head_dim, config.rms_norm_eps) if config.ssm_norm else None
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
+    def accept_share(self, config, share):
+        self._cut_grouped(config, share)
+        if self.norm is not None:
+            self.norm.cut = Cut(share, [slice(0, self.head_dim)])  # one weight for the heads of all devices
+
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
-        gate, mixed, steps = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
+        gate, mixed, steps = self.in_cut(project(self.in_proj, hidden_states)).split(self.rows, dim=-1)
         convolved = [
             self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(rows.layout, mixed), rows.lengths)
         ]
