@@ -152,7 +152,7 @@ class GroupedFadingMemory(FadingMemory):
         return [share.part(inner), *each]
 
     def _cut_grouped(self, config: PreTrainedConfig, share: Share) -> None:
-        """Cut what forms of this kind have in common: the rows z | x | B | C | one or two for each head of in_proj (no x
+        """Cut what forms of this kind have in common: rows z | x | B | C | one or two for each head of in_proj (no x
         where it is not projected), and the parameters of convolution and scalars."""
         gates, mixed, steps = self.rows
         channels = self.channel_slices(config, share)

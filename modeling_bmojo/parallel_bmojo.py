@@ -1,8 +1,8 @@
 """How a model is cut over devices: the plans that transformers reads, and stages of a pipeline.
 
-A tensor plan cuts every large map by its rows or columns, the vocabulary too, and gives each device a share of the heads
-(`share_bmojo`): of attention, memories, cache and SSM. All judge a token by the same sum over their heads, so all keep
-the same tokens. Norms, convolutions, scalars and sketches are whole on every device, and each uses its part.
+A tensor plan cuts every large map by its rows or columns, the vocabulary too, and gives each device a share of the
+heads (`share_bmojo`): of attention, memories, cache and SSM. All judge a token by the same sum over their heads, so all
+keep the same tokens. Norms, convolutions, scalars and sketches are whole on every device, and each uses its part.
 
 A pipeline gives each device some of the layers; its cache holds the states of those.
 """
@@ -15,8 +15,8 @@ from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from .share_bmojo import HEADS_STYLE, WHOLE_HEADS_STYLE
 
 
-# Between a map that is cut by its rows and one that is cut by its columns a device has a share of what is there: heads of
-# the attention, of the SSM, channels of an MLP. Of in_proj, whose rows are of several kinds, the outputs are gathered.
+# Between a map that is cut by its rows and one that is cut by its columns a device has a share of what is there: heads
+# of attention and SSM, channels of an MLP. Of in_proj, whose rows are of several kinds, the outputs are gathered.
 _MAPS = {
     **{f"self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj", "fading_k_proj", "fading_v_proj")},
     "self_attn.o_proj": "rowwise",
