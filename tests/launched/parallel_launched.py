@@ -1,6 +1,6 @@
 """One of two processes that share models by their plans and write what each computes into the models' folders.
 
-torchrun --nproc-per-node 2 tests/launched/parallel_launched.py NAMES,TO,SAVE NAMES,FOR,PIPELINES MODEL ...
+torchrun --nproc-per-node 2 tests/launched/parallel_launched.py TO,SAVE WITH,WHOLE,HEADS IN,PIPELINES MODEL ...
 """
 
 import os
@@ -59,8 +59,10 @@ def read(model) -> dict:
 
 
 def take_back(model) -> torch.Tensor:
-    """Return the logits that follow when a cache has taken back the last columns that it read."""
-    ids, cache = prompt(), BMojoCache(model.config, rollback_limit=4)
+    """Return the logits that follow when a cache has taken back the last columns that it read; what it has stored lies
+    on the host."""
+    stores = model.config.storage_size > 0
+    ids, cache = prompt(), BMojoCache(model.config, rollback_limit=4, storage_on_host=stores)
     with torch.no_grad():
         for first, last in ((0, 25), (25, 28)):
             model(ids[:, first:last], past_key_values=cache)
@@ -153,12 +155,12 @@ def pipeline(folder: Path) -> None:
     torch.save(found, folder / f"pipeline-{dist.get_rank()}.pt")
 
 
-def main(saved: str, piped: str, *folders: str) -> None:
+def main(saved: str, whole: str, piped: str, *folders: str) -> None:
     dist.init_process_group("gloo")
     for folder in map(Path, folders):
         print(f"model: {folder}", file=sys.stderr, flush=True)  # which one an error that follows is about
         tensor_parallel(folder, folder.name in saved.split(","))
-        if folder.name in saved.split(","):
+        if folder.name in whole.split(","):
             whole_heads(folder)
         if folder.name in piped.split(","):
             pipeline(folder)
