@@ -28,6 +28,7 @@ from .layer_memory_bmojo import LayerMemory
 from .layout_bmojo import Rows, Turns, to_columns, to_rows
 from .linear_bmojo import listeners, project
 from .parts_bmojo import Tokens
+from .share_bmojo import HEADS_STYLE, Cut, Share
 from .sketch_bmojo import KeySketch
 
 
@@ -38,11 +39,23 @@ class BMojoRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.share: Share | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        weight, squares = self.weight, wide.square().mean(-1, keepdim=True)
+        if self.share is not None:
+            weight, squares = self._of_heads(squares, x.shape[-1])
+        normed = wide * torch.rsqrt(squares + self.eps)
+        return weight * normed.to(x.dtype)
+
+    def _of_heads(self, squares: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight and the mean square for a device's heads, of a norm of each head or of all heads together,
+        of which `size` channels are here."""
+        share, whole = self.share, len(self.weight)
+        if size == whole:
+            return share.spread(self.weight), squares
+        return Cut(share, [share.part(whole)])(self.weight), share.total(squares) / share.size
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -87,6 +100,7 @@ class BMojoAttention(nn.Module):
             for name, each in zip(("q_norm", "k_norm"), sizes):
                 norm = nn.Identity() if config.qk_norm is None else BMojoRMSNorm(each, config.rms_norm_eps)
                 setattr(self, prefix + name, norm)
+        self.heads_here = config.num_attention_heads, config.num_key_value_heads
         sketched = self.spec.stored > 0 and config.storage_sketch_size is not None
         self.sketch = KeySketch(config) if sketched else None
 
@@ -94,6 +108,16 @@ class BMojoAttention(nn.Module):
         """Read with this memory from now on."""
         self.memory, self.spec = memory, memory.spec
         self._fading_part = memory.part(FadingTokens)
+
+    def accept_share(self, config: BMojoConfig, share: Share) -> None:
+        """Attend with this share of the heads from now on; the memory that it takes says so, too."""
+        local = share.config(config)
+        self.heads_here = local.num_attention_heads, local.num_key_value_heads
+        apart = (self.fading_q_norm, self.fading_k_norm) if self.asks_apart else ()
+        for norm in (self.q_norm, self.k_norm, *apart):
+            norm.share = share
+        if self.sketch is not None:
+            self.sketch.cut = Cut(share, [share.part(config.num_key_value_heads)])
 
     def forward(
         self,
@@ -140,14 +164,15 @@ class BMojoAttention(nn.Module):
         return out, weights if rows.layout is None else rows.layout.merge_weights(weights)
 
     def _check_heads(self, query_heads: int, key_heads: int) -> None:
-        """Raise ValueError unless all heads are here: a device with some of them would judge tokens by those alone, and
-        keep others than the next device."""
-        wanted = self.config.num_attention_heads, self.config.num_key_value_heads
+        """Raise ValueError unless the heads are here that the layer knows of: a device with others would judge tokens
+        by those alone, and keep other tokens than the next device."""
+        wanted = self.heads_here
         if (query_heads, key_heads) != wanted:
             raise ValueError(
-                f"layer {self.layer_idx}: q_proj and k_proj give {query_heads} and {key_heads} of {wanted[0]} and "
-                f"{wanted[1]} heads: every device needs all of them; in a tp_plan of your own let q_proj, "
-                "k_proj and v_proj be 'colwise_gather_output' and o_proj 'rowwise_split_input', or leave the plan out."
+                f"layer {self.layer_idx}: q_proj and k_proj give {query_heads} and {key_heads} heads, and the layer "
+                f"knows of {wanted[0]} and {wanted[1]} here; in a tp_plan of your own either let 'layers.*' be "
+                f"{HEADS_STYLE!r} and q_proj, k_proj and v_proj 'colwise', or take BMojoForCausalLM.whole_heads_plan("
+                "config), or leave the plan out."
             )
 
     def _signals(self, fading: torch.Tensor | None, predictions: list[Prediction] | None, rows: Rows) -> list:

@@ -484,6 +484,8 @@ class BMojoCache(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Write every state to one safetensors file with a checksum (beside it first, then renamed).
 
+        Where devices have a share of the heads each, all of them must call it; each writes the states of all heads.
+
         Raises:
             ValueError: if nothing has been read yet, a forward stopped halfway, the states cannot be those of a cache
                 (NaN, say), other stages of a pipeline have some of them, or the folder does not exist.
@@ -500,8 +502,9 @@ class BMojoCache(Cache):
             if self.layers[0].unfinished or self.get_seq_length() != columns:
                 raise ValueError(f"path={os.fspath(path)!r}: the cache was written to while it was saved; save a copy.")
 
-        layers = [_on_host(layer, layer.states() | layer.paged_states()) for layer in self.layers]
-        write_cache(path, Contents(columns, layers), self.facts, self.layers, still)
+        whole = [layer.of_all_heads() for layer in self.layers]
+        layers = [_on_host(layer, layer.states() | layer.paged_states()) for layer in whole]
+        write_cache(path, Contents(columns, layers), self.facts, whole, still)
 
     def sync(self) -> None:
         """Make durable in the cache's directory all that was read so far: `BMojoCache(config, storage=...)` goes on

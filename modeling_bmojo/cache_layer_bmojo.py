@@ -15,6 +15,7 @@ innovation test and its fading memory declare (docs/cache.md lists them):
 `[B, T, G, D]`, like everywhere else in this package.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ from .pages_bmojo import Pages
 from .parts_bmojo import LayerSpec
 from .pools_bmojo import Field
 from .rollback_bmojo import Kept
+from .share_bmojo import Cut, together
 from .states_bmojo import State
 
 
@@ -114,8 +116,15 @@ class BMojoCacheLayer(CacheLayerMixin):
         for name in self.in_pages(mirrored=False):
             setattr(self, name, None)
 
-    def prepare(self, hidden: torch.Tensor) -> None:
-        """Make the layer ready for input `hidden` `[B, T, E]`: allocated, on its device."""
+    def prepare(self, hidden: torch.Tensor, memory: LayerMemory | None = None) -> None:
+        """Make the layer ready for input `hidden` `[B, T, E]`: allocated, on its device.
+
+        Args:
+            memory: of the layer that asks, if it has a share of the heads; None: it has all.
+        """
+        share = None if memory is None else memory.share
+        if share is not self.memory.share:
+            self._take_share(memory)
         if not self.is_initialized:
             self.lazy_initialization(hidden)
             return
@@ -144,6 +153,41 @@ class BMojoCacheLayer(CacheLayerMixin):
             self.columns = before
             raise
         self.columns = before + columns
+
+    def _take_share(self, memory: LayerMemory | None) -> None:
+        """Keep what belongs to the heads of the layer that asks, of a cache of all heads or an empty one.
+
+        Raises:
+            ValueError: if the states are those of other heads, or some of them lie in pages.
+        """
+        mine = self.memory.share
+        if self.store is not None or (self.is_initialized and (mine is not None or self.pages is not None)):
+            held = "all heads" if mine is None else f"the heads of device {mine.rank} of {mine.size}"
+            raise ValueError(
+                f"past_key_values: layer {self.index} of the cache holds {held}, and the model's others (or their "
+                "entries lie in a directory or on the host, where they are not cut); save() it where it was read and "
+                "load() it here, without a directory, or load the model with tp_plan=BMojoForCausalLM."
+                "whole_heads_plan(config)."
+            )
+        self.memory = self.memory.whole if memory is None else memory
+        share = self.memory.share
+        for name, (axis, slices) in self.memory.cuts.items():
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, Cut(share, slices[share.rank])(value, axis).clone())
+
+    def of_all_heads(self) -> "BMojoCacheLayer":
+        """Return the layer of all heads, put together from those of all devices, which ask for it together."""
+        share, memory = self.memory.share, self.memory.whole
+        if share is None:
+            return self
+        new = copy.copy(self)
+        new.memory, new.pages, new.on_host = memory, None, False
+        for name, value in (self.states() | self.paged_states()).items():
+            if name in self.memory.cuts:
+                axis, slices = self.memory.cuts[name]
+                value = together(share.collect(value), slices, axis)
+            setattr(new, name, value)
+        return new
 
     def pass_by(self, hidden: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Count what another stage of a pipeline reads, as `advance` does; nothing else of it is known here.

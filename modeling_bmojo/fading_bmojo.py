@@ -21,6 +21,7 @@ from .dispatch_bmojo import Kernels
 from .fields_bmojo import reject
 from .layout_bmojo import Rows
 from .register_bmojo import NoDecay
+from .share_bmojo import UNCUT, Cut, Share
 from .states_bmojo import State
 
 
@@ -50,6 +51,8 @@ class FadingMemory(nn.Module):
     modules: tuple[str, ...] = ()
     about: str
     expands: bool = False  # whether `ssm_expand_rank` is a field of it
+    share: Share | None = None
+    in_cut: Cut = UNCUT
 
     # Facts -----------------------------------------------------------------------------------------------------------
     @classmethod
@@ -85,6 +88,11 @@ class FadingMemory(nn.Module):
         channels, taps = cls.channels(config), config.ssm_conv_kernel
         return torch.empty(1, 1, channels), torch.empty(channels, taps), None
 
+    @classmethod
+    def channel_slices(cls, config: PreTrainedConfig, share: Share) -> list[slice]:
+        """Return which channels of the convolution belong to a share of the heads."""
+        return [share.part(cls.channels(config))]
+
     # Work ------------------------------------------------------------------------------------------------------------
     def forward(
         self,
@@ -105,6 +113,17 @@ class FadingMemory(nn.Module):
             without gradient; None unless asked for.
         """
         raise NotImplementedError
+
+    def accept_share(self, config: PreTrainedConfig, share: Share) -> None:
+        """Compute this share of the heads from now on. What gives y over all heads is the same on every device.
+
+        Raises:
+            ValueError: if this form cannot.
+        """
+        raise ValueError(
+            f"ssm_type={self.name!r}: its heads cannot be shared out to devices yet; load with "
+            "tp_plan=BMojoForCausalLM.whole_heads_plan(config), which lets every device have all of them."
+        )
 
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill parameters of its own. Those of its parts are theirs to fill: a part with an `initialise` does it so, an
@@ -159,6 +178,35 @@ class GroupedFadingMemory(FadingMemory):
         """Return what the norm of the output adds to a mean of squares."""
         return config.rms_norm_eps if config.ssm_norm_eps is None else config.ssm_norm_eps
 
+    @classmethod
+    def channel_slices(cls, config, share):
+        found, first, here = [], 0, share.groups(config.ssm_num_groups)
+        by_head = (False, False, True) if cls.shares_values(config) else (True, False, False)
+        for width, own in zip(cls.widths(config), by_head):
+            size = width // config.ssm_num_groups
+            part = share.part(width) if own else slice(here.start * size, here.stop * size)
+            found.append(slice(first + part.start, first + part.stop))
+            first += width
+        return found
+
+    def _cut_grouped(self, config: PreTrainedConfig, share: Share) -> None:
+        """Cut what forms of this kind have in common: rows z | x | B | C | one or more for each head of in_proj (no x
+        where it is not projected), and the parameters of convolution and scalars."""
+        gates, mixed, steps = self.rows
+        channels = self.channel_slices(config, share)
+        if mixed < self.channels(config):
+            channels = [slice(each.start - self.sizes[0], each.stop - self.sizes[0]) for each in channels[1:]]
+        part = share.part(self.heads)
+        heads = [slice(first + part.start, first + part.stop) for first in range(0, steps, self.heads)]
+        kinds = (0, [share.part(gates)] if gates else []), (gates, channels), (gates + mixed, heads)
+        slices = [slice(first + each.start, first + each.stop) for first, kind in kinds for each in kind]
+        self.share, self.in_cut = share, Cut(share, slices)
+        self.conv.cut = Cut(share, self.channel_slices(config, share))
+        self.scalars.cut = Cut(share, [part])
+        self.rows = [sum(each.stop - each.start for each in kind) for _, kind in kinds]
+        self.heads, self.inner = self.heads // share.size, self.inner // share.size
+        self.sizes = self.widths(share.config(config))
+
 
 def for_heads(value: torch.Tensor, heads: int) -> torch.Tensor:
     """Return what the heads of a group share, `[B, T, G, ...]`, once for each of the H heads `[B, T, H, ...]`."""
@@ -185,10 +233,15 @@ class HeadRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.eps = eps
+        self.cut = UNCUT
+
+    def accept_share(self, share: Share) -> None:
+        """Norm heads of this share from now on: one weight for the heads of all devices."""
+        self.cut = Cut(share, [slice(0, len(self.weight))])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.cut(self.weight) * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class CausalConv(nn.Module):
@@ -199,6 +252,7 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.kernels = Kernels() if kernels is None else kernels
+        self.cut = UNCUT
 
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill the parameters as torch fills a convolution's."""
@@ -207,8 +261,9 @@ class CausalConv(nn.Module):
             init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, history: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
-        """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels."""
-        weight, bias = self.weight, self.bias
+        """x `[B, T, C']`: all channels, or those from `first` on; history `[B, K - 1, C]`: of all channels. Where a
+        device has some heads, all are theirs."""
+        weight, bias = self.cut(self.weight, 0), None if self.bias is None else self.cut(self.bias, 0)
         if x.shape[-1] < weight.shape[0]:
             part = slice(first, first + x.shape[-1])
             weight, bias = weight[part], None if bias is None else bias[part]
@@ -233,6 +288,7 @@ class SSMScalars(NoDecay):
         self.A_log = nn.Parameter(torch.empty(rates))
         self.dt_bias = nn.Parameter(torch.empty(channels))
         self.D = nn.Parameter(torch.empty(channels)) if skips else None
+        self.cut = UNCUT
 
     def initialise(self, config: PreTrainedConfig) -> None:
         """Fill them as published: A = -1 ... -H over the heads (Mamba-2) or -1 ... -N in every channel (Mamba), time
@@ -250,5 +306,6 @@ class SSMScalars(NoDecay):
 
         Copies: FSDP2 frees a module's parameters when its forward is over, and what is an alias of one with them.
         """
-        skips = None if self.D is None else self.D.to(dtype, copy=True)
-        return -torch.exp(self.A_log.to(dtype)), self.dt_bias.to(dtype, copy=True), skips
+        values = [None if value is None else self.cut(value, 0) for value in (self.A_log, self.dt_bias, self.D)]
+        skips = None if values[2] is None else values[2].to(dtype, copy=True)
+        return -torch.exp(values[0].to(dtype)), values[1].to(dtype, copy=True), skips

@@ -110,9 +110,18 @@ class GatedDeltaFadingMemory(GroupedFadingMemory):
             for repeat in (self.values_repeat, self.keys_repeat):
                 init.copy_(repeat, torch.eye(groups).repeat_interleave(heads // groups, dim=0))
 
+    def accept_share(self, config, share):
+        if self.rank is not None:
+            rule = "must be None where devices share out the heads, because its maps read all groups"
+            remedy = "load with tp_plan=BMojoForCausalLM.whole_heads_plan(config)"
+            reject("ssm_expand_rank", self.rank, rule, remedy)
+        self._cut_grouped(config, share)
+        if self.norm is not None:
+            self.norm.accept_share(share)
+
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
-        gate, mixed, steps = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
+        gate, mixed, steps = self.in_cut(project(self.in_proj, hidden_states)).split(self.rows, dim=-1)
         convolved = [
             self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(rows.layout, mixed), rows.lengths)
         ]

@@ -41,7 +41,8 @@ class KalmaScalars(SSMScalars):
     def forward(self, dtype):
         """Return a (negative rates), dt_bias, share_bias and mix_bias in `dtype`."""
         rates, dt_bias, _ = super().forward(dtype)
-        return rates, dt_bias, self.share_bias.to(dtype, copy=True), self.mix_bias.to(dtype, copy=True)
+        biases = (self.cut(value, 0).to(dtype, copy=True) for value in (self.share_bias, self.mix_bias))
+        return rates, dt_bias, *biases
 
 
 class GatedKalmaFadingMemory(GatedDeltaFadingMemory):

@@ -26,6 +26,7 @@ from .fields_bmojo import reject, require_int
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
 from .s6_ops import predict_s6_input
+from .share_bmojo import Cut
 from .states_bmojo import shift
 
 
@@ -89,14 +90,23 @@ class S6FadingMemory(FadingMemory):
         self.scalars = SSMScalars((self.inner, self.state), self.inner)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
 
+    def accept_share(self, config, share):
+        part = share.part(self.inner)
+        gates = [slice(self.inner + part.start, self.inner + part.stop)] if self.gated else []
+        self.share, self.in_cut = share, Cut(share, [part, *gates])
+        self.conv.cut = self.scalars.cut = Cut(share, [part])
+        self.inner //= share.size
+
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
         layout = rows.layout
         gate_rows = self.inner if self.gated else 0
-        mixed, gate = project(self.in_proj, hidden_states).split([self.inner, gate_rows], dim=-1)
+        mixed, gate = self.in_cut(project(self.in_proj, hidden_states)).split([self.inner, gate_rows], dim=-1)
         x = [self._convolve(part, lengths, layer) for part, lengths in zip(to_rows(layout, mixed), rows.lengths)]
         low_rank, keys = project(self.x_proj, to_columns(layout, x)).split([self.rank, 2 * self.state], dim=-1)
         dt = self.dt_proj(low_rank)
+        if self.share is not None:
+            keys = self.share.spread(keys)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             groups = zip(x, to_rows(layout, dt), to_rows(layout, keys), rows.lengths)
             scanned = [self._scan(*group, layer, predicts) for group in groups]

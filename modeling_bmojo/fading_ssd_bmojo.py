@@ -34,6 +34,7 @@ from .fading_bmojo import (
 )
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
+from .share_bmojo import UNCUT, Cut, Share
 from .ssm_ops import predict_input
 from .states_bmojo import shift
 
@@ -46,11 +47,26 @@ class GroupedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.groups = groups
         self.eps = eps
+        self.cut, self.share = UNCUT, None
+
+    def accept_share(self, share: Share) -> None:
+        """Norm the channels of this share of the heads from now on."""
+        self.cut, self.share = Cut(share, [share.part(len(self.weight))]), share
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.flatten(-2).to(x.dtype)
+        groups = self.groups if self.share is None else max(self.groups // self.share.size, 1)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (groups, -1))
+        squares = wide.square().mean(-1, keepdim=True)
+        if self.share is not None and self.groups < self.share.size:
+            squares = self._over_devices(squares)
+        normed = wide * torch.rsqrt(squares + self.eps)
+        return self.cut(self.weight) * normed.flatten(-2).to(x.dtype)
+
+    def _over_devices(self, mean: torch.Tensor) -> torch.Tensor:
+        """Return the mean `[..., 1, 1]` over all channels of the group of which several devices have some each."""
+        group = self.share.groups(self.groups).start
+        placed = F.pad(mean, (0, 0, group, self.groups - 1 - group))
+        return self.share.total(placed).narrow(-2, group, 1) * (self.groups / self.share.size)
 
 
 class SSDFadingMemory(GroupedFadingMemory):
@@ -101,14 +117,23 @@ class SSDFadingMemory(GroupedFadingMemory):
         self.out_proj = None
         if self.projected:
             self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.ssm_proj_bias)
+        self.x_cut = UNCUT
+
+    def accept_share(self, config, share):
+        self.x_cut = Cut(share, [share.part(self.inner)])
+        self._cut_grouped(config, share)
+        norms = (self.norm, self.B_norm, self.C_norm) if self.normed else (self.norm,)
+        for norm in norms:
+            if norm is not None:
+                norm.accept_share(share)
 
     def forward(self, hidden_states, rows=None, layer=None, predicts=False):
         rows = WHOLE if rows is None else rows
-        gate, mixed, dt = project(self.in_proj, hidden_states).split(self.rows, dim=-1)
+        gate, mixed, dt = self.in_cut(project(self.in_proj, hidden_states)).split(self.rows, dim=-1)
         if self.normed:
             mixed = self._normed(mixed)
         # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
-        parts = [mixed] if self.projected else [hidden_states.to(mixed.dtype), mixed]
+        parts = [mixed] if self.projected else [self.x_cut(hidden_states).to(mixed.dtype), mixed]
         groups = zip(zip(*(to_rows(rows.layout, part) for part in parts)), rows.lengths)
         convolved = [self._convolve(parts, lengths, layer) for parts, lengths in groups]
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
@@ -122,6 +147,8 @@ class SSDFadingMemory(GroupedFadingMemory):
         y = y.to(mixed.dtype)
         if self.out_proj is not None:
             y = project(self.out_proj, y)
+        elif self.share is not None:
+            y = self.share.gather(y)
         return y, [prediction for _, prediction in scanned] if predicts else None
 
     def _normed(self, mixed: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from .dispatch_bmojo import Kernels
 from .fields_bmojo import require_int
 from .memory_ops import key_innovation, prediction_error, widest
+from .share_bmojo import Share
 from .states_bmojo import State, shift
 
 
@@ -34,13 +35,16 @@ class Innovation:
 
     name: its value of `config.innovation`. signal: what it judges by, see `score`; None: by nothing.
     operations: those of `dispatch_bmojo` that it runs. has_ssm: a layer without fading tokens has an SSM all the same.
-    about: its row in the documentation.
+    about: its row in the documentation. adds_up: where devices have a share of the heads each, and so of the signals
+    "key" and "prediction", `score` adds up over `share` what they find, so that all of them find the same.
     """
 
     name: str
     signal: str | None = None
     operations: tuple[str, ...] = ()
     has_ssm = True
+    adds_up = False
+    share: Share | None = None
     about: str
 
     def __init__(self, config: PreTrainedConfig):
@@ -101,18 +105,18 @@ class StateInnovation(Innovation):
     """v_t is the SSM's input, expected to be what its state says when it is read with the token's own write key (the
     paper's figure)."""
 
-    name, signal = "state", "prediction"
+    name, signal, adds_up = "state", "prediction", True
     about = "the SSM's input, by reading the state with the token's own write key (the paper's figure)"
 
     def score(self, signal, lengths, layer, kernels):
         with torch.no_grad():
-            return prediction_error(*signal)
+            return prediction_error(*signal, None if self.share is None else self.share.sum)
 
 
 class KeyInnovation(Innovation):
     """v_t is the token's attention key without its position, expected to be the mean of all keys before it."""
 
-    name, signal = "key", "key"
+    name, signal, adds_up = "key", "key", True
     about = "the token's attention key, by the mean of all keys before it (best on grafts, docs/log.md)"
 
     def states(self, config):
@@ -122,14 +126,19 @@ class KeyInnovation(Innovation):
         keys = signal
         if layer is None:
             nothing = torch.zeros(keys.shape[0], *keys.shape[2:], dtype=widest(keys.device), device=keys.device)
-            return key_innovation(keys, nothing, torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
-        surprise = key_innovation(keys, layer.key_sum, layer.seen)
+            count = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+            return key_innovation(keys, nothing, count, self._average())
+        surprise = key_innovation(keys, layer.key_sum, layer.seen, self._average())
         with torch.no_grad():
             if lengths is not None:
                 pads = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]
                 keys = keys.masked_fill(pads[..., None, None], 0.0)
             layer.key_sum += keys.sum(dim=1, dtype=layer.key_sum.dtype)
         return surprise
+
+    def _average(self):
+        share = self.share
+        return None if share is None else lambda error: share.sum(error) / share.size
 
 
 class ConstantInnovation(Innovation):

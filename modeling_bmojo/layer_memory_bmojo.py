@@ -20,10 +20,13 @@ from .distance_bmojo import step_correction, with_distances
 from .fading_tokens_bmojo import FadingTokens
 from .innovation_bmojo import SIGNALS
 from .parts_bmojo import LayerSpec, MemoryPart, Tokens
+from .share_bmojo import Share
 from .states_bmojo import State
 
 
 OF_THE_SSM = ("output", "prediction")
+OF_SOME_HEADS = ("key", "prediction")  # signals of which a device has what its heads say
+CONV = "conv"  # a state whose channels are of several kinds
 # Names that mean something else on a cache's layer.
 OF_THE_CACHE = {
     *dir(CacheLayerMixin),
@@ -51,6 +54,8 @@ OF_THE_CACHE = {
         "paged_states",
         "stored_nbytes",
         "by_token",
+        "of_all_heads",
+        "_take_share",
         "counts",
         "prepare",
         "advance",
@@ -67,21 +72,29 @@ OF_THE_CACHE = {
 class LayerMemory:
     """See the module's docstring.
 
+    With a share of the heads it is sized for that: `whole` is what it is a share of, `cuts` where each state is cut.
+
     Args:
-        config: the model's configuration. layer_idx: which layer.
+        config: the model's configuration. layer_idx: which layer. share: of the heads, None: all are here.
     """
 
     # No `__dict__`: transformers' exporters look for tensors in every attribute that they find in a cache, and rebuild
     # the tuples on their way.
     __slots__ = ("bounded", "declared", "fading", "hidden", "innovation", "parts", "signal", "spec", "takes_left")
+    __slots__ += ("cuts", "share", "whole")
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, share: Share | None = None):
+        self.share, self.whole, whole_config = share, self, config
+        if share is not None:
+            self.whole, config = LayerMemory(config, layer_idx), share.config(config)
         self.spec: LayerSpec = config.layer_spec(layer_idx)
         self.parts: list[MemoryPart] = [part(config, self.spec) for part in PARTS if part.belongs(config, self.spec)]
         judged = self.spec.slots > 0 or (self.spec.stored > 0 and config.storage_decay > 0)
         self.innovation = INNOVATIONS[config.innovation](config) if judged else None
         self.signal = None if self.innovation is None else self.innovation.signal
         self._check_signal()
+        if share is not None and self.innovation is not None:
+            self._share_innovation(share)
         self.fading = FADING_MEMORIES[config.ssm_type] if self.spec.has_ssm else None
         self.hidden = config.hidden_size
         places = 0
@@ -91,11 +104,39 @@ class LayerMemory:
         self.bounded = bool(self.parts) and all(part.bounded for part in self.parts)
         self.takes_left = any(part.takes_left for part in self.parts)
         self.declared = self._declared(config, places)
+        self.cuts = {} if share is None else self._cuts(whole_config, share)
 
     def __setstate__(self, state: tuple | dict) -> None:
         """Take what was pickled in a cache, also before there were `__slots__`."""
         for name, value in (state[1] if isinstance(state, tuple) else state).items():
             setattr(self, name, value)
+        if not hasattr(self, "whole"):  # pickled before there were shares
+            self.cuts, self.share, self.whole = {}, None, self
+
+    def _share_innovation(self, share: Share) -> None:
+        """Let the test add up over the devices. Raise ValueError for one that would judge by one device's heads."""
+        if self.signal in OF_SOME_HEADS and not self.innovation.adds_up:
+            raise ValueError(
+                f"innovation={self.innovation.name!r}: judges by the {self.signal} of one device's heads, so that each "
+                "device would keep other tokens; add up over self.share in its score and set adds_up = True, or load "
+                "with tp_plan=BMojoForCausalLM.whole_heads_plan(config)."
+            )
+        self.innovation.share = share
+
+    def _cuts(self, config: PreTrainedConfig, share: Share) -> dict[str, tuple[int, list[list[slice]]]]:
+        """Return, for each state that has other sizes than all heads have together, its axis (of the tensor `[B, ...]`)
+        that is cut, and which slices of it each device has."""
+        found = {}
+        for name, state in self.whole.declared.items():
+            sizes = list(zip(state.shape, self.declared[name].shape))
+            axis = next((axis for axis, (whole, here) in enumerate(sizes) if whole != here), None)
+            if axis is not None:
+                devices, whole = share.devices(), sizes[axis][0]
+                slices = [[each.part(whole)] for each in devices]
+                if name == CONV:
+                    slices = [self.fading.channel_slices(config, each) for each in devices]
+                found[name] = axis + 1, slices
+        return found
 
     def _check_signal(self) -> None:
         """Raise ValueError for a signal that there is not, or not in this layer."""

@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, S = tokens that may be kept, W window, M slots, L blo
 """
 
 import heapq
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,14 +28,21 @@ APPLY = 128  # tokens that apply for the memory at once
 NEVER = torch.iinfo(torch.int64).max // 4  # an expiry beyond any position, with room for sums
 
 
-def prediction_error(value: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+OverDevices = Callable[[torch.Tensor], torch.Tensor] | None
+
+
+def prediction_error(value: torch.Tensor, prediction: torch.Tensor, total: OverDevices = None) -> torch.Tensor:
     """Scale-free squared error over the last dimension, in [0, 2]; fp32 at least.
 
     Scale-free, because an absolute error keeps the loud tokens instead of the unexpected ones (docs/log.md).
+
+    Args:
+        total: the sum over devices that each have a part of the last dimension; None: it is whole.
     """
     value, prediction = _at_least_fp32(value), _at_least_fp32(prediction)
-    missed, own, expected = (torch.linalg.vector_norm(x, dim=-1) for x in (value - prediction, value, prediction))
-    return missed.square() / (own.square() + expected.square() + INNOVATION_EPS)
+    squares = [torch.linalg.vector_norm(x, dim=-1).square() for x in (value - prediction, value, prediction)]
+    missed, own, expected = squares if total is None else total(torch.stack(squares)).unbind()
+    return missed / (own + expected + INNOVATION_EPS)
 
 
 def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
@@ -61,12 +69,15 @@ def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         return torch.cat(errors, dim=1) if errors else y.new_zeros(y.shape[:2])
 
 
-def key_innovation(keys: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def key_innovation(
+    keys: torch.Tensor, total: torch.Tensor, count: torch.Tensor, average: OverDevices = None
+) -> torch.Tensor:
     """`innovation="key"`: k_hat_t is the mean of all keys before token t, zeros before the first.
 
     Args:
         keys: `[B, T, G, D]` keys without positions. total: `[B, G, D]` the sum of the keys before them, in float64
             where the device has it, so that equal keys have equal means. count: `[B]` how many those were.
+        average: the mean over devices that each have as many of the heads; None: all heads are here.
 
     Returns:
         e `[B, T]`, the mean over the heads. Without gradient: selection is discrete.
@@ -84,6 +95,7 @@ def key_innovation(keys: torch.Tensor, total: torch.Tensor, count: torch.Tensor)
             if first + size < tokens:
                 total = total + wide.sum(dim=1)
         error = torch.cat(errors, dim=1) if errors else keys.new_zeros(keys.shape[:2])
+        error = error if average is None else average(error)
         # One token repeated: what rounding leaves must not decide against "ties: the older token stays".
         return error.masked_fill(error < ROUNDING, 0.0)
 

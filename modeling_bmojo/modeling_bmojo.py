@@ -54,10 +54,11 @@ from .layer_memory_bmojo import LayerMemory
 from .layout_bmojo import Rows, Turns, sequence_starts
 from .linear_bmojo import avoid_packing, project
 from .memory_ops import widest
-from .parallel_bmojo import HEAD_PIPELINE_PLAN, HEAD_TENSOR_PLAN, is_elsewhere, matching
+from .parallel_bmojo import HEAD_PIPELINE_PLAN, HEAD_TENSOR_PLAN, is_elsewhere, matching, whole_heads
 from .peft_bmojo import NoPrompts
 from .regions_bmojo import Regions
 from .rollback_bmojo import Columns, read_waiting, read_with_rollback
+from .share_bmojo import Share
 
 
 logger = logging.get_logger(__name__)
@@ -165,9 +166,11 @@ class BMojoMLP(nn.Module):
 class BMojoDecoderLayer(GradientCheckpointingLayer):
     """One layer of any type; see the module's docstring for the equation."""
 
+    memory: LayerMemory | None = None  # of a share of the heads; None: all are here
+
     def __init__(self, config: BMojoConfig, layer_idx: int):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
         self.spec = config.layer_spec(layer_idx)
         self.norm_after = config.norm_position == "post"
         self.residual_multiplier = config.residual_multiplier
@@ -188,8 +191,27 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
     def accept_config(self, config: BMojoConfig) -> None:
         """Remember what the configuration says now, with the weights as they are: for code that has changed it."""
         self.spec = config.layer_spec(self.layer_idx)
+        share = None if self.memory is None else self.memory.share
+        memory = LayerMemory(config, self.layer_idx, share)
+        if share is not None:
+            self.memory = memory
         if self.spec.has_attention:
-            self.self_attn.accept_memory(LayerMemory(config, self.layer_idx))
+            self.self_attn.accept_memory(memory)
+
+    def accept_share(self, share: Share) -> None:
+        """Compute, remember and keep in the cache this share of the heads from now on (`share_bmojo`).
+
+        Raises:
+            ValueError: if the heads cannot be shared out so.
+        """
+        config = self.config
+        share.check(config, self.spec.has_ssm)
+        self.memory = LayerMemory(config, self.layer_idx, share)
+        if self.spec.has_attention:
+            self.self_attn.accept_share(config, share)
+            self.self_attn.accept_memory(self.memory)
+        if self.spec.has_ssm:
+            self.fading.accept_share(config, share)
 
     def forward(
         self,
@@ -245,7 +267,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
             what the layer adds to its input, `[B, T, E]`, and the attention weights `[B, H, T, S]` or None.
         """
         if cache is not None:
-            cache.prepare(hidden_states)
+            cache.prepare(hidden_states, self.memory)
         y = predictions = None
         if self._runs_ssm(rows, hidden_states.shape[1], cache is not None):
             y, predictions = self.fading(hidden_states, rows, cache, self._signal() == "prediction")
@@ -332,6 +354,13 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
         """Override transformers' method: of the plans of the class and the configuration, take what this model has."""
         super().init_parallel_plans()
         self._tp_plan = matching(self._tp_plan, self)
+
+    @classmethod
+    def whole_heads_plan(cls, config: BMojoConfig) -> dict[str, str]:
+        """Return the `tp_plan` of a `DistributedConfig` under which every device has all heads and the whole cache, and
+        only maps are split: for heads that cannot be shared out equally, and for storages in a directory."""
+        with torch.device("meta"):
+            return whole_heads(cls(config).tp_plan)
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict: dict, *args, **kwargs) -> dict:
         """Override transformers' method, which puts a weight together anew under each of the names it is tied to."""

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .buffers_bmojo import WideBuffers
 from .configuration_bmojo import BMojoConfig
+from .share_bmojo import UNCUT
 
 
 logger = logging.get_logger("modeling_bmojo.sketches")
@@ -39,6 +40,7 @@ class KeySketch(WideBuffers):
         self.register_buffer("query_projection", torch.zeros(heads, dim, size))
         self.register_buffer("center", torch.zeros(heads, dim))
         self.register_buffer("scale", torch.full((heads, size), FIRST_SCALE))
+        self.cut = UNCUT  # to the key/value heads of one device
 
     @torch.no_grad()
     def initialise(self, config: BMojoConfig) -> None:
@@ -76,7 +78,8 @@ class KeySketch(WideBuffers):
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
         """z int8 `[R, T, G, r]` of keys `[R, T, G, D]` without positions."""
         wide = _wide(keys)
-        projection, center, scale = (value.to(wide.dtype) for value in (self.key_projection, self.center, self.scale))
+        fitted = (self.key_projection, self.center, self.scale)
+        projection, center, scale = (self.cut(value, 0).to(wide.dtype) for value in fitted)
         size = ((wide - center).transpose(1, 2) @ projection).transpose(1, 2) / scale
         return size.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
 
@@ -84,8 +87,9 @@ class KeySketch(WideBuffers):
     def queries(self, queries: torch.Tensor, scaling: float) -> torch.Tensor:
         """Return what gives x with z, `[R, T, H, r]`, of queries `[R, T, H, D]` turned as if at distance W."""
         wide = _wide(queries)
-        by_group = wide.unflatten(2, (self.query_projection.shape[0], -1))
-        projection = self.query_projection.to(wide.dtype) * (self.scale.to(wide.dtype) * scaling)[:, None]
+        projection, scale = (self.cut(value, 0).to(wide.dtype) for value in (self.query_projection, self.scale))
+        by_group = wide.unflatten(2, (projection.shape[0], -1))
+        projection = projection * (scale * scaling)[:, None]
         asked = by_group.transpose(1, 2).flatten(2, 3) @ projection
         return asked.unflatten(2, by_group.shape[1:4:2]).transpose(1, 2).flatten(2, 3)
 

@@ -1,6 +1,6 @@
 """One of two processes that share models by their plans and write what each computes into the models' folders.
 
-torchrun --nproc-per-node 2 tests/launched/parallel_launched.py NAMES,OF,MODELS,TO,SAVE MODEL ...
+torchrun --nproc-per-node 2 tests/launched/parallel_launched.py TO,SAVE WITH,WHOLE,HEADS IN,PIPELINES MODEL ...
 """
 
 import os
@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
 
-from modeling_bmojo import BMojoForCausalLM, cache_of
+from modeling_bmojo import BMojoCache, BMojoForCausalLM, cache_of
 from modeling_bmojo.weights_bmojo import weights_fingerprint
 
 
@@ -57,6 +58,45 @@ def read(model) -> dict:
     return found
 
 
+def take_back(model) -> torch.Tensor:
+    """Return the logits that follow when a cache has taken back the last columns that it read; what it has stored lies
+    on the host."""
+    stores = model.config.storage_size > 0
+    ids, cache = prompt(), BMojoCache(model.config, rollback_limit=4, storage_on_host=stores)
+    with torch.no_grad():
+        for first, last in ((0, 25), (25, 28)):
+            model(ids[:, first:last], past_key_values=cache)
+        cache.crop(-2)
+        return model(ids[:, 26:], past_key_values=cache).logits
+
+
+class Told(TorchDispatchMode):
+    """What devices tell each other: `said` has a pair for each time, the operation and the bytes of one device."""
+
+    def __init__(self):
+        super().__init__()
+        self.said: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        kind = next((kind for kind in ("reduce", "gather") if kind in name), None)
+        if name.startswith(("c10d::", "_c10d_functional::")) and kind:
+            value = args[1] if name == "c10d::allgather_" else args[0]
+            value = value[0] if isinstance(value, list | tuple) else value
+            self.said.append((kind, value.numel() * value.element_size()))
+        return func(*args, **(kwargs or {}))
+
+
+def told(model) -> list[tuple[str, int]]:
+    """Return what is told for the last token of a prompt."""
+    ids = prompt()
+    with torch.no_grad():
+        cache = cache_of(model(ids[:, :-1], use_cache=True))
+        with Told() as found:
+            model(ids[:, -1:], past_key_values=cache)
+    return found.said
+
+
 def train(model, batches: list[torch.Tensor] | None = None) -> dict:
     """Return the last loss and the gradients of several batches, added up."""
     model.train()
@@ -75,11 +115,20 @@ def tensor_parallel(folder: Path, saves: bool) -> None:
     model = BMojoForCausalLM.from_pretrained(folder, **DTYPE, distributed_config=DistributedConfig(tp_size=2)).eval()
     shared = {name: list(v.to_local().shape) for name, v in model.named_parameters() if type(v).__name__ == "DTensor"}
     found = {"shared": shared, "fingerprint": weights_fingerprint(model)} | read(model)
+    found |= {"taken_back": take_back(model), "told": told(model)}
     with torch.no_grad():
         cache_of(model(prompt(), use_cache=True)).save(folder / f"cache-{dist.get_rank()}.pt")
     if saves:
         model.save_pretrained(folder / "saved")
     torch.save(found | train(model), folder / f"tensor-{dist.get_rank()}.pt")
+
+
+def whole_heads(folder: Path) -> None:
+    """Write `whole-RANK.pt`, what a plan computes that leaves every device all heads."""
+    plan = BMojoForCausalLM.whole_heads_plan(BMojoForCausalLM.config_class.from_pretrained(folder))
+    distributed = DistributedConfig(tp_size=2, tp_plan=plan)
+    model = BMojoForCausalLM.from_pretrained(folder, **DTYPE, distributed_config=distributed).eval()
+    torch.save(read(model) | {"told": told(model)} | train(model), folder / f"whole-{dist.get_rank()}.pt")
 
 
 class Stage(nn.Module):
@@ -106,12 +155,15 @@ def pipeline(folder: Path) -> None:
     torch.save(found, folder / f"pipeline-{dist.get_rank()}.pt")
 
 
-def main(saved: str, *folders: str) -> None:
+def main(saved: str, whole: str, piped: str, *folders: str) -> None:
     dist.init_process_group("gloo")
     for folder in map(Path, folders):
         print(f"model: {folder}", file=sys.stderr, flush=True)  # which one an error that follows is about
         tensor_parallel(folder, folder.name in saved.split(","))
-        pipeline(folder)
+        if folder.name in whole.split(","):
+            whole_heads(folder)
+        if folder.name in piped.split(","):
+            pipeline(folder)
 
 
 if __name__ == "__main__":
