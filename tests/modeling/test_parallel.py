@@ -349,7 +349,11 @@ def test_the_parts_of_all_devices_are_the_whole():
             2,
             "groups=3",
         ),
-        (dict(ssm_type="gated_delta", ssm_expand_rank=2), 2, "ssm_expand_rank=2: must be None.*whole_heads_plan"),
+        (
+            dict(ssm_type="gated_delta", ssm_head_pattern="multi_query", ssm_expand_rank=2),
+            2,
+            "ssm_expand_rank=2: must be None.*whole_heads_plan",
+        ),
     ],
 )
 def test_heads_that_cannot_be_shared_out_are_refused(fields, size, match):
