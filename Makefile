@@ -109,7 +109,7 @@ test-quantised: $(HAVE_QUANTISED)
 	@OMP_NUM_THREADS=1 $(VENVS)/quantised/bin/python -m pytest tests/quantised/formats.py $(ARGS)
 
 test-faults: $(HAVE_TEST)
-	@echo "==> test-faults: graft, align, finetune, restore and fit_storage, killed and without space at their file events"
+	@echo "==> test-faults: graft, align, finetune, restore, import_hmf and fit_storage, killed and without space at their file events"
 	@OMP_NUM_THREADS=1 $(PY) -m tests.faults $(ARGS)
 
 # Part of `make test` too: built, installed into an environment beside .venv's packages, at work in an empty folder.

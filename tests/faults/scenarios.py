@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from conversion import align, finetune, fit_storage, graft, restore
+from conversion import align, finetune, fit_storage, graft, import_hmf, restore
 from tests.conversion.graft_sources import W
+from tests.conversion.hmf_sources import make_config, write_source
 from tests.conversion.training_setup import QUIET, T, letters, tiny_graft
 
 
@@ -126,6 +127,12 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         shutil.copytree(tiny_graft(), work / "out")
 
     sketched = ["WORK/out", "--sketch-size", "4"]
+
+    def published(work: Path) -> None:
+        work.mkdir()
+        write_source(work / "hmf", make_config("*-BMF"), shards=2)
+
+    read = ["WORK/hmf", "--max-shard-size", "10KB", "--out", "WORK/out"]
     again = ["WORK/graft", "--max-shard-size", "40KB", *to]
     reuse, resume = then(grafted, ["--reuse"]), then(tuned, ["--resume"], ["--overwrite"])
     old = [earlier(graft, grafted), unfinished_of_others]
@@ -137,6 +144,7 @@ def all_scenarios(folder: Path) -> list[Scenario]:
         Scenario("finetune over", old[1], finetune, [tuned, "--overwrite", *to], resume, share=2),
         Scenario("lora", nothing, finetune, [adapted, *to], then(adapted, *go_on), share=3),
         Scenario("restore", lambda work: shutil.copytree(tiny_graft(), work / "graft"), restore, again, [again]),
+        Scenario("import hmf", published, import_hmf, read, [read], share=3),
         Scenario("fit storage", grafted_before, fit_storage, sketched, [sketched]),
     ]
 
