@@ -380,8 +380,15 @@ class BMojoPreTrainedModel(NoPrompts, PreTrainedModel):
             on: False: run as before. options: of `torch.compile`.
 
         Raises:
-            ValueError: for a storage, whose steps follow the text in their shapes.
+            ValueError: for a storage, whose steps follow the text in their shapes, and where devices share the heads.
         """
+        shared = [layer for layer in self.base_model.layers if getattr(getattr(layer, "memory", None), "share", None)]
+        if on and shared:
+            raise ValueError(
+                f"compile_regions: {len(shared)} layers have a share of their heads (tp_size), and what devices tell "
+                "each other was never compiled; decode without it, or load with "
+                "tp_plan=BMojoForCausalLM.whole_heads_plan(config)."
+            )
         self.base_model._regions = Regions(self.config, options) if on else None
 
     def set_submodule(self, target: str, module: nn.Module, *args, **kwargs) -> None:

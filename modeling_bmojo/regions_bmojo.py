@@ -51,7 +51,7 @@ class Regions:
 
     def transform(self, layer: nn.Module, hidden_states: torch.Tensor, rows: Rows, cache: Any):
         """`layer.transform` of these arguments, compiled."""
-        cache.prepare(hidden_states)
+        cache.prepare(hidden_states, layer.memory)
         with cache.told_by_tensors(hidden_states.shape[1]):
             return self._program(layer.spec.kind)(layer, hidden_states, rows, cache)
 

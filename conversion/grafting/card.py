@@ -27,6 +27,11 @@ def model_card(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[st
     Args:
         config: of the graft. facts: `name`, `license`, `language` of the source as far as known. report: of the graft.
     """
+    return f"{front_matter(facts, report)}\n\n{_body(config, facts, report)}"
+
+
+def front_matter(facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """Return what the hub reads of a card, between its lines of dashes."""
     front = {
         "license": facts.get("license"),
         "language": facts.get("language"),
@@ -36,7 +41,7 @@ def model_card(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[st
         "tags": ["bmojo"],
     }
     front = {key: value for key, value in front.items() if value}
-    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n\n{_body(config, facts, report)}"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---"
 
 
 def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
 
 from modeling_bmojo import memory_bytes
 
+from ..grafting.card import front_matter
 from .config import BMOJO, Layout
 
 
@@ -18,16 +18,7 @@ def imported_card(layout: Layout, facts: Mapping[str, Any], report: Mapping[str,
     Args:
         facts: `name`, `license`, `language` of the source as far as known. report: of the import.
     """
-    front = {
-        "license": facts.get("license"),
-        "language": facts.get("language"),
-        "base_model": report["source"]["label"] if "/" in report["source"]["label"] else None,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["bmojo"],
-    }
-    front = {key: value for key, value in front.items() if value}
-    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n\n{_body(layout, facts, report)}"
+    return f"{front_matter(facts, report)}\n\n{_body(layout, facts, report)}"
 
 
 def _body(layout: Layout, facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:

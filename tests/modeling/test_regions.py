@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 
 from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, cache_of, full_context_bmojo
+from modeling_bmojo.share_bmojo import Share
 from tests.tiny import MIXED_LAYERS, SIZES, VOCAB
 
 
@@ -179,3 +180,12 @@ def test_a_copy_has_programs_of_its_own():
 def test_a_storage_is_refused():
     with pytest.raises(ValueError, match=r"storage_size=4.*storage_size=0"):
         build(storage_size=4).compile_regions()
+
+
+def test_shared_heads_are_refused():
+    model = build()
+    for layer in model.model.layers:
+        layer.accept_share(Share(None, 0, 2))
+    with pytest.raises(ValueError, match=r"compile_regions: 3 layers have a share.*whole_heads_plan"):
+        model.compile_regions()
+    model.compile_regions(False)
