@@ -51,6 +51,7 @@ from modeling_bmojo import BMojoConfig
 from .ssm_init_attention import ATTENTION_FIELDS, attention, attention_memory, check_attention
 from .ssm_init_delta import DELTA_FIELDS, check_delta, delta, delta_memory
 from .ssm_init_kalmanet import KALMANET_FIELDS, check_kalmanet, kalmanet, kalmanet_memory
+from .ssm_init_mamba import MAMBA_FIELDS, check_mamba, mamba, mamba_memory
 from .ssm_projection import inner_projection
 from .ssm_scalars import check_time_constants, constant_scalars, smoother_time_constants
 
@@ -143,7 +144,7 @@ def smoother(
         **constant_scalars(dt),
     }
     if config.ssm_projected:
-        projection = inner_projection(config, layer)
+        projection = inner_projection(inner, hidden, layer)
         tensors["in_proj.weight"] = torch.cat([projection, tensors["in_proj.weight"]])
         tensors["out_proj.weight"] = projection.T.contiguous()
     return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
@@ -195,5 +196,12 @@ SSM_INITS = {
         check=check_kalmanet,
         build=kalmanet,
         describe="running average of the layer input by Gated KalmaNet (conversion/grafting/ssm_init_kalmanet.py)",
+    ),
+    "mamba": SSMInit(
+        fields=MAMBA_FIELDS,
+        complete=mamba_memory,
+        check=check_mamba,
+        build=mamba,
+        describe="running average of the layer input by Mamba (conversion/grafting/ssm_init_mamba.py)",
     ),
 }

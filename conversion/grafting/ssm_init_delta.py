@@ -90,7 +90,7 @@ def delta(
     conv = torch.zeros(inner + 2 * groups * states, config.ssm_conv_kernel, dtype=torch.float64)
     conv[:, -1] = 1.0
     conv[:inner, -1] = (states**0.5 * (1 + torch.exp(-half))).repeat_interleave(config.ssm_head_dim)
-    projection = inner_projection(config, layer)
+    projection = inner_projection(inner, hidden, layer)
     no_rows = torch.zeros(groups * states + 2 * heads, hidden, dtype=torch.float64)  # C, dt and b
     inverse_softplus = torch.log(torch.expm1(half))  # of half; and the logit of 1 - exp(-half) is the same number
     tensors = {

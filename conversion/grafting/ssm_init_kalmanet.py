@@ -106,7 +106,7 @@ def kalmanet(
     conv = torch.zeros(inner + 2 * keys, config.ssm_conv_kernel, dtype=torch.float64)
     conv[:, -1] = 1.0
     conv[:inner, -1] = 2 * states**0.5 / (1 + solution_of_one(config))
-    projection = inner_projection(config, layer)
+    projection = inner_projection(inner, hidden, layer)
     no_rows = torch.zeros(keys + 3 * heads, hidden, dtype=torch.float64)  # C, a, b and m
     tensors = {
         "in_proj.weight": torch.cat([projection, random.flatten(0, 1), no_rows]),

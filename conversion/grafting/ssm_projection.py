@@ -4,12 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from modeling_bmojo import BMojoConfig
 
-
-def inner_projection(config: BMojoConfig, layer: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def inner_projection(inner: int, hidden: int, layer: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """P [inner, hidden], with orthonormal columns (inner >= hidden) or rows (inner < hidden); see `ssm_init`."""
-    inner, hidden = config.ssm_num_heads * config.ssm_head_dim, config.hidden_size
     if inner < hidden:
         readers = torch.cat([layer["k_proj.weight"], layer["v_proj.weight"]]).double()
         return torch.linalg.svd(readers, full_matrices=True).Vh[:inner]

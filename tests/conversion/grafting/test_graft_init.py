@@ -114,7 +114,7 @@ def test_narrow_smoother_keeps_what_keys_and_values_read():
     average = running_average(u[0], torch.full((32,), 5.0, dtype=torch.float64))
     for weight in layer.values():
         torch.testing.assert_close(y[0] @ weight.double().T, average @ weight.double().T, atol=1e-5, rtol=1e-5)
-    projection = inner_projection(config, layer)
+    projection = inner_projection(24, 32, layer)
     torch.testing.assert_close(projection @ projection.T, torch.eye(24, dtype=torch.float64))
 
 

@@ -157,5 +157,5 @@ def test_the_program_refuses_before_any_work(assignment, word, tmp_path, capsys)
 
 
 def test_every_initialisation_has_its_functions():
-    assert set(SSM_INITS) == {"smoother", "attention", "delta", "kalmanet"}
+    assert set(SSM_INITS) == {"smoother", "attention", "delta", "kalmanet", "mamba"}
     assert all(callable(getattr(init, name)) for init in SSM_INITS.values() for name in ("complete", "check", "build"))
