@@ -11,7 +11,7 @@ tokens are used up.
 import hashlib
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,23 +81,29 @@ class Prompts:
         def first(size: int) -> Sample:
             return make_sample(task, self.hay, size, length, self.seed, 0)
 
-        def fits(size: int) -> bool:
+        def holds(size: int) -> bool:
             try:
-                return len(self._encode(first(size)).ids) <= room
-            except ValueError:  # the hay holds no sample of this size
+                first(size)
+            except ValueError:
                 return False
+            return True
+
+        def fits(size: int) -> bool:
+            return len(self._encode(first(size)).ids) <= room
 
         first(least)
         if not fits(least):
             raise _no_room(task, length)
         size, above = least, 2 * least
-        while fits(above):
+        while holds(above) and fits(above):
             size, above = above, 2 * above
-        while above - size > 1:
-            middle = (size + above) // 2
-            size, above = (middle, above) if fits(middle) else (size, middle)
-        first(above)  # it is the length that stops, not the hay
-        return size
+        if not holds(above):
+            # Where the hay ends is found without the tokenizer, which takes most of the time.
+            most, above = _edge(size, above, holds)
+            if fits(most):
+                first(above)  # raises: it is the length that must stop, not the hay
+            above = most
+        return _edge(size, above, fits)[0]
 
     def _encode(self, sample: Sample) -> Prompt:
         if self.template == "chat":
@@ -113,6 +119,14 @@ class Prompts:
         end = text.find(sample.context) + len(sample.context)
         context = sum(stop <= end for _, stop in found["offset_mapping"])
         return Prompt(found["input_ids"], context, sample.answers, sample.depths)
+
+
+def _edge(low: int, high: int, good: Callable[[int], bool]) -> tuple[int, int]:
+    """Return by bisection (n, n + 1) of which the first is good and the second is not, as `low` and `high` are."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low, high
 
 
 def _no_room(task: str, length: int) -> ValueError:
