@@ -237,6 +237,35 @@ def _iterates(H, keys, weights, start, queries, rule, ridge: float, keep_all: bo
     return iterates, insides
 
 
+class _Walk(torch.autograd.Function):
+    """The state that enters each chunk, `[n, B, H, ., N]`, and the one that leaves the last.
+
+    added: `[n, B, H, ., N]`, what each chunk adds. whole: `[n, B, H, 1, 1]`, what it leaves of what enters. state:
+    `[B, H, ., N]`. States are the largest tensors there are: its backward pass reads each as rarely as it can.
+    """
+
+    @staticmethod
+    def forward(ctx, added: torch.Tensor, whole: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        entering = []
+        for chunk, left in zip(added, whole):
+            entering.append(state)
+            state = torch.addcmul(chunk, left, state)
+        entering = torch.stack(entering)
+        ctx.save_for_backward(whole, entering)
+        return entering, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dentering: torch.Tensor, dstate: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole, entering = ctx.saved_tensors
+        dadded = torch.empty_like(entering)
+        for index in reversed(range(len(whole))):
+            dadded[index] = dstate
+            dstate = torch.addcmul(dentering[index], whole[index], dstate)
+        dwhole = dadded.flatten(-2)[..., None, :] @ entering.flatten(-2)[..., None]
+        return dadded, dwhole, dstate
+
+
 # Chunks --------------------------------------------------------------------------------------------------------------
 class _Run(NamedTuple):
     """Some chunks, the last one filled up with tokens that do nothing.
@@ -260,15 +289,16 @@ def _scan(x, log_decay, mix, B, C, initial_state, chunk_size: int, steps: int, r
     if x.shape[1] == 0:
         return torch.zeros_like(x), state
     outputs, (U, H) = [], state.split([x.shape[-1], B.shape[-1]], dim=-2)
+    state = U, H, H.square().sum((-2, -1), keepdim=True)
     for run in _runs(x, log_decay, mix, B, C, chunk_size):
-        y, U, H = _one_run(run, U, H, steps, ridge, upto)
+        y, state = _one_run(run, state, steps, ridge, upto)
         outputs.append(y.permute(1, 0, 3, 2, 4))
-    return torch.cat(outputs, dim=1).flatten(1, 2)[:, : x.shape[1]], torch.cat([U, H], dim=-2)
+    return torch.cat(outputs, dim=1).flatten(1, 2)[:, : x.shape[1]], torch.cat(state[:2], dim=-2)
 
 
-def _one_run(run: _Run, U: torch.Tensor, H: torch.Tensor, steps: int, ridge: float, upto: int):
-    """Return y `[n, B, H, L, P]` and what leaves the last chunk, U `[B, H, P, N]` and H `[B, H, N, N]`."""
-    x, logs, mix, keys, queries = run
+def _one_run(run: _Run, state: tuple[torch.Tensor, ...], steps: int, ridge: float, upto: int):
+    """Return y `[n, B, H, L, P]` and the state that leaves: U `[B, H, P, N]`, H `[B, H, N, N]`, |H|^2 `[B, H, 1, 1]`."""
+    (x, logs, mix, keys, queries), (U, H, square) = run, state
     length, ends = x.shape[-2], logs[..., -1:, :]
     # What is left of the entering state at each token and at the end, and of what a token wrote, there or at the end.
     start, whole, tail = logs.exp(), ends.exp(), (ends - logs).exp()
@@ -276,32 +306,23 @@ def _one_run(run: _Run, U: torch.Tensor, H: torch.Tensor, steps: int, ridge: flo
     decay = (logs - logs.mT).masked_fill(unread, -torch.inf).exp()
 
     written = tail * keys
-    U, last_U = _walk(x.mT @ written, whole, U)
-    H, last_H = _walk(keys.mT @ written, whole, H)
+    U, leaving_U = _Walk.apply(x.mT @ written, whole, U)
+    H, leaving_H = _Walk.apply(keys.mT @ written, whole, H)
 
-    # |H_t|_F of every token.
+    # |H_t|_F of every token: from that of the entering state, which is handed on like the state.
     said = ((keys @ H.mT) * keys).sum(-1, keepdim=True)
-    own = ((decay @ (keys @ keys.mT).square()) * decay).sum(-1, keepdim=True)
-    entered = H.flatten(-2)[..., None, :] @ H.flatten(-2)[..., None]
+    alike = (keys @ keys.mT).square()
+    grown = tail.mT @ torch.add(alike @ tail, whole * said, alpha=2)
+    entered, square = _Walk.apply(grown, whole.square(), square)
+    own = ((decay @ alike) * decay).sum(-1, keepdim=True)
     size = _size(start * (start * entered + 2 * (decay @ said)) + own)
 
     flat = [value.flatten(0, 2) for value in (H, keys, decay / size, start / size, queries)]
     training = torch.is_grad_enabled() and any(value.requires_grad for value in flat)
     found = (_Solve.apply if training else _solve)(*flat, steps, ridge).view(queries.shape)
     read = torch.lerp(queries, found / size, mix)
-    return torch.addcmul((decay * (read @ keys.mT)) @ x, start, read @ U.mT), last_U, last_H
-
-
-def _walk(added: torch.Tensor, whole: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the state that enters each chunk `[n, B, H, ., N]` and the one that leaves the last.
-
-    added: `[n, B, H, ., N]`, what each chunk adds. whole: `[n, B, H, 1, 1]`, what it leaves of what enters.
-    """
-    entering = []
-    for chunk, left in zip(added, whole):
-        entering.append(state)
-        state = torch.addcmul(chunk, left, state)
-    return torch.stack(entering), state
+    y = torch.addcmul((decay * (read @ keys.mT)) @ x, start, read @ U.mT)
+    return y, (leaving_U, leaving_H, square)
 
 
 def _runs(x, log_decay, mix, B, C, chunk_size: int) -> Iterator[_Run]:
