@@ -33,7 +33,9 @@ from torch.autograd.function import once_differentiable
 
 
 LENGTH = 16  # tokens of a chunk at most: a longer one does more work in itself than it saves at its start
-RUN = 1024  # tokens of all heads and rows whose chunks are taken at once: their iterates stay in a CPU's cache
+# Tokens, of all heads and rows, whose chunks are taken at once. CPU: what a step touches stays in the L2 cache;
+# accelerators: few, large launches.
+RUN, RUN_ELSEWHERE = 1024, 1 << 14
 FAINTEST = 1e-15  # |H|_F of a state that holds nothing: whatever it is divided by, it says 0
 
 
@@ -194,7 +196,7 @@ class _Solve(torch.autograd.Function):
             torch.zeros_like(v) for v in (H, keys, weights, keys, queries, queries)
         )
         entered, scaled, scores = torch.empty_like(keys), torch.empty_like(keys), torch.empty_like(weights)
-        grad, share = grad.clone(), 0.0  # the gradient of x'; before: of the x' of the step after, `share` of which is x's
+        grad, share = grad.clone(), 0.0  # of this step's x'; `before`: of the next one's, which took `share` times x
         for index in reversed(range(len(rule))):
             (keep, step, back), found, inside = rule[index], iterates[index], insides[index]
             torch.bmm(grad, keys.mT, out=scores)
@@ -219,8 +221,11 @@ def _solve(H, keys, weights, start, queries, steps: int, ridge: float) -> torch.
     return iterates[steps % len(iterates)]
 
 
-def _iterates(H, keys, weights, start, queries, rule, ridge: float, keep_all: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what every step began with, x and x B^T, and the last x; the latest only, in a ring, unless `keep_all`."""
+def _iterates(H, keys, weights, start, queries, rule, ridge: float, keep_all: bool):
+    """Return what each step began with: x `[steps + 1, b, L, N]`, the result last, and x B^T `[steps, b, L, L]`.
+
+    Without `keep_all` only the latest, in rings: x number i stands at i modulo 3.
+    """
     steps = len(rule)
     iterates = queries.new_empty(steps + 1 if keep_all else 3, *queries.shape)
     insides = weights.new_empty(steps if keep_all else 1, *weights.shape)
@@ -245,7 +250,7 @@ class _Walk(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, added: torch.Tensor, whole: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx, added, whole, state) -> tuple[torch.Tensor, torch.Tensor]:
         entering = []
         for chunk, left in zip(added, whole):
             entering.append(state)
@@ -297,7 +302,10 @@ def _scan(x, log_decay, mix, B, C, initial_state, chunk_size: int, steps: int, r
 
 
 def _one_run(run: _Run, state: tuple[torch.Tensor, ...], steps: int, ridge: float, upto: int):
-    """Return y `[n, B, H, L, P]` and the state that leaves: U `[B, H, P, N]`, H `[B, H, N, N]`, |H|^2 `[B, H, 1, 1]`."""
+    """Return y `[n, B, H, L, P]` and the state that leaves the last chunk.
+
+    state: U `[B, H, P, N]`, H `[B, H, N, N]` and |H|_F^2 `[B, H, 1, 1]`.
+    """
     (x, logs, mix, keys, queries), (U, H, square) = run, state
     length, ends = x.shape[-2], logs[..., -1:, :]
     # What is left of the entering state at each token and at the end, and of what a token wrote, there or at the end.
@@ -326,10 +334,10 @@ def _one_run(run: _Run, state: tuple[torch.Tensor, ...], steps: int, ridge: floa
 
 
 def _runs(x, log_decay, mix, B, C, chunk_size: int) -> Iterator[_Run]:
-    """Yield the chunks, about `RUN` tokens of heads and rows at a time."""
+    """Yield the chunks, up to `RUN` tokens of all heads and rows at a time."""
     rows, tokens, heads, _ = x.shape
     length = min(chunk_size, tokens, LENGTH)
-    count = max(RUN // (length * heads * rows), 1)
+    count = max((RUN if x.device.type == "cpu" else RUN_ELSEWHERE) // (length * heads * rows), 1)
     x, logs, mix, keys, queries = (_chunks(value, length) for value in (x, log_decay, mix, B, C))
     # Split, not sliced one by one: the gradient of a slice is as large as the whole.
     runs = (value.split(count) for value in (x, logs.cumsum(-1)[..., None], mix[..., None], keys, queries))
