@@ -151,9 +151,8 @@ def _scan(x, log_decay, beta, B, C, initial_state, chunk_size: int, upto: int) -
     groups, outputs = B.shape[2], []
     state = (_no_state(x, B) if initial_state is None else initial_state).unflatten(1, (groups, -1)).mT
     for run in _runs(x, log_decay, beta, B, C, chunk_size, upto):
-        for index in range(len(run.x)):
-            chunk = _Run(*(value[index] for value in run))
-            y, state = _one_chunk(chunk, state)
+        for chunk in zip(*run):
+            y, state = _one_chunk(_Run(*chunk), state)
             outputs.append(y)
     return torch.cat(outputs, dim=1)[:, : x.shape[1]], state.mT.flatten(1, 2).contiguous()
 
@@ -171,14 +170,15 @@ def _runs(x, log_decay, beta, B, C, chunk_size: int, upto: int) -> Iterator[_Run
     """Yield the chunks of up to `RUN` tokens at a time."""
     tokens, groups = x.shape[1], B.shape[2]
     length, repeat = min(chunk_size, tokens), x.shape[2] // groups
-    stride = max(RUN // length, 1) * length
-    lower = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-    for first in range(0, tokens, stride):
-        some = slice(first, min(first + stride, tokens))
-        values, logs, shares = (_chunks(each[:, some], groups, repeat, length) for each in (x, log_decay, beta))
-        keys, queries = (_chunks(each[:, some], groups, 1, length) for each in (B, C))
+    unread = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    per_head = (_chunks(value, groups, repeat, length) for value in (x, log_decay, beta))
+    per_group = (_chunks(value, groups, 1, length) for value in (B, C))
+    # Split, not sliced one by one: the gradient of a slice is as large as the whole.
+    runs = (value.split(max(RUN // length, 1)) for value in (*per_head, *per_group))
+    for values, logs, shares, keys, queries in zip(*runs):
+        keys, queries = keys.contiguous(), queries.contiguous()
         logs, shares = logs.cumsum(-1)[..., None], shares[..., None]
-        decay = (logs - logs.mT).masked_fill(~lower, -torch.inf).exp()
+        decay = (logs - logs.mT).masked_fill(unread, -torch.inf).exp()
         ends = logs[..., -1:, :]
         shared = values, shares, logs.exp(), (ends - logs).exp(), ends.exp(), keys, queries
         yield _Run(*shared, decay * (keys @ keys.mT) * shares, (decay * (queries @ keys.mT)).tril(upto))
@@ -186,7 +186,8 @@ def _runs(x, log_decay, beta, B, C, chunk_size: int, upto: int) -> Iterator[_Run
 
 def _chunks(value: torch.Tensor, groups: int, heads: int, length: int) -> torch.Tensor:
     """`[B, T, G * heads, ...]` to `[n, B, G, heads, L, ...]`, zeros behind the last token."""
-    value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -value.shape[1] % length))
+    if value.shape[1] % length:
+        value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -value.shape[1] % length))
     return value.unflatten(2, (groups, heads)).unflatten(1, (-1, length)).movedim((1, 2), (0, 4))
 
 

@@ -32,8 +32,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-LENGTH = 32  # tokens of a chunk at most: a longer one does more work in itself than it saves at its start
-RUN = 256  # tokens whose chunks are taken at once: their iterates stay in a CPU's cache
+LENGTH = 16  # tokens of a chunk at most: a longer one does more work in itself than it saves at its start
+# Tokens, of all heads and rows, whose chunks are taken at once. CPU: what a step touches stays in the L2 cache;
+# accelerators: few, large launches.
+RUN, RUN_ELSEWHERE = 1024, 1 << 14
 FAINTEST = 1e-15  # |H|_F of a state that holds nothing: whatever it is divided by, it says 0
 
 
@@ -188,55 +190,99 @@ class _Solve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         H, keys, weights, start, queries = ctx.saved_tensors
-        rule, iterates = _rule(*ctx.steps), []
-        _solve(H, keys, weights, start, queries, *ctx.steps, iterates)
-        dH, dkeys, dweights, dstart, dqueries = (torch.zeros_like(v) for v in (H, keys, weights, keys, queries))
-        carried = torch.zeros_like(grad)  # what the step after gave to this one's x
-        for (keep, step, back), (found, inside) in zip(reversed(rule), reversed(iterates)):
-            entered, scores = torch.bmm(grad, H), torch.bmm(grad, keys.mT)
-            weighted = scores * weights
-            dqueries.add_(grad, alpha=step)
-            dH.baddbmm_((grad * start).mT, found, alpha=-step)
-            dstart.addcmul_(entered, found, value=-step)
+        rule = _rule(*ctx.steps)
+        iterates, insides = _iterates(H, keys, weights, start, queries, rule, ctx.steps[1], True)
+        dH, dkeys, dweights, dstart, dqueries, before = (
+            torch.zeros_like(v) for v in (H, keys, weights, keys, queries, queries)
+        )
+        entered, scaled, scores = torch.empty_like(keys), torch.empty_like(keys), torch.empty_like(weights)
+        grad, share = grad.clone(), 0.0  # of this step's x'; `before`: of the next one's, which took `share` times x
+        for index in reversed(range(len(rule))):
+            (keep, step, back), found, inside = rule[index], iterates[index], insides[index]
+            torch.bmm(grad, keys.mT, out=scores)
             dweights.addcmul_(scores, inside, value=-step)
-            dkeys.baddbmm_(weighted.mT, found, alpha=-step).baddbmm_((inside * weights).mT, grad, alpha=-step)
-            carried.add_(grad, alpha=keep).addcmul_(entered, start, value=-step)
-            grad, carried = carried.baddbmm_(weighted, keys, alpha=-step), grad * back
+            scores.mul_(weights)
+            torch.bmm(grad, H, out=entered)
+            dstart.addcmul_(entered, found, value=-step)
+            torch.mul(grad, start, out=scaled)
+            dH.baddbmm_(scaled.mT, found, alpha=-step)
+            dkeys.baddbmm_(scores.mT, found, alpha=-step).baddbmm_(inside.mul_(weights).mT, grad, alpha=-step)
+            dqueries.add_(grad, alpha=step)
+            before.baddbmm_(scores, keys, beta=share, alpha=-step)
+            before.add_(grad, alpha=keep).addcmul_(entered, start, value=-step)
+            grad, before, share = before, grad, back
         dqueries.add_(grad, alpha=_first(ctx.steps[1]))
         return dH, dkeys, dweights, dstart.sum(-1, keepdim=True), dqueries, None, None
 
 
-def _solve(H, keys, weights, start, queries, steps: int, ridge: float, iterates: list | None = None) -> torch.Tensor:
-    """Return what `_Solve` does; fill `iterates` with what each step began with, x and x B^T."""
-    found, before = queries * _first(ridge), torch.zeros_like(queries)
-    for keep, step, back in _rule(steps, ridge):
-        inside = torch.bmm(found, keys.mT)
-        if iterates is not None:
-            iterates.append((found, inside))
-        new = torch.add(queries, found, alpha=keep / step).add_(before, alpha=back / step)
-        new.baddbmm_(found * start, H.mT, beta=step, alpha=-step).baddbmm_(inside * weights, keys, alpha=-step)
+def _solve(H, keys, weights, start, queries, steps: int, ridge: float) -> torch.Tensor:
+    """Return what `_Solve` does."""
+    iterates, _ = _iterates(H, keys, weights, start, queries, _rule(steps, ridge), ridge, False)
+    return iterates[steps % len(iterates)]
+
+
+def _iterates(H, keys, weights, start, queries, rule, ridge: float, keep_all: bool):
+    """Return what each step began with: x `[steps + 1, b, L, N]`, the result last, and x B^T `[steps, b, L, L]`.
+
+    Without `keep_all` only the latest, in rings: x number i stands at i modulo 3.
+    """
+    steps = len(rule)
+    iterates = queries.new_empty(steps + 1 if keep_all else 3, *queries.shape)
+    insides = weights.new_empty(steps if keep_all else 1, *weights.shape)
+    scaled, weighted = torch.empty_like(queries), torch.empty_like(weights)
+    found, before = torch.mul(queries, _first(ridge), out=iterates[0]), torch.zeros_like(queries)
+    for index, (keep, step, back) in enumerate(rule):
+        inside = torch.bmm(found, keys.mT, out=insides[index % len(insides)])
+        torch.mul(inside, weights, out=weighted)
+        torch.mul(found, start, out=scaled)
+        new = torch.add(queries, found, alpha=keep / step, out=iterates[(index + 1) % len(iterates)])
+        new.add_(before, alpha=back / step)
+        new.baddbmm_(scaled, H.mT, beta=step, alpha=-step).baddbmm_(weighted, keys, alpha=-step)
         found, before = new, found
-    return found
+    return iterates, insides
+
+
+class _Walk(torch.autograd.Function):
+    """The state that enters each chunk, `[n, B, H, ., N]`, and the one that leaves the last.
+
+    added: `[n, B, H, ., N]`, what each chunk adds. whole: `[n, B, H, 1, 1]`, what it leaves of what enters. state:
+    `[B, H, ., N]`. States are the largest tensors there are: its backward pass reads each as rarely as it can.
+    """
+
+    @staticmethod
+    def forward(ctx, added, whole, state) -> tuple[torch.Tensor, torch.Tensor]:
+        entering = []
+        for chunk, left in zip(added, whole):
+            entering.append(state)
+            state = torch.addcmul(chunk, left, state)
+        entering = torch.stack(entering)
+        ctx.save_for_backward(whole, entering)
+        return entering, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dentering: torch.Tensor, dstate: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole, entering = ctx.saved_tensors
+        dadded = torch.empty_like(entering)
+        for index in reversed(range(len(whole))):
+            dadded[index] = dstate
+            dstate = torch.addcmul(dentering[index], whole[index], dstate)
+        dwhole = dadded.flatten(-2)[..., None, :] @ entering.flatten(-2)[..., None]
+        return dadded, dwhole, dstate
 
 
 # Chunks --------------------------------------------------------------------------------------------------------------
 class _Run(NamedTuple):
     """Some chunks, the last one filled up with tokens that do nothing.
 
-    x: `[n, B, H, L, P]`. mix, start, tail: `[n, B, H, L, 1]`, the last two what is left of the entering state at each
-    token, exp(l_t), and of what a token wrote at the end, exp(l_end - l_t). whole: `[n, B, H, 1, 1]`, what is left of
-    the entering state at the end. keys, queries: `[n, B, H, L, N]`. decay: `[n, B, H, L, L]`, D_ts for the tokens s
-    that t reads.
+    x: `[n, B, H, L, P]`. logs: `[n, B, H, L, 1]` l_t. mix: `[n, B, H, L, 1]`. keys, queries: `[n, B, H, L, N]`.
     """
 
     x: torch.Tensor
+    logs: torch.Tensor
     mix: torch.Tensor
-    start: torch.Tensor
-    tail: torch.Tensor
-    whole: torch.Tensor
     keys: torch.Tensor
     queries: torch.Tensor
-    decay: torch.Tensor
 
 
 def _scan(x, log_decay, mix, B, C, initial_state, chunk_size: int, steps: int, ridge: float, upto: int):
@@ -247,54 +293,62 @@ def _scan(x, log_decay, mix, B, C, initial_state, chunk_size: int, steps: int, r
     state = _no_state(x, B) if initial_state is None else initial_state
     if x.shape[1] == 0:
         return torch.zeros_like(x), state
-    outputs = []
-    for run in _runs(x, log_decay, mix, B, C, chunk_size, upto):
-        y, state = _one_run(run, state, steps, ridge)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1)[:, : x.shape[1]], state
+    outputs, (U, H) = [], state.split([x.shape[-1], B.shape[-1]], dim=-2)
+    state = U, H, H.square().sum((-2, -1), keepdim=True)
+    for run in _runs(x, log_decay, mix, B, C, chunk_size):
+        y, state = _one_run(run, state, steps, ridge, upto)
+        outputs.append(y.permute(1, 0, 3, 2, 4))
+    return torch.cat(outputs, dim=1).flatten(1, 2)[:, : x.shape[1]], torch.cat(state[:2], dim=-2)
 
 
-def _one_run(run: _Run, state: torch.Tensor, steps: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y `[B, n L, H, P]` and the state that leaves the last chunk."""
-    entering = []
-    for added, whole in zip((run.tail * torch.cat([run.x, run.keys], dim=-1)).mT @ run.keys, run.whole):
-        entering.append(state)
-        state = torch.addcmul(added, whole, state)
-    U, H = torch.stack(entering).split([run.x.shape[-1], run.keys.shape[-1]], dim=-2)
+def _one_run(run: _Run, state: tuple[torch.Tensor, ...], steps: int, ridge: float, upto: int):
+    """Return y `[n, B, H, L, P]` and the state that leaves the last chunk.
 
-    # |H_t|_F of every token.
-    said = ((run.keys @ H.mT) * run.keys).sum(-1, keepdim=True)
-    own = ((run.decay @ (run.keys @ run.keys.mT).square()) * run.decay).sum(-1, keepdim=True)
-    entered = H.square().sum((-2, -1), keepdim=True)
-    size = _size(run.start * (run.start * entered + 2 * (run.decay @ said)) + own)
+    state: U `[B, H, P, N]`, H `[B, H, N, N]` and |H|_F^2 `[B, H, 1, 1]`.
+    """
+    (x, logs, mix, keys, queries), (U, H, square) = run, state
+    length, ends = x.shape[-2], logs[..., -1:, :]
+    # What is left of the entering state at each token and at the end, and of what a token wrote, there or at the end.
+    start, whole, tail = logs.exp(), ends.exp(), (ends - logs).exp()
+    unread = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(upto + 1)
+    decay = (logs - logs.mT).masked_fill(unread, -torch.inf).exp()
 
-    problem = H, run.keys, run.decay / size, run.start / size, run.queries
-    flat = [value.flatten(0, 2) for value in problem]
+    written = tail * keys
+    U, leaving_U = _Walk.apply(x.mT @ written, whole, U)
+    H, leaving_H = _Walk.apply(keys.mT @ written, whole, H)
+
+    # |H_t|_F of every token: from that of the entering state, which is handed on like the state.
+    said = ((keys @ H.mT) * keys).sum(-1, keepdim=True)
+    alike = (keys @ keys.mT).square()
+    grown = tail.mT @ torch.add(alike @ tail, whole * said, alpha=2)
+    entered, square = _Walk.apply(grown, whole.square(), square)
+    own = ((decay @ alike) * decay).sum(-1, keepdim=True)
+    size = _size(start * (start * entered + 2 * (decay @ said)) + own)
+
+    flat = [value.flatten(0, 2) for value in (H, keys, decay / size, start / size, queries)]
     training = torch.is_grad_enabled() and any(value.requires_grad for value in flat)
-    found = (_Solve.apply if training else _solve)(*flat, steps, ridge).view(run.queries.shape)
-    read = torch.lerp(run.queries, found / size, run.mix)
-    y = torch.addcmul((run.decay * (read @ run.keys.mT)) @ run.x, run.start, read @ U.mT)
-    return y.permute(1, 0, 3, 2, 4).flatten(1, 2), state
+    found = (_Solve.apply if training else _solve)(*flat, steps, ridge).view(queries.shape)
+    read = torch.lerp(queries, found / size, mix)
+    y = torch.addcmul((decay * (read @ keys.mT)) @ x, start, read @ U.mT)
+    return y, (leaving_U, leaving_H, square)
 
 
-def _runs(x, log_decay, mix, B, C, chunk_size: int, upto: int) -> Iterator[_Run]:
-    """Yield the chunks of up to `RUN` tokens at a time."""
-    tokens = x.shape[1]
+def _runs(x, log_decay, mix, B, C, chunk_size: int) -> Iterator[_Run]:
+    """Yield the chunks, up to `RUN` tokens of all heads and rows at a time."""
+    rows, tokens, heads, _ = x.shape
     length = min(chunk_size, tokens, LENGTH)
-    stride = max(RUN // length, 1) * length
-    lower = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(upto)
-    for first in range(0, tokens, stride):
-        some = slice(first, min(first + stride, tokens))
-        values, mixes, logs, keys, queries = (_chunks(each[:, some], length) for each in (x, mix, log_decay, B, C))
-        logs = logs.cumsum(-1)[..., None]
-        decay = (logs - logs.mT).masked_fill(~lower, -torch.inf).exp()
-        ends = logs[..., -1:, :]
-        yield _Run(values, mixes[..., None], logs.exp(), (ends - logs).exp(), ends.exp(), keys, queries, decay)
+    count = max((RUN if x.device.type == "cpu" else RUN_ELSEWHERE) // (length * heads * rows), 1)
+    x, logs, mix, keys, queries = (_chunks(value, length) for value in (x, log_decay, mix, B, C))
+    # Split, not sliced one by one: the gradient of a slice is as large as the whole.
+    runs = (value.split(count) for value in (x, logs.cumsum(-1)[..., None], mix[..., None], keys, queries))
+    for run in zip(*runs):
+        yield _Run(*(value.contiguous() for value in run))
 
 
 def _chunks(value: torch.Tensor, length: int) -> torch.Tensor:
     """`[B, T, H, ...]` to `[n, B, H, L, ...]`, zeros behind the last token."""
-    value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -value.shape[1] % length))
+    if value.shape[1] % length:
+        value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, -value.shape[1] % length))
     return value.unflatten(1, (-1, length)).movedim((1, 2), (0, 3))
 
 

@@ -73,7 +73,7 @@ def test_form_equals_the_recurrence(form, sizes, started, rule):
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_chunk_edges(length, offset, monkeypatch):
     """T around the ends of chunks, which are no longer than `LENGTH`, and of the runs that are taken at once."""
-    monkeypatch.setattr(kalma_ops, "RUN", 2 * length)
+    monkeypatch.setattr(kalma_ops, "RUN", 2 * 2 * 2 * length)  # two chunks of two rows of two heads
     inputs = draw(3 * min(length, kalma_ops.LENGTH) + offset)
     assert_same(chunk_kalma(*inputs, chunk_size=length), naive_kalma(*inputs))
 
