@@ -187,7 +187,7 @@ def account(report: dict[str, Any], tensors: Mapping[str, torch.Tensor], facts: 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(prog=command("fit_storage"), description=purpose(__doc__))
-    parser.add_argument("folder", help="a B'MOJO model: a graft, or what training wrote")
+    parser.add_argument("folder", help="a B'MOJO model: a graft, or what training wrote; it is changed where it is")
     parser.add_argument("--sketch-size", type=int, default=SKETCH_SIZE, help=f"numbers per key ({SKETCH_SIZE})")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="text to fit on (default: Python's reference)")
     return parser.parse_args(argv)

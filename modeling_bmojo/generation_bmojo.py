@@ -85,8 +85,10 @@ class BMojoGenerationMixin(GenerationMixin):
             new_token_mask(mask, *prompt.shape[:2], past=past)
             _refuse_empty_rows(mask)
             if 0 < past < mask.shape[1]:
-                # Here and not only in forward: transformers drops a mask of nothing but ones on the way.
-                cache.check_mask(mask[:, :past])
+                # Here and not only in forward: transformers drops a mask of nothing but ones on the way. And before it
+                # repeats the rows of the prompt, which a cache that goes on with several texts has done already.
+                each = max(cache.batch_size // len(mask), 1)
+                cache.check_mask(mask[:, :past].repeat_interleave(each, dim=0))
         return super().generate(inputs, generation_config, **kwargs)
 
     def prefix_memory(self, folder: str | os.PathLike, max_bytes: int | None = None) -> PrefixMemory:
@@ -170,6 +172,7 @@ class BMojoGenerationMixin(GenerationMixin):
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             if cache.one_for_all and rows > 1:
                 cache.batch_repeat_interleave(rows)
+            cache.one_for_all = False  # from here on it is a cache like any other
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = BMojoCache(self.config)
         if generation_mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
@@ -199,11 +202,14 @@ def _without(attention_mask: torch.Tensor | None, padded: torch.Tensor) -> torch
 
 def _known(model, prefixes: PrefixMemory, prompt: torch.Tensor | None, mask: torch.Tensor | None, cache):
     """Return the cache of the longest known beginning of a prompt, None if there is none."""
+    if type(prefixes).__name__ != "PrefixMemory":  # by name, as in `PrefixMemory`
+        raise ValueError(f"prefix_memory={prefixes!r}: must be what model.prefix_memory(folder) returns.")
     if all(module is not prefixes.reader for module in model.modules()):
         raise ValueError("prefix_memory is another model's; make one with this model's prefix_memory(folder).")
     if cache is not None:
         raise ValueError("prefix_memory and a cache: both say what was read before; pass one of them.")
-    if prompt is None or prompt.dim() != 2 or (mask is not None and not bool(mask.all())):
+    plain = isinstance(prompt, torch.Tensor) and prompt.dim() == 2 and not prompt.is_floating_point()
+    if not plain or (mask is not None and not bool(mask.all())):
         raise ValueError("prefix_memory: needs input_ids [1, tokens] without pads; ask row by row.")
     cache = prefixes.longest(prompt)
     if cache is not None:

@@ -32,7 +32,7 @@ from .weights_bmojo import weights_fingerprint
 logger = logging.get_logger(__name__)
 
 MANIFEST = "prefixes.json"
-FORMAT = "bmojo-prefixes-1"
+FORMAT = "bmojo-prefixes-2"  # 1: weights were told apart by samples alone
 NAME = re.compile(r"prefix-([1-9][0-9]*)-([0-9a-f]{32})\.safetensors")
 PIECE = 2048  # tokens that are read at a time
 
@@ -127,7 +127,10 @@ class PrefixMemory:
             except ValueError as error:
                 if not os.path.exists(path):
                     continue  # somebody needed its room
-                raise ValueError(f"folder={self.folder!r}: {error} Remove that file to have it read again.") from error
+                name = os.path.basename(path)
+                raise ValueError(
+                    f"folder={self.folder!r}: remove {name} to have that text read again: {error}"
+                ) from error
             with contextlib.suppress(OSError):
                 os.utime(path)
             return cache
@@ -141,7 +144,7 @@ class PrefixMemory:
         files = {os.path.join(self.folder, name): stat for _, name, stat in self._files()}
         size = files[path].st_size if path in files else 0
         if size > self.max_bytes:
-            logger.warning_once(f"max_bytes={self.max_bytes}: {len(ids)} tokens left {size} bytes, which are not kept.")
+            logger.warning_once(f"max_bytes={self.max_bytes}: one text alone takes more, so nothing is kept.")
             self._remove(path)
             return
         excess = sum(stat.st_size for stat in files.values()) - self.max_bytes
@@ -183,6 +186,8 @@ class PrefixMemory:
     def _open(self) -> None:
         self.model, name = self._model(), os.path.join(self.folder, MANIFEST)
         if not os.path.exists(name):
+            if os.path.exists(self.folder) and not os.path.isdir(self.folder):
+                raise ValueError(f"folder={self.folder!r}: is a file; give the name of a folder, new or of this model.")
             others = os.listdir(self.folder) if os.path.isdir(self.folder) else []
             if [other for other in others if not other.startswith(MANIFEST)]:  # another process may be writing it
                 raise ValueError(f"folder={self.folder!r}: is not empty and has no {MANIFEST}; give a new folder.")

@@ -529,3 +529,24 @@ def test_the_text_generation_pipeline(tokenizer):
         expected = tokenizer.decode(generate(model, ids, **options).sequences[0, ids.shape[1] :])
         assert result[0]["generated_text"].split() == expected.split()
         assert len(expected.split()) == 9
+
+
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=3, num_return_sequences=2)], ids=str)
+def test_a_cache_of_every_beam_takes_the_mask_of_the_prompt(options):
+    """transformers repeats prompt and mask for each beam; a cache that its owner has repeated fits both."""
+    model, ids = build("output"), tokens(40)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, **options)
+    cache = BMojoCache(model.config)
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    found = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, past_key_values=cache, **options
+    )
+    assert torch.equal(found, plain)
+    with pytest.raises(ValueError, match="attention_mask"):
+        cache = BMojoCache(model.config)
+        model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        model.generate(ids, attention_mask=mask.flip(0), max_new_tokens=6, past_key_values=cache, **options)

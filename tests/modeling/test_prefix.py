@@ -247,6 +247,63 @@ def test_weights_alone_make_the_fingerprint_of_a_plain_model():
     assert found == weights_fingerprint(build().model) != weights_fingerprint(model.model.layers)
 
 
+def test_every_number_of_every_weight_counts(tmp_path):
+    """Whatever its dtype, and where a weight is no multiple of eight bytes or lies across them."""
+    model, prefixes = opened(tmp_path)
+    prefixes.read(tokens(20, rows=1))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 3] += 1
+    with pytest.raises(ValueError, match="has changed since"):
+        prefixes.longest(tokens(30, rows=1))
+    with pytest.raises(ValueError, match="other weights"):
+        opened(tmp_path, model)
+    flat = torch.randn(1000).to(torch.bfloat16)
+    for weight in (flat[:777], flat[1:778], flat[:3], flat[:900].view(30, 30).T):
+        part = torch.nn.Module()
+        part.weight = torch.nn.Parameter(weight)
+        before = weights_fingerprint(part)
+        for index in (0, len(weight) - 1, len(weight) // 3):
+            copied = copy.deepcopy(part)
+            assert weights_fingerprint(copied) == before
+            with torch.no_grad():
+                copied.weight[index] += 1
+            assert weights_fingerprint(copied) != before
+
+
+def test_rows_that_were_made_of_a_known_beginning_are_gone_on_with(tmp_path):
+    model, prefixes = opened(tmp_path)
+    ids = tokens(30, rows=1)
+    prefixes.read(ids[:, :20])
+    options = dict(num_beams=2, num_return_sequences=2, max_new_tokens=4, return_dict_in_generate=True)
+    plain, known = (model.generate(ids, **options, **more) for more in ({}, {"prefix_memory": prefixes}))
+    assert torch.equal(plain.sequences, known.sequences)
+    longer = torch.cat([plain.sequences, tokens(5, rows=2, seed=3)], dim=1)
+    found = [
+        model.generate(longer, max_new_tokens=4, do_sample=False, past_key_values=out.past_key_values)
+        for out in (plain, known)
+    ]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            lambda folder, prefixes: {"prefix_memory": str(folder)},
+            r"prefix_memory='.*': must be what model.prefix_memory",
+        ),
+        (lambda folder, prefixes: {"prefix_memory": prefixes, "inputs": [1, 2]}, r"needs input_ids \[1, tokens\]"),
+    ],
+)
+def test_what_is_no_prefix_memory_or_no_prompt_is_refused(given, message, tmp_path):
+    model, prefixes = opened(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"inputs": tokens(9, rows=1)} | given(tmp_path, prefixes))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        model.prefix_memory(tmp_path / "file")
+
+
 def test_dropout_is_not_kept(tmp_path):
     model, prefixes = opened(tmp_path)
     model.train()
@@ -285,11 +342,11 @@ def test_a_damaged_file_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"folder=.*{path.name}.*Remove that file"):
+    with pytest.raises(ValueError, match=rf"folder=.*remove {path.name} to have that text read again"):
         prefixes.longest(ids)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "bmojo-prefixes-1"}'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "bmojo-prefixes-2"}'])
 def test_a_damaged_manifest_is_named(content, tmp_path):
     opened(tmp_path)
     (tmp_path / "prefixes" / "prefixes.json").write_text(content)
