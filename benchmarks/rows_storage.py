@@ -19,9 +19,9 @@ import torch
 
 from modeling_bmojo import BMojoCache, BMojoForCausalLM
 
+from .actions import per_token, read_on, source_bytes, steps
 from .models import load, random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .rows_model import per_token, read_on, source_bytes, steps
 from .timing import Action, Rounds
 
 
