@@ -45,6 +45,14 @@ def models(context: Context, dtype: str = MAIN, sides: tuple[str, ...] = SIDES) 
     return {side: load(**recipe(context, side, dtype)) for side in sides}
 
 
+def described(context: Context) -> str:
+    """Return which graft it is: what decides how much a step does."""
+    config = models(context, sides=("ours",))["ours"].config
+    fading = f"F={config.fading_size} at a stride of {config.fading_stride}"
+    channels = f"{config.ssm_state_size} state channels"
+    return f"the graft: innovation {config.innovation}, M={config.eidetic_size}, {fading}, {channels}"
+
+
 @torch.inference_mode()
 def model_checks(context: Context, dtypes: tuple[str, ...] = (MAIN,)) -> list[Check]:
     """Return that in each format the graft is its source within the window, and a step the end of a prefill beyond."""

@@ -24,7 +24,7 @@ from .timing import Action
 
 READ_BYTES = 1 << 29  # far beyond any cache
 PRODUCT = (2048, 576, 1536)  # tokens, and the sizes of SmolLM2-135M's MLP
-TRIES = 9
+TRIES = 15
 MARK = "one layer"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from modeling_bmojo import BMojoCache
 
-from .actions import ALL_SIDES, MAIN, MODELS, all_checks, filled_cache, models, per_token, read_on, steps
+from .actions import ALL_SIDES, MAIN, MODELS, all_checks, described, filled_cache, models, per_token, read_on, steps
 from .limits import step_limits
 from .models import FORMATS
 from .row import Context, Figure, Row, figure
@@ -23,6 +23,7 @@ ROUNDS = Rounds(least=5, most=15, budget=30)
 
 
 def figures(context: Context) -> Iterator[Figure | str]:
+    yield described(context)
     for dtype in context.dtypes:
         loaded = models(context, dtype, ALL_SIDES)
         memories = {side: BMojoCache(loaded[side].config) for side in ALL_SIDES[:-1]}

@@ -6,7 +6,7 @@ of their own. Long prefills take minutes, so both their time and their memory co
 
 from collections.abc import Iterator
 
-from .actions import ALL_SIDES, MAIN, MODELS, all_checks, models, prefill, recipe
+from .actions import ALL_SIDES, MAIN, MODELS, all_checks, described, models, prefill, recipe
 from .limits import prefill_limits
 from .memory import Measured, in_child
 from .models import load
@@ -28,6 +28,7 @@ def case(tokens: int, **how) -> Action:
 
 
 def figures(context: Context) -> Iterator[Figure | str]:
+    yield described(context)
     for dtype in context.dtypes:
         for tokens in QUICK_SHORT if context.quick else SHORT:
             actions = {side: prefill(model, tokens) for side, model in models(context, dtype, ALL_SIDES).items()}
@@ -38,6 +39,7 @@ def figures(context: Context) -> Iterator[Figure | str]:
 
 
 def longest_figures(context: Context) -> Iterator[Figure | str]:
+    yield described(context)
     for dtype in context.dtypes:
         yield from long_figures(context, QUICK_LONGEST if context.quick else LONGEST, dtype)
 
