@@ -19,7 +19,7 @@ OK, RED, FAILED, NOT_RUN, CUT = "ok", "parity failed", "failed", "not run", "int
 
 @dataclass
 class Result:
-    """What became of a row. reason: why it is not `OK`. remarks: what could not be measured inside it."""
+    """What became of a row. reason: why it is not `OK`. remarks: what else is to be said of it. seconds: it took."""
 
     row: str
     title: str
@@ -28,6 +28,7 @@ class Result:
     checks: list[Check] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .timing import Rounds
 
 TOKENS, QUICK_TOKENS = (512, 8192), (64, 256)
 FAR = 32768  # in fp32 only: reading so far takes minutes
-ROUNDS = Rounds(least=5, most=15, budget=30)
+ROUNDS = Rounds(least=5, most=15, budget=20)
 
 
 def figures(context: Context) -> Iterator[Figure | str]:

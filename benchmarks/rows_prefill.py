@@ -17,7 +17,7 @@ from .timing import Action, Rounds
 SHORT, QUICK_SHORT = (512, 2048), (64, 128)
 LONG, QUICK_LONG = 8192, 256
 LONGEST, QUICK_LONGEST = 32768, 512
-ROUNDS = Rounds(least=3, most=9, budget=30)
+ROUNDS = Rounds(least=3, most=9, budget=20)
 LONG_BUDGET, LONG_MOST = 150.0, 3  # seconds per format, rounds; one round is always made
 CASE = "benchmarks.rows_prefill:case"
 

@@ -88,7 +88,7 @@ def storage_figures(context: Context) -> Iterator[Figure | str]:
         note = f"and {caches['ours'].storage_nbytes / 1e6:,.0f} MB of keys and values, wherever they lie"
         yield figure("storage, bytes", "source", tokens, [held], [source_bytes(source.config, tokens)], "B", note=note)
         actions = {side: steps(model, copy.deepcopy(caches[side])) for side, model in sides(stored, plain)}
-        seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=30)))
+        seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=20)))
         goal = context.goal(f"storage decode {tokens}")
         yield figure("storage, one step", "without storage", tokens, seconds["ours"], seconds["theirs"], goal=goal)
     for tokens in QUICK_PREFILL if context.quick else PREFILL:

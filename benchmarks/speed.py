@@ -182,10 +182,13 @@ def run(rows: Sequence[Row], context: Context, outcome: Report, path: Path, aske
             result.status, result.reason = report.NOT_RUN, reason
             continue
         log(f"{row.name}: {row.title}")
+        begin = time.perf_counter()
         try:
             run_row(row, context, result, keep)
         finally:
+            result.seconds = time.perf_counter() - begin
             keep()
+        log(f"  {result.seconds:.0f} s")
         if result.status != report.OK:
             log(f"  {result.status}: {result.reason}")
     outcome.finished = True
