@@ -17,7 +17,7 @@ FLAGS = (
     *("asimd", "sve", "bf16", "i8mm"),
 )
 PACKAGES = (
-    *("torch", "transformers", "triton", "numpy", "torchao", "llama-cpp-python"),
+    *("torch", "transformers", "triton", "numpy", "torchao", "xllamacpp"),
     *("mamba-ssm", "causal-conv1d", "flash-attn"),
 )
 

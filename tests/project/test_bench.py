@@ -50,7 +50,7 @@ def test_command_line_from_a_shell(tmp_path):
     for step in steps:
         for side in step.limits.values():
             assert 2 * side.per_layer < side.operations < 2 * side.per_layer + 60 and 0 < side.floor < 1
-    for row, package in (("int8", "torchao"), ("llama", "llama_cpp")):
+    for row, package in (("int8", "torchao"), ("llama", "xllamacpp")):
         if importlib.util.find_spec(package) is None:
             assert by_row[row].status == NOT_RUN and f"needs the package {package}" in by_row[row].reason
     assert found.command.endswith(f"--json {path}") and describe(found.machine) in done.stdout
