@@ -23,14 +23,16 @@ NAME = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def check_kept(name: str, quick: bool, default_models: bool) -> None:
+def check_kept(name: str, quick: bool, device: str, default_models: bool) -> None:
     """Refuse to keep what is not comparable, before anything is measured. name: empty for one made from the CPU.
 
     Raises:
-        ValueError: a quick run, other models, or no name for a file.
+        ValueError: a quick run, another device than the CPU, other models, or no name for a file.
     """
     if quick:
         raise ValueError("--keep with --quick: figures of small sizes say nothing; leave one of them out.")
+    if device != "cpu":
+        raise ValueError(f"--keep with --device {device}: kept figures are of CPUs; leave one of them out.")
     if not default_models:
         raise ValueError("--keep with --source or --graft: kept figures are of the default models; leave one out.")
     if name and not NAME.fullmatch(name):

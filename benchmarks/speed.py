@@ -95,7 +95,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; leave it out to measure on the CPU.")
     if arguments.keep is not None:
-        machines.check_kept(arguments.keep, arguments.quick, arguments.source == SOURCE and arguments.graft is None)
+        default = arguments.source == SOURCE and arguments.graft is None
+        machines.check_kept(arguments.keep, arguments.quick, arguments.device, default)
     return arguments
 
 

@@ -72,6 +72,11 @@ def test_command_line(capsys):
         assert words in capsys.readouterr().err
 
 
+def test_figures_of_a_gpu_are_not_kept():
+    with pytest.raises(ValueError, match="--keep with --device cuda: kept figures are of CPUs; leave one of them out"):
+        machines.check_kept("", False, "cuda", True)
+
+
 def test_red_parity_prints_no_speed_and_exits_1(tmp_path, capsys):
     path = tmp_path / "speed.json"
     row = Row("red", "title", lambda context: [Check("fake check", math.nan, 1.0)], lambda context: [FIGURE])
