@@ -11,7 +11,15 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "triton", "numpy", "mamba-ssm", "causal-conv1d", "flash-attn")
+# What decides how fast products are: of x86 and of ARM.
+FLAGS = (
+    *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimd", "sve", "bf16", "i8mm"),
+)
+PACKAGES = (
+    *("torch", "transformers", "triton", "numpy", "torchao", "xllamacpp"),
+    *("mamba-ssm", "causal-conv1d", "flash-attn"),
+)
 
 
 def facts(device: str = "cpu") -> dict[str, Any]:
@@ -19,7 +27,8 @@ def facts(device: str = "cpu") -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain")),
-        "processor": _processor(),
+        "processor": _cpu("model name") or platform.processor() or "an unnamed processor",
+        "flags": [flag for flag in FLAGS if flag in (_cpu("flags") or _cpu("Features")).split()],
         "architecture": platform.machine(),
         "system": platform.system(),
         "cores": os.cpu_count(),
@@ -34,10 +43,11 @@ def facts(device: str = "cpu") -> dict[str, Any]:
 def describe(machine: dict[str, Any]) -> str:
     """One line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    flags = "".join(f", {flag}" for flag in machine["flags"])
     dirty = " with uncommitted changes" if machine["dirty"] else ""
     return (
         f"commit {machine['commit'][:12]}{dirty}; {machine['cores']} cores of {machine['processor']} "
-        f"({machine['architecture']}, {machine['system']}), {machine['memory_bytes'] / 1e9:.0f} GB, device "
+        f"({machine['architecture']}{flags}, {machine['system']}), {machine['memory_bytes'] / 1e9:.0f} GB, device "
         f"{machine['device']}, {machine['threads']} threads; Python {machine['python']}, {versions}"
     )
 
@@ -51,11 +61,12 @@ def _git(*arguments: str) -> str:
     return said.stdout.strip() if said.returncode == 0 else ""
 
 
-def _processor() -> str:
+def _cpu(field: str) -> str:
+    """Return what Linux says of the first core, empty if nothing."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "an unnamed processor"
+    said = [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field]
+    return said[0] if said else ""
 
 
 def _memory() -> int:

@@ -20,6 +20,7 @@ from modeling_bmojo import BMojoForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETTINGS = ROOT / "configs" / "graft" / "smollm2-135m.yaml"
 TINY = dict(
     vocab_size=512,
@@ -89,11 +90,17 @@ def _write_source(path: Path, name: str | None) -> None:
     model.save_pretrained(path)
 
 
-@functools.lru_cache(maxsize=2)
-def load(side: str, path: str) -> torch.nn.Module:
-    """Return the model of a folder in fp32 with SDPA, for evaluation. Both sides are kept: rows share them."""
+@functools.lru_cache(maxsize=3)
+def load(side: str, path: str, dtype: str = "float32", window: int | None = None) -> torch.nn.Module:
+    """Return the model of a folder with SDPA, for evaluation. The last three are kept: rows share them.
+
+    Args:
+        side: `"ours"` or `"theirs"`. path: its folder. dtype: a name of `FORMATS`. window: W instead of the folder's,
+            of ours.
+    """
     kind = BMojoForCausalLM if side == "ours" else AutoModelForCausalLM
-    return kind.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    fields = {} if window is None else {"window_size": window}
+    return kind.from_pretrained(path, dtype=FORMATS[dtype], attn_implementation="sdpa", **fields).eval()
 
 
 def random_ids(vocabulary: int, tokens: int, rows: int = 1) -> torch.Tensor:

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from .machine import describe
-from .row import Check, Figure
+from .row import Check, Figure, Limits
 
 
-SCHEMA = "bmojo-bench-1"
+SCHEMA = "bmojo-bench-2"
 OK, RED, FAILED, NOT_RUN, CUT = "ok", "parity failed", "failed", "not run", "interrupted"
 
 
 @dataclass
 class Result:
-    """What became of a row. reason: why it is not `OK`. remarks: what could not be measured inside it."""
+    """What became of a row. reason: why it is not `OK`. remarks: what else is to be said of it. seconds: it took."""
 
     row: str
     title: str
@@ -28,6 +28,7 @@ class Result:
     checks: list[Check] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Report:
         for result, stored in zip(self.results, values["results"], strict=True):
             for figure, entry in zip(result.figures, stored["figures"], strict=True):
                 entry["met"] = figure.met
+                for side, limits in figure.limits.items():
+                    entry["limits"][side]["floor"] = limits.floor
             for check in stored["checks"]:  # JSON knows no NaN and no infinity
                 check["difference"] = check["difference"] if math.isfinite(check["difference"]) else None
         return json.dumps(values, indent=1, allow_nan=False) + "\n"
@@ -68,9 +71,17 @@ class Report:
                 Check(c["what"], math.nan if c["difference"] is None else c["difference"], c["tolerance"])
                 for c in stored.pop("checks")
             ]
-            figures = [Figure(**{k: v for k, v in f.items() if k != "met"}) for f in stored.pop("figures")]
+            figures = [_figure(entry) for entry in stored.pop("figures")]
             results.append(Result(**stored, checks=checks, figures=figures))
         return cls(**values, results=results)
+
+
+def _figure(entry: dict[str, Any]) -> Figure:
+    """Return the figure of a stored entry, without what follows from the rest."""
+    values = {name: value for name, value in entry.items() if name not in ("met", "limits")}
+    sides = entry["limits"].items()
+    limits = {side: Limits(**{k: v for k, v in stored.items() if k != "floor"}) for side, stored in sides}
+    return Figure(**values, limits=limits)
 
 
 @contextmanager
@@ -121,9 +132,17 @@ def _section(result: Result) -> list[str]:
     if result.status != OK:
         parts.append(f"**{result.status}**: {result.reason}")
     if result.figures:
-        head = "| | tokens | against | ours | theirs | ratio | spread | rounds | goal | |"
-        parts.append("\n".join([head, "|---|---|---|---|---|---|---|---|---|---|", *map(_line, result.figures)]))
-    notes = [f"- {figure.name}, {figure.context:,}: {figure.note}" for figure in result.figures if figure.note]
+        head = "| | tokens | format | against | ours | theirs | ratio | spread | rounds | goal | |"
+        parts.append("\n".join([head, "|---|---|---|---|---|---|---|---|---|---|---|", *map(_line, result.figures)]))
+    bounded = [line for figure in result.figures for line in _limits_lines(figure)]
+    if bounded:
+        head = "| what limits it | tokens | format | side | operations | of them in a layer | least time | took | by |"
+        parts.append("\n".join([head, "|---|---|---|---|---|---|---|---|---|", *bounded]))
+    notes = [
+        f"- {figure.name}, {figure.context:,}, {figure.dtype}: {figure.note}"
+        for figure in result.figures
+        if figure.note
+    ]
     notes += [f"- {remark}" for remark in result.remarks]
     notes += [f"- checked: {c.what}: {c.difference:.1e}, at most {c.tolerance:.0e}" for c in result.checks]
     return [*parts, "\n".join(notes)] if notes else parts
@@ -133,8 +152,40 @@ def _line(figure: Figure) -> str:
     spread = f"{figure.low:.3g} to {figure.high:.3g}" if figure.rounds > 1 else ""
     goal = "" if figure.goal is None else f"{figure.goal:g}"
     ours, theirs = amount(figure.ours, figure.unit), amount(figure.theirs, figure.unit)
-    cells = [figure.name, f"{figure.context:,}", figure.against, ours, theirs, f"**{figure.ratio:.3g}**", spread]
+    cells = [
+        figure.name,
+        f"{figure.context:,}",
+        figure.dtype,
+        figure.against,
+        ours,
+        theirs,
+        f"**{figure.ratio:.3g}**",
+        spread,
+    ]
     return f"| {' | '.join([*cells, str(figure.rounds), goal, verdict(figure)])} |"
+
+
+def counted(limits: Limits) -> tuple[str, str]:
+    """Return how many operations start, in all and in a layer; empty where they are not counted."""
+    return tuple("" if count is None else f"{count:,}" for count in (limits.operations, limits.per_layer))
+
+
+def reason(limits: Limits) -> str:
+    """Return what the least time is made of: 565 MB at 22.4 GB/s, 571 GFLOP at 306 GFLOP/s."""
+    if limits.unit == "B":
+        return f"{amount(limits.work, 'B')} at {amount(limits.rate, 'B')}/s"
+    return f"{limits.work / 1e9:,.3g} GFLOP at {limits.rate / 1e9:,.3g} GFLOP/s"
+
+
+def _limits_lines(figure: Figure) -> list[str]:
+    """Return a line for each side: the least time beside the time that it took."""
+    took, lines = {"ours": figure.ours, "theirs": figure.theirs}, []
+    for side, limits in figure.limits.items():
+        name = "ours" if side == "ours" else figure.against
+        cells = [figure.name, f"{figure.context:,}", figure.dtype, name, *counted(limits)]
+        times = [amount(limits.floor, "s"), f"{took[side] / limits.floor:,.3g} times that", reason(limits)]
+        lines.append(f"| {' | '.join([*cells, *times])} |")
+    return lines
 
 
 def panels(report: Report) -> dict[str, list[Figure]]:

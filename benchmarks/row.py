@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .models import Models
+from .models import FORMATS, Models
 from .timing import Action, Rounds, alternate, compare
 
 
@@ -48,12 +48,34 @@ GOALS = {
 
 
 @dataclass
+class Limits:
+    """What one call of a side has to do, and what this machine needs for it at the least (`benchmarks/limits.py`).
+
+    work: bytes that it must read, or floating-point operations that it must do. unit: `"B"` or `"FLOP"`. rate: of this
+    machine, measured, per second. operations: started at torch's top level, per_layer: those of one layer; None where
+    they are not counted.
+    """
+
+    work: int
+    unit: str
+    rate: float
+    operations: int | None = None
+    per_layer: int | None = None
+
+    @property
+    def floor(self) -> float:
+        """Seconds below which this machine cannot do it."""
+        return self.work / self.rate
+
+
+@dataclass
 class Figure:
     """One line of the table, one object of the JSON.
 
     name: what was measured. against: what `theirs` is. context: tokens. unit: `"s"` or `"B"`.
     ours, theirs: medians in that unit. ratio: median of the rounds' ratios. low, high: smallest and largest of them.
     goal: the ratio to reach, None if there is none. panel: the diagram that shows this figure, None for no diagram.
+    dtype: the format of both sides, or of ours where `against` names another. limits: by side, `"ours"` and `"theirs"`.
     """
 
     name: str
@@ -69,6 +91,8 @@ class Figure:
     goal: float | None = None
     panel: str | None = None
     note: str = ""
+    dtype: str = "float32"
+    limits: dict[str, Limits] = field(default_factory=dict)
 
     @property
     def met(self) -> bool | None:
@@ -90,13 +114,16 @@ class Check:
 
 @dataclass
 class Context:
-    """How this run measures. threads: of torch, also in child processes. models: the real model and its graft."""
+    """How this run measures. threads: of torch, also in child processes. models: the real model and its graft.
+
+    dtypes: the formats that the rows of whole models measure, names of `models.FORMATS`.
+    """
 
     quick: bool
     threads: int
     device: str
     models: Models
-    seed: int = 0
+    dtypes: tuple[str, ...] = tuple(FORMATS)
     rounds: Rounds = field(init=False)
 
     def __post_init__(self):
@@ -113,7 +140,10 @@ class Context:
 
 
 class Row(NamedTuple):
-    """A row: its name on the command line, what it compares, its check and its figures (or remarks, as text)."""
+    """A row: its name on the command line, what it compares, its check and its figures (or remarks, as text).
+
+    optional: runs only when asked for. needs: a package without which it does not run.
+    """
 
     name: str
     title: str
@@ -121,6 +151,7 @@ class Row(NamedTuple):
     figures: Callable[[Context], Iterator[Figure | str]]
     device: str = "cpu"
     optional: bool = False
+    needs: str | None = None
 
 
 def figure(
@@ -131,11 +162,10 @@ def figure(
     theirs: list[float],
     unit: str = "s",
     goal: float | None = None,
-    panel: str | None = None,
-    note: str = "",
+    **told,
 ) -> Figure:
-    """Return a figure from samples of the same rounds: seconds, or bytes."""
-    return Figure(name, against, context, unit, *compare(ours, theirs), goal=goal, panel=panel, note=note)
+    """Return a figure from samples of the same rounds: seconds, or bytes. told: other fields of `Figure`."""
+    return Figure(name, against, context, unit, *compare(ours, theirs), goal=goal, **told)
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:

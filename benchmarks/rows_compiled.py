@@ -15,9 +15,9 @@ from transformers import StaticCache
 
 from modeling_bmojo import CACHE_NAME, BMojoCache
 
+from .actions import SIDES, STEPS, model_checks, models, per_token
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .rows_model import SIDES, STEPS, both, model_checks, per_token
 from .timing import Action, Rounds
 
 
@@ -77,11 +77,11 @@ def compiled_step(side: str, model: torch.nn.Module, tokens: int) -> tuple[Actio
 
 def figures(context: Context) -> Iterator[Figure | str]:
     tokens = QUICK_TOKENS if context.quick else TOKENS
-    models, actions = both(context), {}
+    pair, actions = models(context), {}
     torch._dynamo.reset()
     for side in SIDES:
         try:
-            actions[side], found = compiled_step(side, models[side], tokens)
+            actions[side], found = compiled_step(side, pair[side], tokens)
         except Exception as error:  # the compiler's own exceptions, of many types
             words = (str(error).strip().splitlines() or [""])[0]
             yield f"{side}: the compiled step was not timed: {type(error).__name__}: {words}"
@@ -89,8 +89,8 @@ def figures(context: Context) -> Iterator[Figure | str]:
         yield f"{side}: {found}"
     if "ours" not in actions:
         return
-    actions["plain"] = stepper(models["theirs"], models["theirs"], read("theirs", models["theirs"], tokens), STEPS)
-    actions["ours, plain"] = stepper(models["ours"], models["ours"], read("ours", models["ours"], tokens), STEPS)
+    actions["plain"] = stepper(pair["theirs"], pair["theirs"], read("theirs", pair["theirs"], tokens), STEPS)
+    actions["ours, plain"] = stepper(pair["ours"], pair["ours"], read("ours", pair["ours"], tokens), STEPS)
     seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=30)))
     labels = {"theirs": "source, compiled", "plain": "source, not compiled", "ours, plain": "ours, not compiled"}
     for which, label in labels.items():

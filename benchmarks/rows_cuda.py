@@ -17,13 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoConfig, BMojoForCausalLM
 
 from . import adapters, rows_attention, rows_scan
+from .actions import SIDES, filled_cache, model_checks, per_token, steps
 from .models import load, random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .rows_model import SIDES, filled_cache, model_checks, per_token, steps
 from .rows_train import optimizer_of, step
 from .timing import Action, Rounds
 
 
+DTYPE = "bfloat16"
 SCAN_TOKENS, HEADS, GROUPS, CONV_CHANNELS, TAPS = 16384, 24, 1, 1664, 4
 ATTENTION_TOKENS, WINDOW = 16384, 512
 DECODE_TOKENS, DECODE_ROWS, READ_CHUNK = 131072, 16, 4096
@@ -42,6 +43,10 @@ BACKBONE = dict(
 
 def on_gpu(values, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     return [value.to("cuda", dtype if value.is_floating_point() else value.dtype) for value in values]
+
+
+def both_of(seconds: dict[str, list[float]]) -> list[list[float]]:
+    return [seconds[side] for side in SIDES]
 
 
 def scan_actions() -> dict[str, Action]:
@@ -82,7 +87,7 @@ def scan_figures(context: Context) -> Iterator[Figure | str]:
     for (name, against), pair in pairs.items():
         seconds = context.alternate(pair)
         goal = context.goal("cuda scan" if name == "chunk scan" else "cuda conv")
-        yield figure(name, against, SCAN_TOKENS, seconds["ours"], seconds["theirs"], goal=goal)
+        yield figure(name, against, SCAN_TOKENS, *both_of(seconds), goal=goal, dtype=DTYPE)
 
 
 def attention_problem(tokens: int) -> tuple[list[torch.Tensor], tuple]:
@@ -117,7 +122,7 @@ def attention_figures(context: Context) -> Iterator[Figure | str]:
         actions["theirs"] = lambda: attention(*heads_first, is_causal=True)
     seconds = context.alternate(actions)
     goal = context.goal("cuda attention") if label.startswith("Flash") else None
-    yield figure("memory attention", label, ATTENTION_TOKENS, seconds["ours"], seconds["theirs"], goal=goal)
+    yield figure("memory attention", label, ATTENTION_TOKENS, *both_of(seconds), goal=goal, dtype=DTYPE)
 
 
 @torch.inference_mode()
@@ -133,7 +138,7 @@ def decode_figures(context: Context) -> Iterator[Figure | str]:
     actions = {side: steps(models[side], caches[side], rows=DECODE_ROWS) for side in SIDES}
     seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=60)))
     goal = context.goal("cuda decode")
-    yield figure("one decoding step, batch 16", "source", DECODE_TOKENS, seconds["ours"], seconds["theirs"], goal=goal)
+    yield figure("one decoding step, batch 16", "source", DECODE_TOKENS, *both_of(seconds), goal=goal, dtype=DTYPE)
 
 
 def train_models(**sizes: int) -> dict[str, torch.nn.Module]:
@@ -157,7 +162,7 @@ def train_checks(context: Context) -> list[Check]:
 
 def train_figures(context: Context) -> Iterator[Figure | str]:
     models = train_models()
-    actions = {side: step(models[side], TRAIN_TOKENS) for side in SIDES}
+    actions = {side: step(models[side], TRAIN_TOKENS, DTYPE) for side in SIDES}
     try:
         seconds = context.alternate(actions, Rounds(least=5, most=10, budget=60))
     finally:
@@ -165,7 +170,7 @@ def train_figures(context: Context) -> Iterator[Figure | str]:
     parameters = [sum(parameter.numel() for parameter in models[side].parameters()) / 1e9 for side in SIDES]
     note = "{:.2f} billion parameters, Llama {:.2f}".format(*parameters)
     goal = context.goal("cuda train")
-    yield figure("training step", "Llama", TRAIN_TOKENS, seconds["ours"], seconds["theirs"], goal=goal, note=note)
+    yield figure("training step", "Llama", TRAIN_TOKENS, *both_of(seconds), goal=goal, note=note, dtype=DTYPE)
 
 
 SCAN_TITLE = "SSM chunk scan and convolution, bf16, against calling mamba-ssm and causal-conv1d directly"

@@ -11,9 +11,9 @@ from transformers import FalconH1Config, FalconH1ForCausalLM
 
 from modeling_bmojo import CACHE_NAME, BMojoConfig, BMojoForCausalLM, cache_of
 
+from .actions import SIDES, per_token, prefill, steps
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .rows_model import SIDES, per_token, prefill, steps
 from .timing import Rounds
 
 

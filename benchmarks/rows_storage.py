@@ -19,9 +19,9 @@ import torch
 
 from modeling_bmojo import BMojoCache, BMojoForCausalLM
 
+from .actions import per_token, read_on, source_bytes, steps
 from .models import load, random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .rows_model import per_token, read_on, source_bytes, steps
 from .timing import Action, Rounds
 
 
@@ -88,7 +88,7 @@ def storage_figures(context: Context) -> Iterator[Figure | str]:
         note = f"and {caches['ours'].storage_nbytes / 1e6:,.0f} MB of keys and values, wherever they lie"
         yield figure("storage, bytes", "source", tokens, [held], [source_bytes(source.config, tokens)], "B", note=note)
         actions = {side: steps(model, copy.deepcopy(caches[side])) for side, model in sides(stored, plain)}
-        seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=30)))
+        seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=20)))
         goal = context.goal(f"storage decode {tokens}")
         yield figure("storage, one step", "without storage", tokens, seconds["ours"], seconds["theirs"], goal=goal)
     for tokens in QUICK_PREFILL if context.quick else PREFILL:
