@@ -9,6 +9,8 @@ u = h;  h += norm(o_proj(...));  h += norm(mlp(h)).
 Shapes: B batch, T tokens, E hidden size, H query heads, D head dim, S token positions so far.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from transformers import (
@@ -525,8 +527,9 @@ class BMojoModel(BMojoPreTrainedModel):
         hidden_states = inputs_embeds
         compiled = self._regions is not None and self._regions.take(rows, past_key_values, hidden_states.shape[1])
         more = {"regions": self._regions} if compiled else {}
-        for index in here:
-            hidden_states, _ = self.layers[index](hidden_states, rows=rows, past_key_values=past_key_values, **more)
+        with self._regions.listening() if compiled else nullcontext():
+            for index in here:
+                hidden_states, _ = self.layers[index](hidden_states, rows=rows, past_key_values=past_key_values, **more)
         last_hidden = None if past_key_values is None else past_key_values.layers[-1].last_hidden
         hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
         if past_key_values is not None:
@@ -612,7 +615,9 @@ class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
             **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
-        logits = project(self.lm_head, _kept(outputs.last_hidden_state, logits_to_keep))
+        regions = self.model._regions
+        head = project if regions is None else regions.project
+        logits = head(self.lm_head, _kept(outputs.last_hidden_state, logits_to_keep))
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         loss = None
