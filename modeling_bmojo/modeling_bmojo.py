@@ -156,10 +156,9 @@ class BMojoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling() or x.shape[1] <= MLP_BLOCK:
             return self._map(x)
-        parts = [self._map(part) for part in x.split(MLP_BLOCK, dim=1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return torch.cat([self._map(part) for part in x.split(MLP_BLOCK, dim=1)], dim=1)
 
     def _map(self, x: torch.Tensor) -> torch.Tensor:
         return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
