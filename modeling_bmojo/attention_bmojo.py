@@ -27,6 +27,7 @@ from .fading_tokens_bmojo import FadingTokens
 from .layer_memory_bmojo import LayerMemory
 from .layout_bmojo import Rows, Turns, to_columns, to_rows
 from .linear_bmojo import listeners, project
+from .memory_ops import at_least_fp32, cast
 from .parts_bmojo import Tokens
 from .share_bmojo import HEADS_STYLE, Cut, Share
 from .sketch_bmojo import KeySketch
@@ -42,12 +43,12 @@ class BMojoRMSNorm(nn.Module):
         self.share: Share | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = at_least_fp32(x)
         weight, squares = self.weight, wide.square().mean(-1, keepdim=True)
         if self.share is not None:
             weight, squares = self._of_heads(squares, x.shape[-1])
         normed = wide * torch.rsqrt(squares + self.eps)
-        return weight * normed.to(x.dtype)
+        return weight * cast(normed, x.dtype)
 
     def _of_heads(self, squares: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weight and the mean square for a device's heads, of a norm of each head or of all heads together,
@@ -270,7 +271,9 @@ class BMojoAttention(nn.Module):
             return self._attend_apart(query, own, offers, columns, options)
         if len(offers) == 1 and isinstance(offers[0], Whole):
             keys, values, visible, position = offers[0]
-            out, weights = causal_attention(query, keys.to(query.dtype), values.to(query.dtype), visible, **options)
+            out, weights = causal_attention(
+                query, cast(keys, query.dtype), cast(values, query.dtype), visible, **options
+            )
             if columns is not None and position is not None:
                 weights = weights_by_position(weights, position, columns)
             return out, weights

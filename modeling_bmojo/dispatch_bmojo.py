@@ -160,6 +160,8 @@ def device_type(tensor: torch.Tensor) -> str:
 def _widened(args: tuple) -> tuple:
     """x, dt, A, B, C, ... of a scan, with x, B and C in the dtype of the time steps."""
     x, dt, A, B, C, *rest = args
+    if x.dtype == dt.dtype == B.dtype == C.dtype:
+        return args
     wide = torch.promote_types(x.dtype, dt.dtype)
     return (x.to(wide), dt, A, B.to(wide), C.to(wide), *rest)
 

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from .dispatch_bmojo import Kernels
 from .fields_bmojo import reject
 from .layout_bmojo import Rows
+from .memory_ops import at_least_fp32, cast
 from .register_bmojo import NoDecay
 from .share_bmojo import UNCUT, Cut, Share
 from .states_bmojo import State
@@ -240,7 +241,7 @@ class HeadRMSNorm(nn.Module):
         self.cut = Cut(share, [slice(0, len(self.weight))])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = at_least_fp32(x)
         return self.cut(self.weight) * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
@@ -273,7 +274,7 @@ class CausalConv(nn.Module):
             history = history.clone()
         op = "conv_step" if x.shape[1] == 1 and history is not None else "conv"
         # k-bit preparation casts 1-D weights to fp32: cast at the call.
-        return self.kernels.run(op, x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), history)
+        return self.kernels.run(op, x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype), history)
 
 
 class SSMScalars(NoDecay):
@@ -308,4 +309,4 @@ class SSMScalars(NoDecay):
         """
         values = [None if value is None else self.cut(value, 0) for value in (self.A_log, self.dt_bias, self.D)]
         skips = None if values[2] is None else values[2].to(dtype, copy=True)
-        return -torch.exp(values[0].to(dtype)), values[1].to(dtype, copy=True), skips
+        return -torch.exp(cast(values[0], dtype)), values[1].to(dtype, copy=True), skips

@@ -34,6 +34,7 @@ from .fading_bmojo import (
 )
 from .layout_bmojo import to_columns, to_rows
 from .linear_bmojo import project
+from .memory_ops import at_least_fp32, cast, wide_dtype
 from .share_bmojo import UNCUT, Cut, Share
 from .ssm_ops import predict_input
 from .states_bmojo import shift
@@ -55,12 +56,12 @@ class GroupedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         groups = self.groups if self.share is None else max(self.groups // self.share.size, 1)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (groups, -1))
+        wide = at_least_fp32(x).unflatten(-1, (groups, -1))
         squares = wide.square().mean(-1, keepdim=True)
         if self.share is not None and self.groups < self.share.size:
             squares = self._over_devices(squares)
         normed = wide * torch.rsqrt(squares + self.eps)
-        return self.cut(self.weight) * normed.flatten(-2).to(x.dtype)
+        return self.cut(self.weight) * cast(normed.flatten(-2), x.dtype)
 
     def _over_devices(self, mean: torch.Tensor) -> torch.Tensor:
         """Return the mean `[..., 1, 1]` over all channels of the group of which several devices have some each."""
@@ -133,7 +134,7 @@ class SSDFadingMemory(GroupedFadingMemory):
         if self.normed:
             mixed = self._normed(mixed)
         # Autocast narrows conv1d but not a single step, so x goes in as narrow as a projected one would.
-        parts = [mixed] if self.projected else [self.x_cut(hidden_states).to(mixed.dtype), mixed]
+        parts = [mixed] if self.projected else [cast(self.x_cut(hidden_states), mixed.dtype), mixed]
         groups = zip(zip(*(to_rows(rows.layout, part) for part in parts)), rows.lengths)
         convolved = [self._convolve(parts, lengths, layer) for parts, lengths in groups]
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
@@ -141,10 +142,10 @@ class SSDFadingMemory(GroupedFadingMemory):
             scanned = [self._scan(*inputs, step, real, layer, predicts) for inputs, step, real in groups]
             y = to_columns(rows.layout, [out for out, _ in scanned])
             if self.gated:
-                y = y * F.silu(gate.to(y.dtype))
+                y = y * F.silu(cast(gate, y.dtype))
             if self.norm is not None:
                 y = self.norm(y)
-        y = y.to(mixed.dtype)
+        y = cast(y, mixed.dtype)
         if self.out_proj is not None:
             y = project(self.out_proj, y)
         elif self.share is not None:
@@ -183,20 +184,22 @@ class SSDFadingMemory(GroupedFadingMemory):
     ) -> tuple[torch.Tensor, Prediction | None]:
         """Return the recurrence of mixer rows in fp32 at least: of x, keys = B|C (`widths`) and dt `[R, T', H]`.
         Returns y `[R, T', H P]` and the prediction, or None."""
-        wide, tokens = torch.promote_types(x.dtype, torch.float32), dt.shape[1]
+        wide, tokens = wide_dtype(x.dtype), dt.shape[1]
         op = "scan_step" if tokens == 1 and layer is not None else "chunk_scan"
         taken = self.kernels.input_dtype(op, x, wide)
-        x = for_heads(x.to(taken).unflatten(-1, (-1, self.head_dim)), self.heads)
-        B, C = (each.unflatten(-1, (-1, self.state)) for each in keys.to(taken).split(self.sizes[1:], dim=-1))
+        x = for_heads(cast(x, taken).unflatten(-1, (-1, self.head_dim)), self.heads)
+        B, C = (each.unflatten(-1, (-1, self.state)) for each in cast(keys, taken).split(self.sizes[1:], dim=-1))
         B = B if B.shape[2] == C.shape[2] else for_heads(B, self.heads)
         A, dt_bias, D = self.scalars(wide)
-        dt = F.softplus(dt.to(wide) + dt_bias)
+        dt = F.softplus(cast(dt, wide) + dt_bias)
         if self.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*self.time_step_limit)
         if lengths is not None:
             dt = dt * (torch.arange(tokens, device=dt.device) < lengths[:, None])[..., None]
         # A copy where a backward pass may still need what the state was; else a step writes into it.
-        state = None if layer is None else layer.ssm.to(wide, copy=torch.is_grad_enabled())
+        state = None if layer is None else cast(layer.ssm, wide)
+        if state is not None and state is layer.ssm and torch.is_grad_enabled():
+            state = state.clone()
         prediction = None
         if predicts:
             with torch.no_grad():

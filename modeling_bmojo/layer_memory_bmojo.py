@@ -19,6 +19,7 @@ from .dispatch_bmojo import Kernels
 from .distance_bmojo import step_correction, with_distances
 from .fading_tokens_bmojo import FadingTokens
 from .innovation_bmojo import SIGNALS
+from .memory_ops import cast
 from .parts_bmojo import LayerSpec, MemoryPart, Tokens
 from .share_bmojo import Share
 from .states_bmojo import State
@@ -254,7 +255,7 @@ class LayerMemory:
     def _buffer_apart(self, tokens: Tokens, layer: Any, full: bool) -> tuple[Seen, Apart]:
         """Return the key buffer after a step in two: without the fading tokens, and these."""
         dtype, own, bias = tokens.query.dtype, self.part(FadingTokens).own, None
-        keys, values = layer.keys.to(dtype), layer.values.to(dtype)
+        keys, values = cast(layer.keys, dtype), cast(layer.values, dtype)
         if not full:
             bias = torch.where(self._visible(tokens, layer), 0.0, -torch.inf).to(dtype)[:, None, None]
 
@@ -267,7 +268,7 @@ class LayerMemory:
     def _buffer_now(self, tokens: Tokens, layer: Any, full: bool) -> Seen:
         """Return the same for a step whose rows have all read as much, with distances of at most D_max."""
         dtype, bias = tokens.query.dtype, None
-        keys, values = layer.keys.to(dtype), layer.values.to(dtype)
+        keys, values = cast(layer.keys, dtype), cast(layer.values, dtype)
         if not full:
             bias = torch.where(layer.positions >= 0, 0.0, -torch.inf).to(dtype)[:, None, None]
         if tokens.far is not None and (self.spec.slots or self.spec.fading):  # the window is within D_max

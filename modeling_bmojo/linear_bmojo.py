@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 8  # from about 16 rows on, the plain product uses all threads well (docs/performance.md)
 
 # Packages whose forward hooks place, gather, cast or quantise tensors and look at no column.
@@ -32,30 +33,62 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Only for an `nn.Linear` that nobody listens to or has changed: no subclass, hook, parametrisation or forward of its
     own. Every other module is called as it is.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.float32:
+    if torch.is_grad_enabled() or not x.is_cpu:
         return linear(x)
+    if torch.compiler.is_compiling():
+        return _project_compiled(linear, x)
     threads = torch.get_num_threads()
-    if threads == 1 or not 0 < x.numel() <= FEW_ROWS * x.shape[-1] or not _is_plain(linear):
+    if x.dtype != torch.float32 or threads == 1 or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
         return linear(x)
+    if not _is_plain(linear, x.dtype):
+        return linear(x)
+    parts = parts_for(linear.weight.shape[0], threads)
+    if parts == 1 or not linear.weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
+        return linear(x)
+    return _in_parts(linear, x, parts)
+
+
+def _in_parts(linear: nn.Linear, x: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return the product as one of `parts` matrices, which torch shares out to its threads."""
     weight, bias = linear.weight, linear.bias
     size_out, size_in = weight.shape
-    parts = parts_for(size_out, threads)
-    if parts == 1 or not weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
-        return linear(x)
     rows = x.reshape(1, -1, size_in).expand(parts, -1, -1)
     out = torch.bmm(rows, weight.view(parts, -1, size_in).transpose(1, 2))
     out = out.transpose(0, 1).reshape(*x.shape[:-1], size_out)
     return out if bias is None else out + bias
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling the module is the product with its weight and nothing else."""
+def _project_compiled(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Do what `project` does where a compiler traces it: one row is written out as sums, in fp32 at least, from which
+    the compiler makes a loop over W on all threads that reads it at the speed of the memory; on one thread, too, it is
+    faster than the libraries' products of one row (docs/performance.md).
+
+    Not for an exported program, which others run, each with its own products; not in float64, where results are
+    compared to the last bits.
+    """
+    if torch.compiler.is_exporting() or not is_one_narrow_row(x):
+        return linear(x)
+    if torch.is_autocast_enabled("cpu") or not _is_plain(linear, x.dtype):
+        return linear(x)
+    weight, bias = linear.weight, linear.bias
+    out = (x.reshape(-1).float() * weight.float()).sum(-1)
+    out = out if bias is None else out + bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def is_one_narrow_row(x: torch.Tensor) -> bool:
+    """Whether x `[..., I]` is a single row, of a dtype whose product is written out where it is compiled."""
+    return x.dtype in NARROW and x.numel() == x.shape[-1]
+
+
+def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling the module is the product with its weight of this dtype and nothing else."""
     if type(linear) is not nn.Linear:
         return False
     weight = linear.weight
     return (
         type(weight) is nn.Parameter  # no tensor subclass: it may be sharded or quantised
-        and weight.dtype == torch.float32
+        and weight.dtype == dtype
         and weight.is_cpu  # a weight may be elsewhere, or nowhere, until a forward of its own has fetched it
         and "forward" not in linear.__dict__
         and not (

@@ -39,7 +39,7 @@ def prediction_error(value: torch.Tensor, prediction: torch.Tensor, total: OverD
     Args:
         total: the sum over devices that each have a part of the last dimension; None: it is whole.
     """
-    value, prediction = _at_least_fp32(value), _at_least_fp32(prediction)
+    value, prediction = at_least_fp32(value), at_least_fp32(prediction)
     squares = [torch.linalg.vector_norm(x, dim=-1).square() for x in (value - prediction, value, prediction)]
     missed, own, expected = squares if total is None else total(torch.stack(squares)).unbind()
     return missed / (own + expected + INNOVATION_EPS)
@@ -56,7 +56,7 @@ def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
     """
     with torch.no_grad():
         taps, tokens = history.shape[1], y.shape[1]
-        history, y = _at_least_fp32(history), _at_least_fp32(y)
+        history, y = at_least_fp32(history), at_least_fp32(y)
         if tokens == 1:
             return prediction_error(y, history.mean(dim=1, keepdim=True))
         if y.device.type != "cpu" or torch.compiler.is_compiling():
@@ -86,15 +86,17 @@ def key_innovation(
         tokens, errors = keys.shape[1], []
         size = tokens if torch.compiler.is_compiling() else KEY_BLOCK
         for first in range(0, tokens, max(size, 1)):
-            part = _at_least_fp32(keys[:, first : first + size])
+            part = at_least_fp32(keys if tokens <= size else keys[:, first : first + size])
             wide = part.to(total.dtype)
             before = total[:, None] + wide.cumsum(dim=1) - wide if part.shape[1] > 1 else total[:, None]
-            number = count[:, None] + torch.arange(first, first + part.shape[1], device=keys.device)
+            number = count[:, None]
+            if tokens > 1:
+                number = number + torch.arange(first, first + part.shape[1], device=keys.device)
             mean = (before / number.clamp(min=1)[..., None, None]).to(part.dtype)
             errors.append(prediction_error(part, mean).mean(dim=-1))
             if first + size < tokens:
                 total = total + wide.sum(dim=1)
-        error = torch.cat(errors, dim=1) if errors else keys.new_zeros(keys.shape[:2])
+        error = keys.new_zeros(keys.shape[:2]) if not errors else torch.cat(errors, 1) if errors[1:] else errors[0]
         error = error if average is None else average(error)
         # One token repeated: what rounding leaves must not decide against "ties: the older token stays".
         return error.masked_fill(error < ROUNDING, 0.0)
@@ -281,5 +283,16 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _at_least_fp32(value: torch.Tensor) -> torch.Tensor:
-    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower: what sums are formed in."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def at_least_fp32(value: torch.Tensor) -> torch.Tensor:
+    """Return the value in its `wide_dtype`."""
+    return cast(value, wide_dtype(value.dtype))
+
+
+def cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`value.to(dtype)`; a step asks for it so often that it shows where there is nothing to do."""
+    return value if value.dtype == dtype else value.to(dtype)

@@ -9,6 +9,8 @@ u = h;  h += norm(o_proj(...));  h += norm(mlp(h)).
 Shapes: B batch, T tokens, E hidden size, H query heads, D head dim, S token positions so far.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from transformers import (
@@ -154,10 +156,9 @@ class BMojoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling() or x.shape[1] <= MLP_BLOCK:
             return self._map(x)
-        parts = [self._map(part) for part in x.split(MLP_BLOCK, dim=1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return torch.cat([self._map(part) for part in x.split(MLP_BLOCK, dim=1)], dim=1)
 
     def _map(self, x: torch.Tensor) -> torch.Tensor:
         return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
@@ -525,8 +526,9 @@ class BMojoModel(BMojoPreTrainedModel):
         hidden_states = inputs_embeds
         compiled = self._regions is not None and self._regions.take(rows, past_key_values, hidden_states.shape[1])
         more = {"regions": self._regions} if compiled else {}
-        for index in here:
-            hidden_states, _ = self.layers[index](hidden_states, rows=rows, past_key_values=past_key_values, **more)
+        with self._regions.listening() if compiled else nullcontext():
+            for index in here:
+                hidden_states, _ = self.layers[index](hidden_states, rows=rows, past_key_values=past_key_values, **more)
         last_hidden = None if past_key_values is None else past_key_values.layers[-1].last_hidden
         hidden_states = carry_last(self.norm(hidden_states), mask, last_hidden)
         if past_key_values is not None:
@@ -612,7 +614,9 @@ class BMojoForCausalLM(BMojoPreTrainedModel, BMojoGenerationMixin):
             **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
-        logits = project(self.lm_head, _kept(outputs.last_hidden_state, logits_to_keep))
+        regions = self.model._regions
+        head = project if regions is None else regions.project
+        logits = head(self.lm_head, _kept(outputs.last_hidden_state, logits_to_keep))
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         loss = None

@@ -6,10 +6,12 @@ layer or to a token. So a region is a layer's `transform`, which is given the la
 tensors how much was read (`BMojoCacheLayer.told_by_tensors`).
 
 Compiled are steps of one token per row, where a CPU waits for many small operations; texts of more tokens differ in
-length, and their time is that of large products.
+length, and their time is that of large products. Where a compiler writes a product of one row better than the library
+does (`linear_bmojo`), the head's is compiled as well.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
@@ -17,10 +19,15 @@ import torch
 from torch import nn
 
 from .layout_bmojo import Rows
+from .linear_bmojo import is_one_narrow_row, project
 
 
 def _transform(layer: nn.Module, hidden_states: torch.Tensor, rows: Rows, cache: Any):
     return layer.transform(hidden_states, rows, cache)
+
+
+def _head(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return project(linear, x)
 
 
 class Regions:
@@ -49,16 +56,30 @@ class Regions:
             return False
         return cache.layers[0].started and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
+    @staticmethod
+    def listening() -> AbstractContextManager:
+        """Within it programs look for hooks at every call: left to itself, torch.compile takes it that those of a
+        program's first module are those of all, so that a hook inside one layer would be heard in every layer or in
+        none."""
+        return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+
     def transform(self, layer: nn.Module, hidden_states: torch.Tensor, rows: Rows, cache: Any):
-        """`layer.transform` of these arguments, compiled."""
+        """`layer.transform` of these arguments, compiled; within `listening`."""
         cache.prepare(hidden_states, layer.memory)
         with cache.told_by_tensors(hidden_states.shape[1]):
-            return self._program(layer.spec.kind)(layer, hidden_states, rows, cache)
+            return self._program(_transform, layer.spec.kind)(layer, hidden_states, rows, cache)
 
-    def _program(self, kind: str) -> Callable:
+    def project(self, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`project` of these arguments; compiled if it is of one row on a CPU, without gradient."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.is_cpu and is_one_narrow_row(x)):
+            return project(head, x)
+        with self.listening():
+            return self._program(_head, "head")(head, x.reshape(-1).view(x.shape))  # strides as every row has them
+
+    def _program(self, function: FunctionType, kind: str) -> Callable:
         if kind not in self.programs:
             # The compiler counts the variants of a code object and gives up after a few: one for each kind and model.
-            code = _transform.__code__.replace(co_name=f"transform_{kind}")
+            code = function.__code__.replace(co_name=f"transform_{kind}")
             self.programs[kind] = torch.compile(FunctionType(code, globals()), **self.options)
         return self.programs[kind]
 

@@ -11,6 +11,7 @@ A token whose dt is 0 leaves the state as it was: that is how pads are passed ov
 
 import torch
 
+from .memory_ops import cast
 from .scan_ops import scan_chunks
 
 
@@ -91,9 +92,9 @@ def step_ssd(
     """
     if x.shape[1] != 1:
         raise ValueError(f"x has {x.shape[1]} tokens: step_ssd takes exactly one; use chunk_ssd for more.")
-    decay = torch.exp(dt[:, 0] * A)[..., None, None]
     if initial_state is None:
         return _step(x, dt, A, B, C, D, _no_state(x, B))
+    decay = torch.exp(dt * A).view(*initial_state.shape[:2], 1, 1)
     return _step(x, dt, A, B, C, D, decay * initial_state if torch.is_grad_enabled() else initial_state.mul_(decay))
 
 
@@ -131,7 +132,7 @@ def causal_conv(
         return x
     if history is None:
         history = x.new_zeros(x.shape[0], kernel - 1, x.shape[2])
-    history = history.to(x.dtype)
+    history = cast(history, x.dtype)
     if tokens == 1:
         out = (torch.cat([history, x], dim=1) * weight.T).sum(1, keepdim=True)
         return out if bias is None else out + bias
@@ -180,6 +181,6 @@ def _step(
     rows, _, groups, width = B.shape
     u = dt[..., None] * x
     state = decayed.unflatten(1, (groups, -1))
-    state.addcmul_(u.view(*state.shape[:-1], 1), B[:, 0, :, None, None])
+    state.addcmul_(u.view(*state.shape[:-1], 1), B.view(rows, groups, 1, 1, width))
     y = torch.bmm(C.reshape(rows * groups, 1, width), state.reshape(rows * groups, -1, width).mT).view_as(x)
     return (y if D is None else torch.addcmul(y, D[:, None], x)), decayed

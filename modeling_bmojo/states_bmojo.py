@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .memory_ops import widest
+from .memory_ops import cast, widest
 
 
 GROWTH = 256  # entries by which a buffer grows at least
@@ -112,13 +112,14 @@ def shift(history: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor | None
     Where C' < C only the channels from `first` on move; the caller moves the others.
     """
     with torch.no_grad():
-        history = history[..., first : first + new.shape[-1]]
+        if new.shape[-1] < history.shape[-1]:
+            history = history[..., first : first + new.shape[-1]]
         kept = history.shape[1]
         if kept == 0:
             return
         if lengths is None:
-            new = new[:, max(new.shape[1] - kept, 0) :]  # torch_xla takes no index before the first
-            history.copy_(torch.cat([history, new.to(history.dtype)], dim=1)[:, -kept:])
+            new = new[:, new.shape[1] - kept :] if new.shape[1] > kept else new
+            history.copy_(torch.cat([history, cast(new, history.dtype)], dim=1)[:, -kept:])
             return
         index = lengths[:, None] + torch.arange(-kept, 0, device=history.device)
         fresh = take(new, index.clamp(min=0)).to(history.dtype)

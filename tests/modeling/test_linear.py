@@ -205,6 +205,50 @@ def test_few_fp32_rows_compile_without_a_graph_break(fields, two_threads):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_one_row_of_compiled_code_is_a_sum_in_fp32(dtype, bias, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    linear, x = nn.Linear(24, 31, bias=bias, dtype=dtype), torch.randn(1, 1, 24, dtype=dtype)
+    found, exact = project(linear, x), copy.deepcopy(linear).double()(x.double())
+    assert found.dtype == dtype and found.shape == (1, 1, 31)
+    torch.testing.assert_close(found, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("subclass", "hook", "pre-hook", "forward of its own", "accelerate", "parametrisation", "pruning"),
+        *("global hook", "global pre-hook", "quantised"),
+    ],
+)
+@torch.no_grad()
+def test_whoever_changed_a_map_is_heard_in_compiled_code(how, monkeypatch):
+    x = torch.randn(1, 1, 24)
+    linear, undo = changed(how)
+    try:
+        expected = linear(x)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = project(linear, x)
+    finally:
+        if undo is not None:
+            undo.remove()
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_more_rows_float64_and_autocast_take_the_plain_product_in_compiled_code(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    linear, wide = nn.Linear(24, 30), nn.Linear(24, 30).double()
+    for x in (torch.randn(1, 2, 24), torch.randn(1, 0, 24)):
+        assert torch.equal(project(linear, x), linear(x))
+    x = torch.randn(1, 1, 24, dtype=torch.float64)
+    assert torch.equal(project(wide, x), wide(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert project(linear, torch.randn(1, 1, 24)).dtype == torch.bfloat16
+
+
 def test_time_step_projections_start_as_mambas():
     """Mamba's dt_proj.weight: uniform within one over the root of its rank, unlike other linear maps."""
     config = BMojoConfig(**{**SIZES, "hidden_size": 64, "ssm_type": "mamba", "ssm_time_step_rank": 9})

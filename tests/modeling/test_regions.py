@@ -177,6 +177,26 @@ def test_a_copy_has_programs_of_its_own():
         assert programs() == before + 1
 
 
+@torch.no_grad()
+def test_one_narrow_row_is_written_out_and_hooks_are_heard():
+    """Products and the head's in fp32 equal the plain ones; a map with a hook is called, and gives what that says."""
+    model, ids = build().float(), torch.randint(0, VOCAB, (1, PROMPT + 1))
+    cache = cache_of(model(ids[:, :PROMPT]))
+    plain = model(ids[:, PROMPT:], past_key_values=copy.deepcopy(cache)).logits
+    torch.testing.assert_close(compiled(model)(ids[:, PROMPT:], past_key_values=copy.deepcopy(cache)).logits, plain)
+    assert programs() == 2
+    fast = compiled(model)
+    fast(ids[:, PROMPT:], past_key_values=copy.deepcopy(cache))
+    for hooked in ("model.layers.1.mlp.down_proj", "model.layers.0.mlp", "lm_head"):
+        for form in (fast, model):  # after the programs were made
+            form.get_submodule(hooked).register_forward_hook(lambda module, arguments, output: output + 1)
+        heard = model(ids[:, PROMPT:], past_key_values=copy.deepcopy(cache)).logits
+        for form in (fast, compiled(model)):
+            found = form(ids[:, PROMPT:], past_key_values=copy.deepcopy(cache)).logits
+            torch.testing.assert_close(found, heard)
+        assert (heard - plain).abs().max() > 0.1
+
+
 def test_a_storage_is_refused():
     with pytest.raises(ValueError, match=r"storage_size=4.*storage_size=0"):
         build(storage_size=4).compile_regions()
