@@ -217,6 +217,12 @@ class _Solve(torch.autograd.Function):
 
 def _solve(H, keys, weights, start, queries, steps: int, ridge: float) -> torch.Tensor:
     """Return what `_Solve` does."""
+    if torch.compiler.is_compiling():  # an exported program may run where gradients are on, which no `out=` can
+        found, before = queries * _first(ridge), torch.zeros_like(queries)
+        for keep, step, back in _rule(steps, ridge):
+            entered = torch.bmm(found * start, H.mT) + torch.bmm(torch.bmm(found, keys.mT) * weights, keys)
+            found, before = keep * found + back * before + step * (queries - entered), found
+        return found
     iterates, _ = _iterates(H, keys, weights, start, queries, _rule(steps, ridge), ridge, False)
     return iterates[steps % len(iterates)]
 
