@@ -110,6 +110,9 @@ def test_every_map_inside_layers_is_converted_and_nothing_else(kind, name, folde
 @torch.no_grad()
 def test_it_reads_and_writes_as_its_dequantised_weights(kind, name, folders):
     model = load(folders[name], kind)
+    for module in model.modules():  # a kernel of bitsandbytes' for some CPUs rounds what goes in to bfloat16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     twin, ids = plain_twin(model, folders[name]), tokens()
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
