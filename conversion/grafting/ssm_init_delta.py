@@ -34,7 +34,7 @@ import torch
 from modeling_bmojo import BMojoConfig
 
 from .ssm_projection import inner_projection
-from .ssm_scalars import check_time_constants, smoother_time_constants
+from .ssm_scalars import check_start, smoother_time_constants
 
 
 DELTA_FIELDS = {
@@ -57,10 +57,7 @@ def delta_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict
 
 def check_delta(config: BMojoConfig, tau: tuple[float, float]) -> None:
     """Refuse a config or time constants that this start cannot honour (ValueError)."""
-    for name, value in DELTA_FIELDS.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{name}={getattr(config, name)!r}: ssm_init='delta' needs {value!r}; leave it out.")
-    check_time_constants(config, tau)
+    check_start("delta", DELTA_FIELDS, config, tau)
 
 
 def delta(

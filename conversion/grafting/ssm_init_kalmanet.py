@@ -37,7 +37,7 @@ from modeling_bmojo.kalma_ops import step_kalma
 
 from .ssm_init_delta import DELTA_DEFAULTS
 from .ssm_projection import inner_projection
-from .ssm_scalars import check_time_constants, smoother_time_constants
+from .ssm_scalars import check_start, smoother_time_constants
 
 
 KALMANET_FIELDS = {
@@ -64,10 +64,7 @@ def kalmanet_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> d
 
 def check_kalmanet(config: BMojoConfig, tau: tuple[float, float]) -> None:
     """Refuse a config or time constants that this start cannot honour (ValueError)."""
-    for name, value in (KALMANET_FIELDS | {"ssm_num_groups": config.ssm_num_heads}).items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{name}={getattr(config, name)!r}: ssm_init='kalmanet' needs {value!r}; leave it out.")
-    check_time_constants(config, tau)
+    check_start("kalmanet", KALMANET_FIELDS | {"ssm_num_groups": config.ssm_num_heads}, config, tau)
 
 
 def solution_of_one(config: BMojoConfig) -> float:

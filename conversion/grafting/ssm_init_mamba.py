@@ -34,7 +34,7 @@ from modeling_bmojo import BMojoConfig
 
 from .ssm_init_delta import DELTA_DEFAULTS
 from .ssm_projection import inner_projection
-from .ssm_scalars import check_time_constants, constant_scalars, smoother_time_constants
+from .ssm_scalars import check_start, constant_scalars, smoother_time_constants
 
 
 MAMBA_FIELDS = {
@@ -60,12 +60,9 @@ def mamba_memory(backbone: Mapping[str, Any], memory: Mapping[str, Any]) -> dict
 
 def check_mamba(config: BMojoConfig, tau: tuple[float, float]) -> None:
     """Refuse a config or time constants that this start cannot honour (ValueError)."""
-    for name, value in MAMBA_FIELDS.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{name}={getattr(config, name)!r}: ssm_init='mamba' needs {value!r}; leave it out.")
+    check_start("mamba", MAMBA_FIELDS, config, tau)
     if config.ssm_num_heads * config.ssm_head_dim < 2:
         raise ValueError("ssm_num_heads=1, ssm_head_dim=1: ssm_init='mamba' needs 2 channels; leave one of them out.")
-    check_time_constants(config, tau)
 
 
 def mamba(

@@ -9,6 +9,8 @@ Shapes: H heads of the SSM.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -30,6 +32,15 @@ def constant_scalars(dt: torch.Tensor) -> dict[str, torch.Tensor]:
         "scalars.dt_bias": dt + torch.log(-torch.expm1(-dt)),  # softplus^-1
         "scalars.D": torch.zeros_like(dt),
     }
+
+
+def check_start(init: str, fields: Mapping[str, Any], config: BMojoConfig, tau: tuple[float, float]) -> None:
+    """Refuse a config without the `fields` that the start `init` stands on, or time constants that it cannot honour
+    (ValueError)."""
+    for name, value in fields.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}={getattr(config, name)!r}: ssm_init={init!r} needs {value!r}; leave it out.")
+    check_time_constants(config, tau)
 
 
 def check_time_constants(config: BMojoConfig, tau: tuple[float, float]) -> None:
