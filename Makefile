@@ -85,7 +85,8 @@ demo: $(HAVE_PACKAGE) $(if $(SOURCE),,$(HAVE_SMOLLM2))
 
 # One process per core, four at most (each may hold a real model); tests/conftest.py gives each a single torch thread,
 # and the long files come first: sorted by number of tests, those with few and long ones would be left to the end.
-PYTEST_SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A process that had to be ended is not replaced: the next would begin with the same test.
+PYTEST_SPREAD := -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 test: $(HAVE_TEST) $(HAVE_SMOLLM2)
 	@echo "==> test: pytest, one process per core"
 	@$(PY) -m pytest $(PYTEST_SPREAD) --durations 15 $(ARGS)
