@@ -1,6 +1,8 @@
 """Row "int8": one more token of the graft with torchao's 8-bit weights (docs/quantised.md) against itself in fp32.
 
 Behind T tokens that both have read, W=512. Activations, cache and head stay fp32. It runs where torchao is installed.
+A plain step multiplies with numbers that it has converted to fp32 first; one compiled by regions converts them as it
+reads them. Where compiling fails, a remark says so and the plain steps alone are timed.
 """
 
 import functools
@@ -15,6 +17,7 @@ from .actions import models, per_token, read_on, steps, steps_check
 from .limits import step_limits, weight_bytes
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
+from .rows_compiled import compiled_step
 from .timing import Rounds
 
 
@@ -47,16 +50,28 @@ def checks(context: Context) -> list[Check]:
     return [steps_check(pair["ours"], "float32"), Check(what, apart, NEAR)]
 
 
-def figures(context: Context) -> Iterator[Figure]:
+def figures(context: Context) -> Iterator[Figure | str]:
     pair, tokens = both(context), QUICK_TOKENS if context.quick else TOKENS
     caches = {side: BMojoCache(model.config) for side, model in pair.items()}
     for side, model in pair.items():
         read_on(model, caches[side], tokens)
     bounds = {side: step_limits(model, caches[side], steps(model, caches[side], 1)) for side, model in pair.items()}
     actions = {side: steps(model, caches[side]) for side, model in pair.items()}
-    seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=30)))
-    name, told = "one decoding step, int8 weights", dict(dtype="int8", limits=bounds)
-    yield figure(name, "itself, fp32", tokens, seconds["ours"], seconds["theirs"], **told)
+    for side, label in (("ours", "int8"), ("theirs", "fp32")):
+        try:
+            actions[f"{side}, compiled"], found = compiled_step("ours", pair[side], tokens)
+            yield f"{label}, compiled by regions: {found}"
+        except Exception as error:  # the compiler's own exceptions, of many types
+            words = (str(error).strip().splitlines() or [""])[0]
+            yield f"{label}: the compiled step was not timed: {type(error).__name__}: {words}"
+    seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=40)))
+    plain, told = seconds["theirs"], dict(dtype="int8", limits=bounds)
+    yield figure("one decoding step, int8 weights", "itself, fp32", tokens, seconds["ours"], plain, **told)
+    if "ours, compiled" in seconds:
+        name, steps_of = "one decoding step, int8 weights, compiled", seconds["ours, compiled"]
+        yield figure(name, "itself, fp32", tokens, steps_of, plain, **told)
+        if "theirs, compiled" in seconds:
+            yield figure(name, "itself, fp32, compiled", tokens, steps_of, seconds["theirs, compiled"], dtype="int8")
     sizes = [[weight_bytes(pair[side])] for side in ("ours", "theirs")]
     yield figure("weights that a step reads", "itself, fp32", tokens, *sizes, "B", dtype="int8")
 

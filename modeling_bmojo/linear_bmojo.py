@@ -68,10 +68,16 @@ def _project_compiled(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """
     if torch.compiler.is_exporting() or not is_one_narrow_row(x):
         return linear(x)
-    if torch.is_autocast_enabled("cpu") or not _is_plain(linear, x.dtype):
+    if torch.is_autocast_enabled("cpu"):
         return linear(x)
     weight, bias = linear.weight, linear.bias
-    out = (x.reshape(-1).float() * weight.float()).sum(-1)
+    if is_dequantised(weight) and _is_unchanged(linear):
+        numbers = weight.dequantize()  # never as a whole: within the loop of the sums
+    elif _is_plain(linear, x.dtype):
+        numbers = weight
+    else:
+        return linear(x)
+    out = (x.reshape(-1).float() * numbers.float()).sum(-1)
     out = out if bias is None else out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
@@ -83,17 +89,37 @@ def is_one_narrow_row(x: torch.Tensor) -> bool:
 
 def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Whether calling the module is the product with its weight of this dtype and nothing else."""
-    if type(linear) is not nn.Linear:
+    if not _is_unchanged(linear):
         return False
     weight = linear.weight
     return (
         type(weight) is nn.Parameter  # no tensor subclass: it may be sharded or quantised
         and weight.dtype == dtype
         and weight.is_cpu  # a weight may be elsewhere, or nowhere, until a forward of its own has fetched it
+    )
+
+
+def _is_unchanged(linear: nn.Module) -> bool:
+    """Whether calling the module is `nn.Linear.forward` and nothing else."""
+    return (
+        type(linear) is nn.Linear
         and "forward" not in linear.__dict__
         and not (
             linear._forward_hooks or linear._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks
         )
+    )
+
+
+def is_dequantised(weight: torch.Tensor) -> bool:
+    """Whether a product with this weight is one with `weight.dequantize()`: torchao's 8-bit numbers with scales, where
+    what is multiplied with them is neither scaled nor rounded first."""
+    kind = type(weight)
+    return (
+        kind.__name__ == "Int8Tensor"
+        and kind.__module__.partition(".")[0] == "torchao"
+        and weight.is_cpu
+        and weight.act_quant_kwargs is None
+        and weight.act_pre_scale is None
     )
 
 

@@ -4,6 +4,7 @@
 ways once they are, and all other tests run without.
 """
 
+import copy
 import json
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from optimum import quanto
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoConfig, BMojoForCausalLM
+from modeling_bmojo import CACHE_NAME, BMojoCache, BMojoConfig, BMojoForCausalLM, linear_bmojo
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES
 
@@ -123,6 +124,46 @@ def test_it_reads_and_writes_as_its_dequantised_weights(kind, name, folders):
     torch.testing.assert_close(torch.cat(parts, dim=1), twin(ids).logits, **NEAR)
     written = model.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(written, twin.generate(ids, attention_mask=mask, **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "s6", "mixed"])
+@torch.no_grad()
+def test_compiled_steps_read_eight_bits_as_they_are(name, folders):
+    """Every map of torchao's is written out as sums over its dequantised numbers; the programs stay one per kind."""
+    model, ids, programs = load(folders[name], "torchao int8"), tokens(rows=1), []
+
+    def backend(program, inputs):
+        products = (nn.functional.linear, torch.matmul)
+        programs.append({node.name for node in program.graph.nodes if node.target in products})
+        return program
+
+    cache = BMojoCache(model.config)
+    model(ids[:, :20], **{CACHE_NAME: cache})
+    states = copy.deepcopy(cache)
+    plain = [model(token, **{CACHE_NAME: cache}).logits for token in ids[:, 20:].split(1, dim=1)]
+    torch.compiler.reset()
+    model.compile_regions(backend=backend, fullgraph=True)
+    found = [model(token, **{CACHE_NAME: states}).logits for token in ids[:, 20:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(found), torch.cat(plain), rtol=1e-4, atol=1e-5)
+    kinds = set(model.config.layer_types)
+    assert len(kinds) < len(programs) <= len(kinds) + 1 + ("full_attention" in kinds)  # once more for any size
+    assert set().union(*programs) <= {"dt"}  # that map of S6 is no module's call
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_weights_that_round_or_scale_what_goes_in_are_called(monkeypatch):
+    linear = nn.Linear(64, 32, bias=True)
+    for kind, known in ((Int8WeightOnlyConfig(), True), (Int8DynamicActivationInt8WeightConfig(), False)):
+        model = nn.Sequential(copy.deepcopy(linear))
+        quantize_(model, kind)
+        x = torch.randn(1, 1, 64)
+        expected = model(x)
+        assert linear_bmojo.is_dequantised(model[0].weight) == known
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            found = linear_bmojo.project(model[0], x)
+        torch.testing.assert_close(found, expected, rtol=1e-5 * known, atol=1e-5 * known)
 
 
 @pytest.mark.parametrize("name", MODELS)
