@@ -1,12 +1,14 @@
 """Shows B'MOJO at work on real input: `python -m conversion.demo`, or `make demo`.
 
-    python -m conversion.demo [--source X] [--output DIR] [--document FILE] [--question TEXT] [--set key=value ...]
+    python -m conversion.demo [--source X] [--output DIR] [--document FILE] [--question TEXT] [--compile]
+                              [--set key=value ...]
 
 Grafts SmolLM2-135M-Instruct (or `--source`: hub id, local folder, .gguf file) with a storage, reads a document of many
 windows, and asks for a sentence that stands far outside the window. Then it shows which passages of the document the
 answer drew on, what a plain sliding window of the same bytes answers to the same question, and what both cost.
 Everything it writes lies in `outputs/` of the checkout; after `pip install`, of the working directory. A second run
-reuses the graft.
+reuses the graft. With `--compile` the graft has the memories of its recipe instead, and its steps run compiled
+(`model.compile_regions`), which a storage's cannot; that takes a C++ compiler.
 """
 
 import argparse
@@ -82,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--document", help="text file to read (default: sections of Python's reference)")
     parser.add_argument("--question", help=f"default: {QUESTION!r}")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer")
+    parser.add_argument("--compile", action="store_true", help="no storage, and steps by compiled programs: faster words")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a graft setting")
     return parser.parse_args(argv)
 
@@ -120,21 +123,26 @@ def graft(arguments: argparse.Namespace) -> Path:
         ValueError: it did not succeed; its own message has been printed.
     """
     name = "smollm2-135m" if arguments.source is None else Path(arguments.source).name.removesuffix(".gguf").lower()
-    output = Path(arguments.output) if arguments.output else OUTPUTS / f"{name}-bmojo-storage"
+    suffix, memory = ("bmojo", ()) if arguments.compile else ("bmojo-storage", MEMORY)
+    output = Path(arguments.output) if arguments.output else OUTPUTS / f"{name}-{suffix}"
     program = f"{__package__}.graft"
     called = [sys.executable, "-m", program, str(SETTINGS), "--reuse", "--output", str(output.absolute())]
     if arguments.source is not None:
         source = Path(arguments.source)
         called += ["--source", str(source.absolute()) if source.exists() else arguments.source]
-    for assignment in (*MEMORY, *arguments.set):
+    for assignment in (*memory, *arguments.set):
         called += ["--set", assignment]
     if subprocess.run(called, cwd=ROOT, check=False).returncode:
         raise ValueError("the graft did not succeed; see the message above.")
     return output
 
 
-def load(folder: Path, **fields: Any) -> tuple[Any, Any]:
-    """Tokenizer and model, by the Auto classes; `fields` replace those of the folder's configuration."""
+def load(folder: Path, compiled: bool, **fields: Any) -> tuple[Any, Any]:
+    """Tokenizer and model, by the Auto classes; `fields` replace those of the folder's configuration.
+
+    Raises:
+        ValueError: there is no chat template; or the steps are to be compiled, and the model has a storage.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     import modeling_bmojo  # noqa: F401  (registers the Auto classes)
@@ -147,6 +155,8 @@ def load(folder: Path, **fields: Any) -> tuple[Any, Any]:
     logging.set_verbosity(loud)
     if tokenizer.chat_template is None:
         raise ValueError("the source's tokenizer has no chat template; the demo needs an instruct model.")
+    if compiled:
+        model.compile_regions()
     return tokenizer, model
 
 
@@ -285,7 +295,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("[1/5] Graft: copy a Transformer's weights into a B'MOJO model, initialise its memories", flush=True)
     folder = graft(arguments)
     print(f"\n[2/5] Load {os.path.relpath(folder)} with AutoModelForCausalLM", flush=True)
-    tokenizer, model = load(folder)
+    tokenizer, model = load(folder, arguments.compile)
     head, tail = frame(tokenizer, document, question)
     window, fetched = model.config.window_size, model.config.storage_size
     print(f"      {type(model).__name__}, {model.num_parameters() / 1e6:,.0f} million parameters, {model.dtype}")
@@ -293,6 +303,10 @@ def run(arguments: argparse.Namespace) -> int:
     if fetched:
         what = f"for every new token each key/value head fetches {fetched:,} of them."
         print(f"      Older tokens go into a store; {what}")
+    elif len(head) > window:
+        print("      There is no store: of older tokens few are kept, so that the answer may be out of reach.")
+    if arguments.compile:
+        print("      Steps run compiled; the first word waits for the compiler, once.")
     if len(head) > model.config.max_position_embeddings:
         print(
             f"      (more than the {model.config.max_position_embeddings:,} positions that the source was trained for)"
@@ -307,7 +321,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"      A window of {same:,} tokens takes as many bytes as the fast memory above.")
     if same >= len(head):
         print("      (the text is so short that all of it fits; nothing is proved by that)")
-    plain = load(folder, window_size=same, **PLAIN)[1]
+    plain = load(folder, arguments.compile, window_size=same, **PLAIN)[1]
     print(f"      Question: {question}", flush=True)
     theirs = read_and_answer(plain, tokenizer, head, tail, arguments.max_new_tokens)
     show_costs([("B'MOJO", model, ours), ("sliding window", plain, theirs)], len(tail))

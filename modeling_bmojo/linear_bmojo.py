@@ -1,9 +1,12 @@
-"""Linear maps for decoding on CPUs: the product with few rows on all threads.
+"""Linear maps on CPUs: fp32 products by oneDNN, and one row of compiled code written out.
 
     y = x W^T + b                    x [..., I], W [O, I], y [..., O]
 
-Decoding waits for W to come from memory, and the fp32 product of a few rows with W runs on one thread, whatever the
-number of threads. Cut into as many parts of O as there are threads, the same dot products run on all of them.
+torch's fp32 product on x86 CPUs is MKL's, which runs a few rows on one thread, whatever the number of threads, and on
+CPUs that are not Intel's leaves half of their width unused. oneDNN, which is built into torch too and takes its
+products in 16 bits, does neither. A call of it takes longer; so where one row waits for W to come from memory, W is cut
+into as many parts of O as there are threads, and MKL runs the same dot products on all of them. Figures:
+docs/performance.md.
 
 The maps are `nn.Linear` itself, which tools that quantise, prune or adapt models look for by exact type. Who calls one
 asks `project`, and where anything but the plain product is wanted, the module is called.
@@ -19,42 +22,48 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-FEW_ROWS = 8  # from about 16 rows on, the plain product uses all threads well (docs/performance.md)
+WORTH = 1 << 18  # products of numbers, from which on oneDNN's longer call is paid back
 
 # Packages whose forward hooks place, gather, cast or quantise tensors and look at no column.
 INFRASTRUCTURE = ("torch", "accelerate", "deepspeed", "transformers", "optimum")
 
 PACKED_ROWS = 32  # of a weight, which bitsandbytes' kernel for CPUs holds together
 
+# Of torch.compile's own code for fp32 on CPUs: (x, W, b, what follows, its scalars and its algorithm).
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
+
 
 def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`linear(x)`, `[..., I]` to `[..., O]`; a handful of rows in fp32 on a CPU, without gradient, on all threads.
+    """`linear(x)`, `[..., I]` to `[..., O]`; in fp32 on an x86 CPU, without gradient, by oneDNN or on all threads.
 
     Only for an `nn.Linear` that nobody listens to or has changed: no subclass, hook, parametrisation or forward of its
-    own. Every other module is called as it is.
+    own. Every other module is called as it is, and so is every one where somebody watches torch's operations, which
+    may not know this one.
     """
     if torch.is_grad_enabled() or not x.is_cpu:
         return linear(x)
     if torch.compiler.is_compiling():
         return _project_compiled(linear, x)
-    threads = torch.get_num_threads()
-    if x.dtype != torch.float32 or threads == 1 or not 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
+    if x.dtype != torch.float32 or type(x) is not torch.Tensor or not _is_plain(linear, x.dtype):
         return linear(x)
-    if not _is_plain(linear, x.dtype):
+    weight, threads = linear.weight, torch.get_num_threads()
+    if torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
         return linear(x)
-    parts = parts_for(linear.weight.shape[0], threads)
-    if parts == 1 or not linear.weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
+    if x.numel() == x.shape[-1] and (parts := parts_for(weight.shape[0], threads)) > 1:
+        return _in_parts(linear, x, parts)
+    if _onednn is None or x.numel() * weight.shape[0] < WORTH or not torch.backends.mkldnn.enabled:
         return linear(x)
-    return _in_parts(linear, x, parts)
+    if torch._C._len_torch_dispatch_stack():
+        return linear(x)
+    return _onednn(x, weight, linear.bias, "none", [], "")
 
 
 def _in_parts(linear: nn.Linear, x: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return the product as one of `parts` matrices, which torch shares out to its threads."""
+    """Return the product of one row as one of `parts` matrices, which torch shares out to its threads."""
     weight, bias = linear.weight, linear.bias
     size_out, size_in = weight.shape
-    rows = x.reshape(1, -1, size_in).expand(parts, -1, -1)
-    out = torch.bmm(rows, weight.view(parts, -1, size_in).transpose(1, 2))
-    out = out.transpose(0, 1).reshape(*x.shape[:-1], size_out)
+    row = x.reshape(1, 1, size_in).expand(parts, -1, -1)
+    out = torch.bmm(row, weight.view(parts, -1, size_in).transpose(1, 2)).reshape(*x.shape[:-1], size_out)
     return out if bias is None else out + bias
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from conversion.demo import SENTENCES, main, read_document
 from conversion.grafting.report import REPORT_FILE
+from modeling_bmojo import BMojoForCausalLM
 from tests.conversion.graft_sources import save_source, tiny_tokenizer
 
 
@@ -83,3 +84,32 @@ def test_without_a_storage_it_compares_all_the_same(tmp_path, capfd):
     shown = capfd.readouterr().out
     assert "each key/value head fetches" not in shown
     assert "sliding window" in shown and "beyond the window of 16 tokens" in shown
+
+
+def test_compiled_steps_go_without_a_storage(tmp_path, capfd, monkeypatch):
+    """The words are those of plain steps; a storage is asked for in vain."""
+    save_source(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text(" ".join("abcdefghij"[i * i % 10] for i in range(120)))
+    arguments = ["--source", str(tmp_path / "source"), "--output", str(tmp_path / "graft"), "--max-new-tokens", "5"]
+    arguments += ["--document", str(tmp_path / "text.txt"), "--question", "a b", "--set", "window_size=16", "--compile"]
+    compiled, compile_regions = [], BMojoForCausalLM.compile_regions
+
+    def by_the_plain_backend(model):
+        compiled.append(model)
+        compile_regions(model, backend="eager")
+
+    monkeypatch.setattr(BMojoForCausalLM, "compile_regions", by_the_plain_backend)
+    assert main(arguments) == 0
+    shown = capfd.readouterr().out
+    assert "There is no store" in shown and "Steps run compiled" in shown
+    assert len(compiled) == 2 and compiled[0].model._regions.programs.keys() == {"bmojo", "head"}
+    monkeypatch.setattr(BMojoForCausalLM, "compile_regions", lambda model: None)
+    assert main(arguments) == 0
+    plain = capfd.readouterr().out
+    assert re.findall("Answer: .*", plain) == re.findall("Answer: .*", shown)
+    monkeypatch.setattr(BMojoForCausalLM, "compile_regions", compile_regions)
+    sizes = ("storage_size=4", "storage_candidates=8", "storage_sketch_size=2")
+    fields = [word for field in sizes for word in ("--set", field)]
+    assert main([*arguments[:2], "--output", str(tmp_path / "stored"), *arguments[4:], *fields]) == 2
+    assert "storage_size=4" in capfd.readouterr().err

@@ -1,4 +1,5 @@
-"""Projections: `nn.Linear` itself, found by tools of others; the same numbers, on all threads where a CPU decodes."""
+"""Projections: `nn.Linear` itself, found by tools of others; the same numbers, by other products where a CPU is at work.
+"""
 
 import copy
 
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification
-from modeling_bmojo.linear_bmojo import FEW_ROWS, parts_for, project
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification, linear_bmojo
+from modeling_bmojo.linear_bmojo import parts_for, project
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
 
@@ -40,50 +42,102 @@ def products(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, FEW_ROWS), (FEW_ROWS, 1), (3, 2), (1,), ()])
+@pytest.fixture
+def onednn(monkeypatch):
+    """How often oneDNN was called; however small a product is, it is worth a call."""
+    calls, real = [], linear_bmojo._onednn
+    monkeypatch.setattr(linear_bmojo, "WORTH", 1)
+    monkeypatch.setattr(linear_bmojo, "_onednn", lambda *args: calls.append(args) or real(*args))
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1,), ()])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_few_rows_are_cut_and_equal(two_threads, products, shape, bias):
+def test_one_row_is_cut_and_equal(two_threads, products, onednn, shape, bias):
     linear, x = nn.Linear(24, 30, bias=bias), torch.randn(*shape, 24)
     torch.testing.assert_close(project(linear, x), linear(x), rtol=1e-6, atol=1e-6)
-    assert project(linear, x).shape == linear(x).shape and len(products) == 2
+    assert project(linear, x).shape == linear(x).shape and len(products) == 2 and onednn == []
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (3, 2), (9,)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_several_rows_are_onednn_s_and_equal(onednn, shape, bias):
+    linear, x = nn.Linear(24, 30, bias=bias), torch.randn(*shape, 48)[..., ::2]
+    torch.testing.assert_close(project(linear, x), linear(x), rtol=1e-6, atol=1e-6)
+    assert project(linear, x).shape == linear(x).shape and len(onednn) == 2
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 10), st.integers(1, 5), st.booleans())
-def test_any_size_equals_a_plain_linear(size_in, size_out, rows, threads, bias):
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 10), st.integers(1, 5), st.booleans(), st.booleans())
+def test_any_size_equals_a_plain_linear(size_in, size_out, rows, threads, bias, worth):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         linear, x = nn.Linear(size_in, size_out, bias=bias), torch.randn(1, rows, size_in)
-        with torch.no_grad():
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear_bmojo, "WORTH", 1 if worth else linear_bmojo.WORTH)
             torch.testing.assert_close(project(linear, x), linear(x), rtol=1e-5, atol=1e-6)
     finally:
         torch.set_num_threads(before)
 
 
-def test_gradients_go_through_the_plain_product(two_threads, products):
-    linear, x = nn.Linear(24, 30), torch.randn(1, 1, 24)
-    (ours,) = torch.autograd.grad(project(linear, x).square().sum(), linear.weight)
-    (theirs,) = torch.autograd.grad(linear(x).square().sum(), linear.weight)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert products == []
+def test_gradients_go_through_the_plain_product(two_threads, products, onednn):
+    linear = nn.Linear(24, 30)
+    for rows in (1, 5):
+        x = torch.randn(1, rows, 24)
+        (ours,) = torch.autograd.grad(project(linear, x).square().sum(), linear.weight)
+        (theirs,) = torch.autograd.grad(linear(x).square().sum(), linear.weight)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert products == onednn == []
 
 
 @torch.no_grad()
-def test_other_inputs_take_the_plain_product(two_threads, products):
-    linear = nn.Linear(24, 30)
-    for x in (torch.randn(1, FEW_ROWS + 1, 24), torch.randn(1, 0, 24)):
-        torch.testing.assert_close(project(linear, x), linear(x), rtol=0, atol=0)
+def test_other_inputs_take_the_plain_product(two_threads, products, onednn, monkeypatch):
+    linear, rows = nn.Linear(24, 30), torch.randn(1, 5, 24)
+    torch.testing.assert_close(project(linear, rows[:, :0]), linear(rows[:, :0]), rtol=0, atol=0)
     narrow, x = nn.Linear(24, 30, dtype=torch.bfloat16), torch.randn(1, 1, 24, dtype=torch.bfloat16)
     torch.testing.assert_close(project(narrow, x), narrow(x), rtol=0, atol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert project(linear, torch.randn(1, 1, 24)).dtype == torch.bfloat16
-    prime = nn.Linear(24, 31)
-    torch.testing.assert_close(project(prime, torch.ones(1, 1, 24)), prime(torch.ones(1, 1, 24)), rtol=0, atol=0)
+        assert project(linear, rows).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        project(linear, rows)
+    turned = nn.Linear(24, 30)
+    turned.weight = nn.Parameter(torch.randn(24, 30).T)
+    assert torch.equal(project(turned, rows), turned(rows))
+    monkeypatch.setattr(linear_bmojo, "WORTH", rows.numel() * 30 + 1)
+    project(linear, rows)
+    assert products == onednn == []
+
+
+@torch.no_grad()
+def test_a_row_that_cannot_be_cut_is_onednn_s(two_threads, products, onednn):
+    prime, x = nn.Linear(24, 31), torch.ones(1, 1, 24)
+    torch.testing.assert_close(project(prime, x), prime(x), rtol=1e-6, atol=1e-6)
     torch.set_num_threads(1)
-    project(linear, torch.randn(1, 1, 24))
-    assert products == []
+    project(nn.Linear(24, 30), x)
+    assert products == [] and len(onednn) == 2
+
+
+@torch.no_grad()
+def test_who_counts_operations_finds_the_plain_product(onednn):
+    linear, x = nn.Linear(24, 30), torch.randn(1, 5, 24)
+    with FlopCounterMode(display=False) as counter:
+        project(linear, x)
+    assert counter.get_total_flops() == 2 * 5 * 24 * 30 and onednn == []
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@torch.no_grad()
+def test_a_model_by_onednn_is_that_in_double_precision(name, onednn):
+    model = randomize_(BMojoForCausalLM(BMojoConfig(**{**SIZES, **SETTINGS[name]}))).float().eval()
+    ids = torch.randint(1, 61, (2, 30))
+    found = model(ids).logits
+    maps = {key: id(part.weight) for key, part in model.named_modules() if isinstance(part, nn.Linear)}
+    seen = {id(args[1]) for args in onednn}
+    assert {key.rpartition(".")[2] for key, weight in maps.items() if weight not in seen} <= {"dt_proj"}  # S6's
+    torch.testing.assert_close(found.double(), copy.deepcopy(model).double()(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_parts_keep_every_thread_busy_or_there_are_none():
@@ -141,15 +195,15 @@ def changed(how):
     ],
 )
 @torch.no_grad()
-def test_whoever_changed_a_map_is_heard(how, two_threads, products):
-    x = torch.randn(1, 1, 24)
+def test_whoever_changed_a_map_is_heard(how, two_threads, products, onednn):
     linear, undo = changed(how)
     try:
-        found, expected = project(linear, x), linear(x)
+        for x in (torch.randn(1, 1, 24), torch.randn(1, 5, 24)):
+            assert torch.equal(project(linear, x), linear(x))
     finally:
         if undo is not None:
             undo.remove()
-    assert torch.equal(found, expected) and products == []
+    assert products == onednn == []
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -199,7 +253,7 @@ def test_few_fp32_rows_compile_without_a_graph_break(fields, two_threads):
     torch.compiler.reset()
     model = randomize_(BMojoForCausalLM(BMojoConfig(**{**SIZES, **fields}))).float().eval()
     step = torch.compile(model, fullgraph=True, backend="eager")
-    ids = torch.arange(1, FEW_ROWS + 1)[None]
+    ids = torch.arange(1, 9)[None]
     found, wanted = step(ids, use_cache=False).logits, model(ids, use_cache=False).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
