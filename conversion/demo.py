@@ -84,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--document", help="text file to read (default: sections of Python's reference)")
     parser.add_argument("--question", help=f"default: {QUESTION!r}")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer")
-    parser.add_argument("--compile", action="store_true", help="no storage, and steps by compiled programs: faster words")
+    parser.add_argument("--compile", action="store_true", help="no storage, and compiled steps: faster words")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a graft setting")
     return parser.parse_args(argv)
 

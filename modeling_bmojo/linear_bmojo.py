@@ -1,12 +1,9 @@
-"""Linear maps on CPUs: fp32 products by oneDNN, and one row of compiled code written out.
+"""Linear maps on CPUs: fp32 products by oneDNN, one row on all threads, and one row of compiled code written out.
 
     y = x W^T + b                    x [..., I], W [O, I], y [..., O]
 
-torch's fp32 product on x86 CPUs is MKL's, which runs a few rows on one thread, whatever the number of threads, and on
-CPUs that are not Intel's leaves half of their width unused. oneDNN, which is built into torch too and takes its
-products in 16 bits, does neither. A call of it takes longer; so where one row waits for W to come from memory, W is cut
-into as many parts of O as there are threads, and MKL runs the same dot products on all of them. Figures:
-docs/performance.md.
+One row waits for W to come from memory, and a call of oneDNN takes longer than it waits; so W is cut into as many parts
+of O as there are threads, and MKL runs the same dot products on all of them.
 
 The maps are `nn.Linear` itself, which tools that quantise, prune or adapt models look for by exact type. Who calls one
 asks `project`, and where anything but the plain product is wanted, the module is called.
@@ -18,44 +15,43 @@ import torch
 from torch import nn
 
 # The dictionaries that nn.Module asks at every call; torch fills them in place.
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+from .onednn_bmojo import product, suits
 
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-WORTH = 1 << 18  # products of numbers, from which on oneDNN's longer call is paid back
 
 # Packages whose forward hooks place, gather, cast or quantise tensors and look at no column.
 INFRASTRUCTURE = ("torch", "accelerate", "deepspeed", "transformers", "optimum")
 
 PACKED_ROWS = 32  # of a weight, which bitsandbytes' kernel for CPUs holds together
 
-# Of torch.compile's own code for fp32 on CPUs: (x, W, b, what follows, its scalars and its algorithm).
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
-
 
 def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`linear(x)`, `[..., I]` to `[..., O]`; in fp32 on an x86 CPU, without gradient, by oneDNN or on all threads.
+    """`linear(x)`, `[..., I]` to `[..., O]`; in fp32 on an x86 CPU by oneDNN or, one row without gradient, on all
+    threads.
 
     Only for an `nn.Linear` that nobody listens to or has changed: no subclass, hook, parametrisation or forward of its
-    own. Every other module is called as it is, and so is every one where somebody watches torch's operations, which
-    may not know this one.
+    own. Every other module is called as it is.
     """
-    if torch.is_grad_enabled() or not x.is_cpu:
+    if not x.is_cpu or (torch.compiler.is_compiling() and torch.is_grad_enabled()):
         return linear(x)
     if torch.compiler.is_compiling():
         return _project_compiled(linear, x)
-    if x.dtype != torch.float32 or type(x) is not torch.Tensor or not _is_plain(linear, x.dtype):
+    if x.dtype != torch.float32 or not _is_plain(linear, x.dtype):
         return linear(x)
-    weight, threads = linear.weight, torch.get_num_threads()
-    if torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
-        return linear(x)
-    if x.numel() == x.shape[-1] and (parts := parts_for(weight.shape[0], threads)) > 1:
-        return _in_parts(linear, x, parts)
-    if _onednn is None or x.numel() * weight.shape[0] < WORTH or not torch.backends.mkldnn.enabled:
-        return linear(x)
-    if torch._C._len_torch_dispatch_stack():
-        return linear(x)
-    return _onednn(x, weight, linear.bias, "none", [], "")
+    weight = linear.weight
+    if not torch.is_grad_enabled() and x.numel() == x.shape[-1]:
+        parts = parts_for(weight.shape[0], torch.get_num_threads())
+        if parts > 1 and weight.is_contiguous() and not torch.is_autocast_enabled("cpu"):
+            return _in_parts(linear, x, parts)
+    return product(x, weight, linear.bias) if suits(x, weight) else linear(x)
 
 
 def _in_parts(linear: nn.Linear, x: torch.Tensor, parts: int) -> torch.Tensor:
@@ -113,9 +109,9 @@ def _is_unchanged(linear: nn.Module) -> bool:
     return (
         type(linear) is nn.Linear
         and "forward" not in linear.__dict__
-        and not (
-            linear._forward_hooks or linear._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks
-        )
+        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
+        and not (linear._backward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
+        and not (_global_backward_hooks or _global_backward_pre_hooks)
     )
 
 

@@ -1,5 +1,4 @@
-"""Projections: `nn.Linear` itself, found by tools of others; the same numbers, by other products where a CPU is at work.
-"""
+"""Projections: `nn.Linear` itself, found by tools of others; the same numbers, by products that suit a CPU."""
 
 import copy
 
@@ -9,10 +8,12 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification, linear_bmojo
+from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM, BMojoForSequenceClassification, onednn_bmojo
 from modeling_bmojo.linear_bmojo import parts_for, project
 from tests.oracles import randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, UNPROJECTED
@@ -45,9 +46,10 @@ def products(monkeypatch):
 @pytest.fixture
 def onednn(monkeypatch):
     """How often oneDNN was called; however small a product is, it is worth a call."""
-    calls, real = [], linear_bmojo._onednn
-    monkeypatch.setattr(linear_bmojo, "WORTH", 1)
-    monkeypatch.setattr(linear_bmojo, "_onednn", lambda *args: calls.append(args) or real(*args))
+    calls, real = [], onednn_bmojo._linear
+    monkeypatch.setattr(onednn_bmojo, "WORTH", 1)
+    monkeypatch.setattr(onednn_bmojo, "WORTH_WITH_GRADIENT", 1)
+    monkeypatch.setattr(onednn_bmojo, "_linear", lambda *args: calls.append(args) or real(*args))
     return calls
 
 
@@ -77,20 +79,58 @@ def test_any_size_equals_a_plain_linear(size_in, size_out, rows, threads, bias, 
     try:
         linear, x = nn.Linear(size_in, size_out, bias=bias), torch.randn(1, rows, size_in)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linear_bmojo, "WORTH", 1 if worth else linear_bmojo.WORTH)
+            patch.setattr(onednn_bmojo, "WORTH", 1 if worth else onednn_bmojo.WORTH)
             torch.testing.assert_close(project(linear, x), linear(x), rtol=1e-5, atol=1e-6)
     finally:
         torch.set_num_threads(before)
 
 
-def test_gradients_go_through_the_plain_product(two_threads, products, onednn):
-    linear = nn.Linear(24, 30)
-    for rows in (1, 5):
-        x = torch.randn(1, rows, 24)
-        (ours,) = torch.autograd.grad(project(linear, x).square().sum(), linear.weight)
-        (theirs,) = torch.autograd.grad(linear(x).square().sum(), linear.weight)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert products == onednn == []
+@pytest.mark.parametrize("wanted", ["x weight bias", "x weight", "x", "weight", "bias", "weight bias"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gradients_are_those_of_the_plain_product(two_threads, products, onednn, wanted, rows):
+    linear, x = nn.Linear(24, 30, bias="bias" in wanted), torch.randn(2, rows, 24, requires_grad="x" in wanted)
+    linear.weight.requires_grad_("weight" in wanted)
+    leaves = [x if name == "x" else getattr(linear, name) for name in wanted.split()]
+    ours, theirs = (
+        torch.autograd.grad(form(x).square().sum(), leaves) for form in (lambda x: project(linear, x), linear)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert products == [] and len(onednn) == 1 + ("x" in wanted) + ("weight" in wanted)
+
+
+def test_gradients_of_gradients(onednn):
+    linear, x = nn.Linear(24, 30), torch.randn(5, 24, requires_grad=True)
+
+    def second(form):
+        first = torch.autograd.grad(form(x).pow(3).sum(), [x, linear.weight], create_graph=True)
+        return torch.autograd.grad(sum(part.pow(2).sum() for part in first), [x, linear.weight, linear.bias])
+
+    torch.testing.assert_close(second(lambda x: project(linear, x)), second(linear), rtol=1e-4, atol=1e-3)
+    assert onednn
+
+
+@pytest.mark.parametrize("how", ["forward", "backward", "vmap", "grad", "checkpoint"])
+def test_transforms_of_functions(how, onednn):
+    """Those of torch.func take the plain product; what saves memory computes the same twice."""
+    linear, x, v = nn.Linear(24, 30), torch.randn(4, 5, 24), torch.randn(4, 5, 24)
+
+    def transformed(form):
+        if how == "forward":
+            return torch.func.jvp(form, (x,), (v,))
+        if how == "backward":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(form(forward_ad.make_dual(x, v))).tangent
+        if how == "vmap":
+            return torch.func.vmap(form)(x)
+        if how == "grad":
+            return torch.func.grad(lambda x: form(x).square().sum())(x)
+        leaf = x.clone().requires_grad_()
+        checkpoint(form, leaf, use_reentrant=False).square().sum().backward()
+        return leaf.grad
+
+    found, expected = transformed(lambda x: project(linear, x)), transformed(linear)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert bool(onednn) == (how == "checkpoint")
 
 
 @torch.no_grad()
@@ -106,7 +146,7 @@ def test_other_inputs_take_the_plain_product(two_threads, products, onednn, monk
     turned = nn.Linear(24, 30)
     turned.weight = nn.Parameter(torch.randn(24, 30).T)
     assert torch.equal(project(turned, rows), turned(rows))
-    monkeypatch.setattr(linear_bmojo, "WORTH", rows.numel() * 30 + 1)
+    monkeypatch.setattr(onednn_bmojo, "WORTH", rows.numel() * 30 + 1)
     project(linear, rows)
     assert products == onednn == []
 
@@ -129,15 +169,21 @@ def test_who_counts_operations_finds_the_plain_product(onednn):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@torch.no_grad()
 def test_a_model_by_onednn_is_that_in_double_precision(name, onednn):
+    """Logits without and with gradient, and the gradient of every weight."""
     model = randomize_(BMojoForCausalLM(BMojoConfig(**{**SIZES, **SETTINGS[name]}))).float().eval()
-    ids = torch.randint(1, 61, (2, 30))
-    found = model(ids).logits
+    double, ids = copy.deepcopy(model).double(), torch.randint(1, 61, (2, 30))
+    with torch.no_grad():
+        found = model(ids).logits
+    model(ids, labels=ids).loss.backward(), double(ids, labels=ids).loss.backward()
+    for (key, weight), (_, exact) in zip(model.named_parameters(), double.named_parameters(), strict=True):
+        if exact.grad is not None:
+            distance = (weight.grad.double() - exact.grad).norm()
+            assert distance <= 1e-3 * exact.grad.norm() + 1e-6, key
     maps = {key: id(part.weight) for key, part in model.named_modules() if isinstance(part, nn.Linear)}
     seen = {id(args[1]) for args in onednn}
     assert {key.rpartition(".")[2] for key, weight in maps.items() if weight not in seen} <= {"dt_proj"}  # S6's
-    torch.testing.assert_close(found.double(), copy.deepcopy(model).double()(ids).logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.double(), double(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_parts_keep_every_thread_busy_or_there_are_none():
@@ -204,6 +250,25 @@ def test_whoever_changed_a_map_is_heard(how, two_threads, products, onednn):
         if undo is not None:
             undo.remove()
     assert products == onednn == []
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "global hook", "global pre-hook"])
+def test_who_changes_gradients_is_heard(how, onednn):
+    linear, x, undo = nn.Linear(24, 30), torch.randn(1, 5, 24, requires_grad=True), None
+    if how == "hook":
+        linear.register_full_backward_hook(lambda module, given, found: (given[0] * 2,))
+    elif how == "pre-hook":
+        linear.register_full_backward_pre_hook(lambda module, found: (found[0] * 2,))
+    elif how == "global hook":
+        undo = nn.modules.module.register_module_full_backward_hook(lambda module, given, found: (given[0] * 2,))
+    else:
+        undo = nn.modules.module.register_module_full_backward_pre_hook(lambda module, found: (found[0] * 2,))
+    try:
+        (found,) = torch.autograd.grad(project(linear, x).sum(), x)
+    finally:
+        if undo is not None:
+            undo.remove()
+    torch.testing.assert_close(found, 2 * linear.weight.sum(0).expand(1, 5, -1))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
