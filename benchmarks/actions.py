@@ -20,7 +20,7 @@ from .timing import Action
 SIDES = ("ours", "theirs")
 ALL_SIDES = ("ours", "half", "theirs")
 STEPS = 4  # tokens per timing
-MAIN = "float32"  # the format that the goals are for
+MAIN = "float32"  # the format of rows that have one
 # The largest difference of logits, as a share of the largest. In bf16 up to 0.031 was measured between the graft and
 # its source, and as much between either and the source in fp32.
 NEAR = {"float32": 1e-3, "bfloat16": 6e-2}

@@ -22,13 +22,20 @@ GOALS = {
     "delta, mamba2": 3.0,
     "kalma, mamba2": 15.0,
     "attention, full causal": 0.33,
-    "prefill 512": 1.45,
-    "prefill 2048": 1.1,
-    "prefill 8192": 0.6,
-    "prefill 32768": 0.25,
-    "decode 512": 1.35,
-    "decode 8192": 0.6,
-    "decode 32768": 0.15,
+    "prefill 512": 1.15,
+    "prefill 2048": 0.95,
+    "prefill 8192": 0.5,
+    "prefill 32768": 0.2,
+    "prefill 512 bfloat16": 1.25,
+    "prefill 2048 bfloat16": 1.1,
+    "prefill 8192 bfloat16": 0.5,
+    "decode 512": 1.15,
+    "decode 8192": 0.45,
+    "decode 32768": 0.12,
+    "decode 512 bfloat16": 1.15,
+    "decode 8192 bfloat16": 0.45,
+    "decode compiled": 0.6,
+    "decode int8": 0.6,
     "cache 32768": 0.03,
     "cache stays": 1.0,
     "storage decode 512": 1.05,
@@ -39,6 +46,7 @@ GOALS = {
     "prefix 8192": 0.02,
     "innovation 32768": 0.03,
     "train 2048": 1.5,
+    "train 2048 bfloat16": 1.2,
     "cuda scan": 1.05,
     "cuda conv": 1.05,
     "cuda attention": 1.3,
@@ -129,9 +137,9 @@ class Context:
     def __post_init__(self):
         self.rounds = Rounds(least=3, most=3, budget=1.0) if self.quick else Rounds()
 
-    def goal(self, name: str) -> float | None:
-        """Return the goal of that name, none in a quick run and none for a size that has none."""
-        return None if self.quick else GOALS.get(name)
+    def goal(self, name: str, dtype: str = "float32") -> float | None:
+        """Return the goal of that name and format, none in a quick run and none for a size that has none."""
+        return None if self.quick else GOALS.get(name if dtype == "float32" else f"{name} {dtype}")
 
     def alternate(self, actions: dict[str, Action], rounds: Rounds | None = None) -> dict[str, list[float]]:
         """`timing.alternate` by this run's rounds, which a quick run keeps whatever a row asks for."""

@@ -45,7 +45,7 @@ def at(context: Context, tokens: int, dtype: str, loaded: dict, caches: dict) ->
         main = side == "ours"
         yield figure(
             f"one decoding step, W={loaded[side].config.window_size}", "source", tokens, seconds[side],
-            seconds["theirs"], goal=context.goal(f"decode {tokens}") if main and dtype == MAIN else None,
+            seconds["theirs"], goal=context.goal(f"decode {tokens}", dtype) if main else None,
             panel=f"one decoding step, {dtype}" if main else None, dtype=dtype,
             limits={"ours": bounds[side], "theirs": bounds["theirs"]},
         )  # fmt: skip

@@ -69,7 +69,7 @@ def figures(context: Context) -> Iterator[Figure | str]:
     yield figure("one decoding step, int8 weights", "itself, fp32", tokens, seconds["ours"], plain, **told)
     if "ours, compiled" in seconds:
         name, steps_of = "one decoding step, int8 weights, compiled", seconds["ours, compiled"]
-        yield figure(name, "itself, fp32", tokens, steps_of, plain, **told)
+        yield figure(name, "itself, fp32", tokens, steps_of, plain, goal=context.goal("decode int8"), **told)
         if "theirs, compiled" in seconds:
             yield figure(name, "itself, fp32, compiled", tokens, steps_of, seconds["theirs, compiled"], dtype="int8")
     sizes = [[weight_bytes(pair[side])] for side in ("ours", "theirs")]

@@ -6,7 +6,7 @@ of their own. Long prefills take minutes, so both their time and their memory co
 
 from collections.abc import Iterator
 
-from .actions import ALL_SIDES, MAIN, MODELS, all_checks, described, models, prefill, recipe
+from .actions import ALL_SIDES, MODELS, all_checks, described, models, prefill, recipe
 from .limits import prefill_limits
 from .memory import Measured, in_child
 from .models import load
@@ -73,7 +73,7 @@ def in_children(context: Context, tokens: int, dtype: str, turned: bool = False)
 
 
 def time_figures(context: Context, tokens: int, dtype: str, seconds: dict, note: str = "") -> Iterator[Figure]:
-    """Return ours and the half window against the source, with what bounds both; goals are for ours in fp32."""
+    """Return ours and the half window against the source, with what bounds both; goals are for ours."""
     for side in ALL_SIDES[:-1]:
         pair = {"ours": side, "theirs": "theirs"}
         loaded = models(context, dtype, tuple(pair.values()))
@@ -81,7 +81,7 @@ def time_figures(context: Context, tokens: int, dtype: str, seconds: dict, note:
         main = side == "ours"
         yield figure(
             f"prefill, W={loaded[side].config.window_size}", "source", tokens, seconds[side], seconds["theirs"],
-            goal=context.goal(f"prefill {tokens}") if main and dtype == MAIN else None,
+            goal=context.goal(f"prefill {tokens}", dtype) if main else None,
             panel=f"prefill, {dtype}" if main else None, note=note, dtype=dtype, limits=bounds,
         )  # fmt: skip
 

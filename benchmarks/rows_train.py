@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .actions import MAIN, SIDES, models
+from .actions import SIDES, models
 from .memory import in_child
 from .models import FORMATS, load, random_ids
 from .row import Check, Context, Figure, Row, difference, figure
@@ -88,7 +88,7 @@ def figures(context: Context) -> Iterator[Figure]:
     try:
         for dtype in context.dtypes:
             seconds = context.alternate({side: step(pair[side], tokens, dtype) for side in SIDES}, ROUNDS)
-            goal = context.goal(f"train {tokens}") if dtype == MAIN else None
+            goal = context.goal(f"train {tokens}", dtype)
             ours, theirs = seconds["ours"], seconds["theirs"]
             yield figure("training step (AdamW)", "source", tokens, ours, theirs, goal=goal, dtype=dtype)
     finally:  # the models are no longer those of the folders: other rows load theirs again
