@@ -58,8 +58,8 @@ def _in_parts(linear: nn.Linear, x: torch.Tensor, parts: int) -> torch.Tensor:
     """Return the product of one row as one of `parts` matrices, which torch shares out to its threads."""
     weight, bias = linear.weight, linear.bias
     size_out, size_in = weight.shape
-    row = x.reshape(1, 1, size_in).expand(parts, -1, -1)
-    out = torch.bmm(row, weight.view(parts, -1, size_in).transpose(1, 2)).reshape(*x.shape[:-1], size_out)
+    row = x if x.dim() <= 3 else x.reshape(1, size_in)
+    out = torch.bmm(row.expand(parts, 1, size_in), weight.view(parts, -1, size_in).mT).view(*x.shape[:-1], size_out)
     return out if bias is None else out + bias
 
 

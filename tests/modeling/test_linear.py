@@ -53,7 +53,7 @@ def onednn(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1,), ()])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1), (1,), ()])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_one_row_is_cut_and_equal(two_threads, products, onednn, shape, bias):
