@@ -14,7 +14,7 @@ import functools
 import time
 
 import torch
-from torch.autograd.profiler import profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from modeling_bmojo.linear_bmojo import project
 
@@ -91,12 +91,12 @@ def operations(model: torch.nn.Module, action: Action) -> tuple[int, int]:
 
     handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
     try:
-        with profile(use_kineto=False) as found:  # which starts no threads of its own
+        with profile(activities=[ProfilerActivity.CPU]) as found:
             action()
     finally:
         for handle in handles:
             handle.remove()
-    events = [event for event in found.function_events if event.name != MARK]
+    events = [event for event in found.events() if event.name != MARK]
     inside = sum(event.cpu_parent is not None and event.cpu_parent.name == MARK for event in events)
     return sum(event.cpu_parent is None for event in events) + inside, inside
 

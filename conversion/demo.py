@@ -156,8 +156,22 @@ def load(folder: Path, compiled: bool, **fields: Any) -> tuple[Any, Any]:
     if tokenizer.chat_template is None:
         raise ValueError("the source's tokenizer has no chat template; the demo needs an instruct model.")
     if compiled:
-        model.compile_regions()
+        print(f"      Steps are compiled: {compile_steps(model):.0f} s", flush=True)
     return tokenizer, model
+
+
+def compile_steps(model: Any) -> float:
+    """Compile the model's steps by running one, so that no word waits for the compiler; return the seconds."""
+    import torch
+
+    from modeling_bmojo import cache_of
+
+    start, ids = time.perf_counter(), torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    model.compile_regions()
+    with torch.inference_mode():
+        cache = cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1))
+        model(input_ids=ids[:, :1], cache=cache, use_cache=True)
+    return time.perf_counter() - start
 
 
 def frame(tokenizer: Any, document: str, question: str) -> tuple[list[int], list[int]]:
@@ -290,6 +304,11 @@ def show_question(document: str, question: str, tokenizer: Any, asked_by_default
 def run(arguments: argparse.Namespace) -> int:
     """Return the demo, step by step; returns its exit status."""
     begin = time.perf_counter()
+    stored = [given for given in arguments.set if given.startswith("storage_size=") and given != "storage_size=0"]
+    if arguments.compile and stored:
+        raise ValueError(
+            f"--compile: a step that fetches from a storage cannot be compiled; leave out --set {stored[0]}."
+        )
     document = read_document(arguments.document)
     question = arguments.question or (QUESTION if arguments.document is None else "What is this text about?")
     print("[1/5] Graft: copy a Transformer's weights into a B'MOJO model, initialise its memories", flush=True)
@@ -305,8 +324,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"      Older tokens go into a store; {what}")
     elif len(head) > window:
         print("      There is no store: of older tokens few are kept, so that the answer may be out of reach.")
-    if arguments.compile:
-        print("      Steps run compiled; the first word waits for the compiler, once.")
     if len(head) > model.config.max_position_embeddings:
         print(
             f"      (more than the {model.config.max_position_embeddings:,} positions that the source was trained for)"

@@ -44,14 +44,16 @@ def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return linear(x)
     if torch.compiler.is_compiling():
         return _project_compiled(linear, x)
-    if x.dtype != torch.float32 or not _is_plain(linear, x.dtype):
+    if x.dtype != torch.float32 or not _is_plain(linear, x.dtype) or torch.is_autocast_enabled("cpu"):
         return linear(x)
-    weight = linear.weight
+    weight, bias = linear.weight, linear.bias
+    if not weight.is_contiguous():
+        return linear(x)
     if not torch.is_grad_enabled() and x.numel() == x.shape[-1]:
         parts = parts_for(weight.shape[0], torch.get_num_threads())
-        if parts > 1 and weight.is_contiguous() and not torch.is_autocast_enabled("cpu"):
+        if parts > 1:
             return _in_parts(linear, x, parts)
-    return product(x, weight, linear.bias) if suits(x, weight) else linear(x)
+    return product(x, weight, bias) if suits(x, weight, bias) else linear(x)
 
 
 def _in_parts(linear: nn.Linear, x: torch.Tensor, parts: int) -> torch.Tensor:
@@ -77,7 +79,7 @@ def _project_compiled(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return linear(x)
     weight, bias = linear.weight, linear.bias
     if is_dequantised(weight) and _is_unchanged(linear):
-        numbers = weight.dequantize()  # never as a whole: within the loop of the sums
+        numbers = weight.dequantize(torch.float32)  # never as a whole: within the loop of the sums
     elif _is_plain(linear, x.dtype):
         numbers = weight
     else:
@@ -100,6 +102,7 @@ def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     return (
         type(weight) is nn.Parameter  # no tensor subclass: it may be sharded or quantised
         and weight.dtype == dtype
+        and weight.layout is torch.strided
         and weight.is_cpu  # a weight may be elsewhere, or nowhere, until a forward of its own has fetched it
     )
 
@@ -123,8 +126,8 @@ def is_dequantised(weight: torch.Tensor) -> bool:
         kind.__name__ == "Int8Tensor"
         and kind.__module__.partition(".")[0] == "torchao"
         and weight.is_cpu
-        and weight.act_quant_kwargs is None
-        and weight.act_pre_scale is None
+        and getattr(weight, "act_quant_kwargs", None) is None
+        and getattr(weight, "act_pre_scale", None) is None
     )
 
 

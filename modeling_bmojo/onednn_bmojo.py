@@ -16,25 +16,26 @@ WORTH = 1 << 18  # products of two numbers, from which on oneDNN's longer call i
 WORTH_WITH_GRADIENT = 1 << 21  # and that of a backward pass in Python
 
 # Of torch.compile's own code for fp32 on CPUs: (x, W, b, what follows, its scalars and its algorithm).
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
+_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkl.is_available() else None
 
 
-def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `product` takes x `[..., I]` and W `[O, I]`, plain tensors on a CPU, and is worth it.
+def suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `product` takes x `[..., I]`, W `[O, I]` and b `[O]`, tensors on a CPU, W contiguous, and is worth it.
 
-    Not where somebody watches or transforms torch's operations, who may not know this one.
+    Not under modes that see every operation that torch dispatches, such as the counting of FLOPs, nor in what
+    torch.func transforms or torch.jit traces: they may not know this one.
     """
     worth = WORTH_WITH_GRADIENT if torch.is_grad_enabled() else WORTH
     return (
-        x.numel() * weight.shape[0] >= worth
+        _linear is not None
+        and x.numel() * weight.shape[0] >= worth
         and x.dtype == torch.float32
         and type(x) is torch.Tensor
-        and weight.is_contiguous()
-        and _linear is not None
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
     )
 
@@ -47,7 +48,10 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def _times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x W^T of matrices; differentiably where a gradient of the gradient is wanted."""
+    """Return x W^T of matrices; differentiably where a gradient of the gradient is wanted.
+
+    W or its transpose must be contiguous: with other strides oneDNN takes a hundred times as long. x may be anything.
+    """
     if torch.is_grad_enabled():
         return x @ weight.t()
     return _linear(x, weight, None, "none", [], "")
@@ -56,17 +60,20 @@ def _times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        ctx.shape = x.shape
         return _linear(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, dx, dw, db = grad.reshape(-1, grad.shape[-1]), None, None, None
+        rows, dx, dw, db = grad.reshape(-1, grad.shape[-1]).contiguous(), None, None, None
         if ctx.needs_input_grad[0]:
-            dx = _times(rows, weight.t()).view(x.shape)
+            dx = _times(rows, weight.t()).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            dw = _times(x.reshape(-1, x.shape[-1]).t(), rows.t()).t()  # this way round it is the faster one
+            # This way round it is the faster one.
+            dw = _times(x.reshape(-1, x.shape[-1]).t(), rows.t()).t().contiguous()
         if ctx.needs_input_grad[2]:
             db = rows.sum(0)
         return dx, dw, db
