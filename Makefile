@@ -119,9 +119,9 @@ test-wheel: $(HAVE_TEST)
 	@echo "==> test-wheel: the wheel, installed where no checkout is"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/project/test_wheel.py $(ARGS)
 
-wheel: $(HAVE_TEST)
+wheel: $(HAVE_PACKAGE)
 	@rm -rf build
-	@$(PIP) wheel $(QUIET) --no-deps --no-build-isolation --wheel-dir dist .
+	@$(PIP) wheel $(QUIET) --no-deps --wheel-dir dist .
 	@rm -rf build
 	@ls dist/*.whl
 

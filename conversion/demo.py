@@ -323,7 +323,8 @@ def run(arguments: argparse.Namespace) -> int:
         what = f"for every new token each key/value head fetches {fetched:,} of them."
         print(f"      Older tokens go into a store; {what}")
     elif len(head) > window:
-        print("      There is no store: of older tokens few are kept, so that the answer may be out of reach.")
+        why = " (--compile goes without)" if arguments.compile else ""
+        print(f"      There is no store{why}: of older tokens few are kept, so that the answer may be out of reach.")
     if len(head) > model.config.max_position_embeddings:
         print(
             f"      (more than the {model.config.max_position_embeddings:,} positions that the source was trained for)"

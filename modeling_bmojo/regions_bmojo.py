@@ -42,9 +42,10 @@ class Regions:
 
     def __init__(self, config: Any, options: dict[str, Any]):
         if config.storage_size:
+            instead = "storage_size=0, fading_mass=False" if config.fading_mass else "storage_size=0"
             raise ValueError(
                 f"storage_size={config.storage_size}: a step that fetches from a storage follows the text in its "
-                "shapes and cannot be compiled once for all tokens; load the model with storage_size=0."
+                f"shapes and cannot be compiled once for all tokens; load the model with {instead}."
             )
         self.options = options
         self.programs: dict[str, Callable] = {}
