@@ -3,9 +3,8 @@
     y = x W^T + b        dx = g W,  dW = g^T x,  db = sum of g        x [..., I], W [O, I], y and g [..., O]
 
 torch's own fp32 product on x86 CPUs is MKL's, which runs a few rows on one thread, whatever the number of threads, and
-on CPUs that are not Intel's leaves half of their width unused; oneDNN, which torch takes for 16 bits and for compiled
-code, does neither (docs/performance.md has the figures). Where there is no MKL, torch's product is another one, and
-stays.
+on CPUs that are not Intel's leaves half of their width unused; oneDNN, which torch takes for 16 bits, does neither
+(docs/performance.md has the figures). Where there is no MKL, torch's product is another one, and stays.
 """
 
 import torch
@@ -15,8 +14,9 @@ from torch.autograd import forward_ad
 WORTH = 1 << 18  # products of two numbers, from which on oneDNN's longer call is paid back
 WORTH_WITH_GRADIENT = 1 << 21  # and that of a backward pass in Python
 
-# Of torch.compile's own code for fp32 on CPUs: (x, W, b, what follows, its scalars and its algorithm).
-_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkl.is_available() else None
+# torch.compile's own operator: (x, W, b, what follows, its scalars and its algorithm).
+_built_in = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+_linear = torch.ops.mkldnn._linear_pointwise.default if _built_in else None
 
 
 def suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
