@@ -75,18 +75,25 @@ def compiled_step(side: str, model: torch.nn.Module, tokens: int) -> tuple[Actio
     return decode, f"{graphs} graphs in {spent:.0f} s, {breaks} graph breaks, none compiled at later tokens"
 
 
+def attempted(label: str, side: str, model: torch.nn.Module, tokens: int) -> tuple[Action | None, str]:
+    """Return `compiled_step`'s, or None where it failed, and a remark on what happened."""
+    try:
+        action, found = compiled_step(side, model, tokens)
+    except Exception as error:  # the compiler's own exceptions, of many types
+        words = (str(error).strip().splitlines() or [""])[0]
+        return None, f"{label}: the compiled step was not timed: {type(error).__name__}: {words}"
+    return action, f"{label}: {found}"
+
+
 def figures(context: Context) -> Iterator[Figure | str]:
     tokens = QUICK_TOKENS if context.quick else TOKENS
     pair, actions = models(context), {}
     torch._dynamo.reset()
     for side in SIDES:
-        try:
-            actions[side], found = compiled_step(side, pair[side], tokens)
-        except Exception as error:  # the compiler's own exceptions, of many types
-            words = (str(error).strip().splitlines() or [""])[0]
-            yield f"{side}: the compiled step was not timed: {type(error).__name__}: {words}"
-            continue
-        yield f"{side}: {found}"
+        action, remark = attempted(side, side, pair[side], tokens)
+        yield remark
+        if action is not None:
+            actions[side] = action
     if "ours" not in actions:
         return
     actions["plain"] = stepper(pair["theirs"], pair["theirs"], read("theirs", pair["theirs"], tokens), STEPS)

@@ -17,7 +17,7 @@ from .actions import models, per_token, read_on, steps, steps_check
 from .limits import step_limits, weight_bytes
 from .models import random_ids
 from .row import Check, Context, Figure, Row, difference, figure
-from .rows_compiled import compiled_step
+from .rows_compiled import attempted
 from .timing import Rounds
 
 
@@ -58,12 +58,10 @@ def figures(context: Context) -> Iterator[Figure | str]:
     bounds = {side: step_limits(model, caches[side], steps(model, caches[side], 1)) for side, model in pair.items()}
     actions = {side: steps(model, caches[side]) for side, model in pair.items()}
     for side, label in (("ours", "int8"), ("theirs", "fp32")):
-        try:
-            actions[f"{side}, compiled"], found = compiled_step("ours", pair[side], tokens)
-            yield f"{label}, compiled by regions: {found}"
-        except Exception as error:  # the compiler's own exceptions, of many types
-            words = (str(error).strip().splitlines() or [""])[0]
-            yield f"{label}: the compiled step was not timed: {type(error).__name__}: {words}"
+        action, remark = attempted(f"{label}, compiled by regions", "ours", pair[side], tokens)
+        yield remark
+        if action is not None:
+            actions[f"{side}, compiled"] = action
     seconds = per_token(context.alternate(actions, Rounds(least=5, most=15, budget=40)))
     plain, told = seconds["theirs"], dict(dtype="int8", limits=bounds)
     yield figure("one decoding step, int8 weights", "itself, fp32", tokens, seconds["ours"], plain, **told)
