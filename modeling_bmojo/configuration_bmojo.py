@@ -74,7 +74,10 @@ class BMojoConfig(BackboneConfig):
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
         fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
         fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
-            F of them reach F s tokens beyond the window; must divide `window_size`. 1 is the paper's form.
+            F of them reach F s tokens beyond the window; must divide their delay. 1 is the paper's form.
+        fading_delay: d, tokens between an SSM output and the first query that sees it as a fading token, 0 to W. `None`
+            is W, the paper's form: it tells what lies beyond the window, made before the query was known. 0: every
+            query sees what the SSM answers to its own token, and nothing has to wait.
         fading_mass: what a fading token is. False: one SSM output at every s-th position (the paper's form). True: the
             mean key and value of s tokens that have left the window, which counts for as many tokens as are neither
             kept nor fetched (log of their number on its score); the newest F blocks of s tokens, before them F of 2 s,
@@ -190,6 +193,7 @@ class BMojoConfig(BackboneConfig):
     innovation_taps: int = memory(4)
     fading_size: int = memory(1)
     fading_stride: int = memory(1)
+    fading_delay: int | None = memory(None)
     fading_mass: bool = memory(False)
     tie_fading_projections: bool = memory(True)
     tie_fading_queries: bool = memory(True)
@@ -284,13 +288,7 @@ class BMojoConfig(BackboneConfig):
         require_int(self, "fading_size", 0, "use 0 to switch fading tokens off")
         require_int(self, "fading_stride", 1, "use 1 to make every SSM output a fading token")
         require_choice(self, "fading_mass", (True, False))
-        if self.fading_size and not self.fading_mass and self.window_size % self.fading_stride:
-            reject(
-                "fading_stride",
-                self.fading_stride,
-                f"must divide window_size={self.window_size}",
-                "a fading token becomes visible when the next one is made; give a divisor",
-            )
+        self._validate_fading_delay()
         require_int(self, "memory_block_size", 1, "give the queries per block of the memory attention")
         for test in INNOVATIONS.values():
             test.check(self)
@@ -302,6 +300,24 @@ class BMojoConfig(BackboneConfig):
         require_choice(self, "kernel_backend", KERNEL_BACKENDS)
         require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")
         require_choice(self, "decay_clock", DECAY_CLOCKS)
+
+    def _validate_fading_delay(self) -> None:
+        delay, said = self.fading_delay, "window_size"
+        if delay is not None:
+            said = "fading_delay"
+            require_int(self, said, 0, "0 shows every query what the SSM answers to its own token")
+            if delay > self.window_size:
+                remedy = "a token that left the window is to be told of at once; null is the whole window"
+                reject(said, delay, f"must be at most window_size={self.window_size}", remedy)
+            if self.fading_mass:
+                reject(said, delay, "is of SSM outputs, and fading_mass=True has none", "leave it out")
+        if self.fading_size and not self.fading_mass and getattr(self, said) % self.fading_stride:
+            reject(
+                "fading_stride",
+                self.fading_stride,
+                f"must divide {said}={getattr(self, said)}",
+                "a fading token becomes visible when another one is made; give a divisor",
+            )
 
     def _validate_distance(self) -> None:
         require_int(self, "max_rope_distance_start", 0, "it is a position; 0 is all")
@@ -406,6 +422,7 @@ class BMojoConfig(BackboneConfig):
             slots=self.eidetic_size if remembers else 0,
             fading=self.fading_size if remembers and not self.fading_mass else 0,
             stride=self.fading_stride if remembers and self.fading_size else 1,
+            delay=self.window_size if self.fading_delay is None else self.fading_delay,
             blocks=self.fading_size if remembers and self.fading_mass else 0,
             stored=self.storage_size if remembers else 0,
             has_ssm=kind == "linear_attention" or (remembers and not (blind and self.fading_size == 0)),

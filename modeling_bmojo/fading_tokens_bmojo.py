@@ -1,11 +1,14 @@
-"""FadingTokens: SSM outputs just beyond the window, as tokens that the attention sees (B'MOJO, Algorithm 1, line 5).
+"""FadingTokens: SSM outputs as tokens that the attention sees (B'MOJO, Algorithm 1, line 5).
 
-    query t sees fading token y_p, p = s - 1, 2 s - 1, ..., iff p + W <= t < p + W + F s
+    query t sees fading token y_p, p = s - 1, 2 s - 1, ..., iff p + d <= t < p + d + F s
 
-Fading token i is made at position (i + 1) s - 1, so n tokens make n // s. The W / s that are not yet beyond the window
-wait in a delay line; it and the visible ones in the key buffer are rings: number i lies at place i mod size.
+With d = W, the paper's form, they are those just beyond the window; with d = 0 and s = 1 a query sees what the SSM
+answers to its own token. Fading token i is made at position (i + 1) s - 1, so n tokens make n // s. The d / s that are
+not yet shown wait in a delay line, if there are any; it and the visible ones in the key buffer are rings: number i lies
+at place i mod size.
 
-Shapes: R rows (B in a cache), n fading tokens, G key/value heads, D head dim, W window, F fading tokens, s stride.
+Shapes: R rows (B in a cache), n fading tokens, G key/value heads, D head dim, W window, F fading tokens, s stride, d
+delay.
 """
 
 from typing import Any, NamedTuple
@@ -30,13 +33,13 @@ class FadingContext(NamedTuple):
 
 
 class FadingTokens(MemoryPart):
-    """The F fading tokens beyond the window."""
+    """The F fading tokens, shown d tokens after they were made (the paper: W, so beyond the window)."""
 
     bounded = True
 
     def __init__(self, config, spec):
         super().__init__(config, spec)
-        self.window, self.stride, self.delayed = spec.window, spec.stride, spec.delayed
+        self.delay, self.stride, self.delayed = spec.delay, spec.stride, spec.delayed
         self.places = spec.fading
         self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
 
@@ -45,8 +48,15 @@ class FadingTokens(MemoryPart):
         return spec.fading > 0
 
     def states(self):
-        delay = State((self.delayed, self.heads, self.head_dim))
-        return {"delay_keys": delay, "delay_values": delay}
+        return dict.fromkeys(self.delay_line, State((self.delayed, self.heads, self.head_dim)))
+
+    @property
+    def delay_line(self) -> tuple[str, ...]:
+        """Names of the states in which those that are not yet shown wait; none where each is shown at once."""
+        return ("delay_keys", "delay_values") if self.delayed else ()
+
+    def _waiting(self, layer: Any) -> list[torch.Tensor]:
+        return [getattr(layer, name) for name in self.delay_line]
 
     def observe(self, tokens: Tokens, layer: Any, left, kernels) -> Observed:
         if tokens.steps:
@@ -74,12 +84,12 @@ class FadingTokens(MemoryPart):
     def recall(self, layer: Any) -> FadingContext:
         """Return what the cache holds of them."""
         count = (layer.seen // self.stride)[:, None]
-        offsets = torch.arange(self.places, device=count.device), torch.arange(self.delayed, device=count.device)
-        visible, delay = (count - self.delayed + offsets[0]) % self.places, (count + offsets[1]) % self.delayed
-        keys, values = (
-            torch.cat([take(buffer, visible + self.first), take(ring, delay)], dim=1)
-            for buffer, ring in zip(layer.by_token(), (layer.delay_keys, layer.delay_values))
-        )
+        visible = (count - self.delayed + torch.arange(self.places, device=count.device)) % self.places
+        keys, values = (take(buffer, visible + self.first) for buffer in layer.by_token())
+        if self.delayed:
+            delay = (count + torch.arange(self.delayed, device=count.device)) % self.delayed
+            waiting = (take(ring, delay) for ring in self._waiting(layer))
+            keys, values = (torch.cat(both, dim=1) for both in zip((keys, values), waiting))
         number = count + torch.arange(-self.places - self.delayed, 0, device=count.device)
         return FadingContext(keys, values, (number + 1) * self.stride - 1)
 
@@ -93,22 +103,22 @@ class FadingTokens(MemoryPart):
         return FadingContext(*(torch.cat([old.to(each), each], dim=1) for old, each in zip(past, new)))
 
     def _offer(self, tokens: Tokens, layer: Any, context: FadingContext):
-        """Return the fading tokens as a set, and which of them each block of queries is offered: those made from W to
-        W + F s - 1 tokens ago. Entries behind a row's last token are seen by pads alone."""
+        """Return the fading tokens as a set, and which of them each block of queries is offered: those made from d to
+        d + F s - 1 tokens ago. Entries behind a row's last token are seen by pads alone."""
         block, reach = min(tokens.block, tokens.queries), self.places * self.stride
         positions = context.positions
         start = tokens.front if layer is None else layer.seen[:, None] + tokens.front
         count, coordinate = positions.shape[1], positions - start
         if self.stride == 1:
-            offered = (1 - self.window - reach, -self.window)
+            offered = (1 - self.delay - reach, -self.delay)
         else:
-            # Block j sees those after j L - W - F s, the first of which is number `oldest`, until its last query.
+            # Block j sees those after j L - d - F s, the first of which is number `oldest`, until its last query.
             blocks = torch.arange(0, tokens.queries, block, device=positions.device)
-            oldest = (blocks - self.window - reach - coordinate[:, :1]).div(self.stride, rounding_mode="floor") + 1
+            oldest = (blocks - self.delay - reach - coordinate[:, :1]).div(self.stride, rounding_mode="floor") + 1
             width = self.places - (1 - block) // self.stride
             offered = oldest[..., None] + torch.arange(width, device=positions.device)
             offered = torch.where((offered >= 0) & (offered < count), offered, -1)
-        begin = coordinate + self.window
+        begin = coordinate + self.delay
         end = torch.where(positions >= 0, begin + reach, -NEVER)
         return KeySet(context.keys, context.values, begin, end, positions, tokens.queries - count), offered
 
@@ -121,26 +131,26 @@ class FadingTokens(MemoryPart):
         place = torch.arange(self.places, device=after.device)
         visible = start - self.delayed - self.places + (place - after + self.delayed) % self.places
         empty, visible = visible < 0, visible.clamp(min=0)
-        delay = start - self.delayed + (torch.arange(self.delayed, device=after.device) - after) % self.delayed
-        delay = delay.clamp(min=0)
-        own = self.own
-        rings = layer.delay_keys, layer.delay_values
-        for buffer, ring, new in zip(layer.by_token(), rings, (context.keys, context.values)):
+        own, made = self.own, (context.keys, context.values)
+        for buffer, new in zip(layer.by_token(), made):
             buffer[:, own] = take(new, visible).to(buffer.dtype)
-            ring.copy_(take(new, delay))
+        if self.delayed:
+            delay = start - self.delayed + (torch.arange(self.delayed, device=after.device) - after) % self.delayed
+            for ring, new in zip(self._waiting(layer), made):
+                ring.copy_(take(new, delay.clamp(min=0)))
         layer.positions[:, own] = context.positions.gather(1, visible).masked_fill(empty, -1).clamp(min=-1)
 
     # One token -------------------------------------------------------------------------------------------------------
     def _step(self, tokens: Tokens, layer: Any) -> Observed:
-        """Let a fading token that the new token makes join the delay line, and the one that it replaces there, W tokens
-        older, become visible."""
+        """Let a fading token that the new token makes join the delay line, and the one that it replaces there, d tokens
+        older, become visible; without a delay that is the new one itself."""
         known = tokens.counted
         seen = layer.columns if known else layer.seen
-        leaving = seen - self.window
+        leaving = seen - self.delay
         if tokens.fading is not None:
             active = None if tokens.lengths is None else tokens.lengths > 0
             number = seen // self.stride
-            delayed, visible = number % self.delayed, (number - self.delayed) % self.places + self.first
+            visible = (number - self.delayed) % self.places + self.first
             if known:
                 position = max(leaving, -1)
             else:
@@ -148,10 +158,11 @@ class FadingTokens(MemoryPart):
                 due = (seen + 1) % self.stride == 0
                 active = due if active is None else active & due
             rows = torch.arange(layer.seen.shape[0], device=layer.seen.device)
-            rings = layer.delay_keys, layer.delay_values
-            for buffer, ring, new in zip(layer.by_token(), rings, tokens.fading):
-                write(buffer, rows, visible, read(ring, rows, delayed), active)
-                write(ring, rows, delayed, new[:, 0], active)
+            delayed = number % self.delayed if self.delayed else None
+            for buffer, ring, new in zip(layer.by_token(), self._waiting(layer) or (None, None), tokens.fading):
+                write(buffer, rows, visible, new[:, 0] if ring is None else read(ring, rows, delayed), active)
+                if ring is not None:
+                    write(ring, rows, delayed, new[:, 0], active)
             write(layer.positions, rows, visible, position, active)
         return Observed(full=known and (leaving + 1) // self.stride >= self.places)
 
@@ -160,13 +171,15 @@ class FadingTokens(MemoryPart):
         empty = states["positions"][:, own] < 0
         for name in ("keys", "values"):
             states[name][:, :, own] = states[name][:, :, own].masked_fill(empty[:, None, :, None], 0.0)
+        if not self.delayed:
+            return
         empty = count < self.delayed - (torch.arange(self.delayed, device=count.device) - count) % self.delayed
-        for name in ("delay_keys", "delay_values"):
+        for name in self.delay_line:
             states[name] = states[name].masked_fill(empty[..., None, None], 0.0)
 
     # What a file may hold --------------------------------------------------------------------------------------------
     def check(self, states, seen):
-        """Place r holds the newest fading token beyond the window whose number is r mod F, at (number + 1) s - 1."""
+        """Place r holds the newest fading token that is shown whose number is r mod F, at (number + 1) s - 1."""
         newest = (seen // self.stride - self.delayed - 1)[:, None]
         place = torch.arange(self.places, device=seen.device)
         number = newest - (newest - place) % self.places

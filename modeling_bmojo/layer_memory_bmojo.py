@@ -194,7 +194,7 @@ class LayerMemory:
     def front(self, tokens: int, layer: Any) -> int:
         """How many of the first queries see nothing but the new tokens before them: the plain causal triangle."""
         started = layer is not None and layer.started
-        return 0 if started or not self.bounded else min(tokens, self.spec.window)
+        return 0 if started or not self.bounded else min(tokens, self.spec.alone)
 
     def observe(self, tokens: Tokens, layer: Any, kernels: Kernels) -> list:
         """Let every part take the tokens in; what their queries see, as offers of one softmax (`attention_ops`).

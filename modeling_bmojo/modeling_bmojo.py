@@ -288,14 +288,14 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
     def _runs_ssm(self, rows: Rows, columns: int, cached: bool) -> bool:
         """Whether somebody reads the SSM.
 
-        Without a cache nobody asks for the SSM of a bmojo layer while no token is beyond the window; in training it
+        Without a cache nobody asks for the SSM of a bmojo layer while no query sees more than the tokens before it; in training it
         runs all the same, because data-parallel training waits for a gradient of every parameter. With F = 0 and an
         innovation that is not measured on it nobody ever does.
         """
         if not self.spec.has_ssm or self.training or self.spec.kind != "bmojo":
             return self.spec.has_ssm
         longest = columns if rows.layout is None else rows.layout.longest
-        unread = longest <= self.spec.window and not cached
+        unread = longest <= self.spec.alone and not cached
         return not unread and (self.spec.fading > 0 or self._signal() in ("output", "prediction"))
 
 

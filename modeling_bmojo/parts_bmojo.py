@@ -28,7 +28,7 @@ class LayerSpec(NamedTuple):
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
     slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
-    has_ssm: whether it has a fading memory. blocks: fading tokens of each level that are means of `stride` tokens and
+    delay: d, tokens from an SSM output to the first query that sees it. has_ssm: whether it has a fading memory. blocks: fading tokens of each level that are means of `stride` tokens and
     more (0: they are SSM outputs). stored: K, tokens that a query fetches from the storage.
     """
 
@@ -37,6 +37,7 @@ class LayerSpec(NamedTuple):
     slots: int
     fading: int
     stride: int
+    delay: int
     has_ssm: bool
     blocks: int = 0
     stored: int = 0
@@ -47,8 +48,15 @@ class LayerSpec(NamedTuple):
 
     @property
     def delayed(self) -> int:
-        """W / s, fading tokens that are made but not yet beyond the window (0 where F = 0)."""
-        return self.window // self.stride if self.fading else 0
+        """d / s, fading tokens that are made but not yet shown (0 where F = 0)."""
+        return self.delay // self.stride if self.fading else 0
+
+    @property
+    def alone(self) -> int | None:
+        """How many of a text's first queries see the tokens before them and nothing else; None: all."""
+        if not self.fading or self.window is None:
+            return self.window
+        return min(self.window, self.delay + self.stride - 1)
 
 
 class Tokens(NamedTuple):

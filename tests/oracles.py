@@ -601,9 +601,10 @@ class Algorithm1:
                 if (t + 1) % config.fading_stride == 0:
                     fading_value = self.heads(f"{name}.{prefix}v_proj", y, pairs, None, i, t)
                     layer.fading.append((t, fading_key, fading_value))
-                beyond = [(key, value) for s, key, value in layer.fading if s <= t - window]
-                others = len(beyond[-config.fading_size :])
-                seen += beyond[-config.fading_size :]
+                delay = window if config.fading_delay is None else config.fading_delay
+                shown = [(key, value) for s, key, value in layer.fading if s <= t - delay][-config.fading_size :]
+                others = len(shown)
+                seen += shown
         if config.attention_multiplier is not None:
             query = query * config.attention_multiplier * config.head_dim**0.5  # attend divides by the root
         out = attend(query, [key for key, _ in seen], [value for _, value in seen], others, other)

@@ -32,6 +32,7 @@ STATES = {
     "state-decay": dict(innovation="state", eidetic_decay=0.05, fading_size=7),
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "key": dict(innovation="key"),
+    "answers": dict(innovation="key", fading_delay=0),
     "clock": dict(innovation="key", eidetic_decay=0.3, decay_clock="innovation"),
     "mixed-layers": MIXED_LAYERS,
     "s6": dict(ssm_type="mamba", ssm_state_size=3, num_hidden_layers=1),
@@ -260,7 +261,8 @@ def layer_bytes(config, kind, size):
     history = config.innovation_taps * config.hidden_size * size if config.innovation == "output" and M else 0
     if config.innovation == "key" and M:
         history = config.num_key_value_heads * config.head_dim * 8
-    delayed = W // config.fading_stride * entry if F else 0
+    delay = W if config.fading_delay is None else config.fading_delay
+    delayed = delay // config.fading_stride * entry if F else 0
     return integer + (M + F + W) * (entry + integer + wide) + delayed + history + ssm
 
 
@@ -272,6 +274,8 @@ def layer_bytes(config, kind, size):
         dict(innovation="key"),
         dict(innovation="key", eidetic_size=0),
         dict(window_size=6, fading_stride=3, fading_size=4),
+        dict(fading_delay=0),
+        dict(window_size=6, fading_stride=2, fading_delay=4),
         dict(fading_size=0, ssm_conv_kernel=1),
         dict(eidetic_size=0, window_size=8),
         dict(num_hidden_layers=3, layer_types=["linear_attention", "sliding_attention", "bmojo"], innovation_taps=2),

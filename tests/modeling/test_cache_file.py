@@ -456,6 +456,7 @@ OTHER_VALUES = {
     "innovation_taps": 3,
     "fading_size": 3,
     "fading_stride": 5,
+    "fading_delay": 5,
     "fading_mass": True,
     "storage_size": 7,
     "storage_candidates": 90,

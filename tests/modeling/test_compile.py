@@ -24,6 +24,7 @@ SETTINGS = {
     "key": dict(ONE, innovation="key"),
     "no-projections": dict(ONE, ssm_projected=False),
     "stride": dict(ONE, window_size=6, fading_stride=3),
+    "answers": dict(ONE, innovation="key", fading_delay=0),
     "mixed-layers": MIXED_LAYERS,
 }
 # The first token is traced with the numbers it finds, the second finds them changed and is traced with symbols.

@@ -535,6 +535,11 @@ EVERYTHING = {
     "stride": dict(window_size=6, eidetic_size=3, fading_size=2, fading_stride=3),
     "stride-state": dict(window_size=4, eidetic_size=3, fading_size=3, fading_stride=2, innovation="state"),
     "stride-window": dict(window_size=5, eidetic_size=2, fading_size=1, fading_stride=5, tie_fading_projections=False),
+    "answers": dict(window_size=5, eidetic_size=3, fading_size=1, fading_delay=0, innovation="key"),
+    "answers-alone": dict(window_size=1, eidetic_size=0, fading_size=2, fading_delay=0),
+    "answers-stride": dict(window_size=4, eidetic_size=3, fading_size=2, fading_stride=3, fading_delay=0)
+    | dict(tie_fading_projections=False, tie_fading_queries=False, innovation="state"),
+    "answers-late": dict(window_size=6, eidetic_size=2, fading_size=3, fading_stride=2, fading_delay=4),
     "more-slots-than-tokens": dict(window_size=3, eidetic_size=64, fading_size=2),
     "nothing-but-window-and-fading": dict(window_size=4, eidetic_size=0, fading_size=2),
     "everything-off": dict(window_size=4, eidetic_size=0, fading_size=0),
@@ -647,7 +652,10 @@ def test_ties_keep_the_older_token(name):
     assert_near(decode(model, ids, 1)[0], expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["plain", "state-decay", "more-fading-than-window", "stride", "stride-state", "mixed"])
+ATTENDING = ["plain", "state-decay", "more-fading-than-window", "stride", "stride-state", "mixed", "answers-stride"]
+
+
+@pytest.mark.parametrize("name", ATTENDING)
 @torch.no_grad()
 def test_attentions_are_what_a_query_sees(name):
     """Column s of query t has weight iff t sees token s: in its window, remembered, or through its fading token."""
@@ -664,8 +672,8 @@ def test_attentions_are_what_a_query_sees(name):
         for t in range(30):
             seen = set(range(0 if kind == "full_attention" else max(0, t - config.window_size + 1), t + 1))
             if kind == "bmojo":
-                beyond = t - config.window_size
-                made = [s for s in range(beyond + 1) if (s + 1) % config.fading_stride == 0]
+                delay = config.window_size if config.fading_delay is None else config.fading_delay
+                made = [s for s in range(t - delay + 1) if (s + 1) % config.fading_stride == 0]
                 seen |= set(sets[index][t]) | set(made[-config.fading_size :])
             assert set(weights[0, 0, t].nonzero().flatten().tolist()) == seen
 
@@ -685,6 +693,7 @@ def test_memories_take_part():
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(
     delayed=st.integers(1, 9),
+    shown=st.one_of(st.none(), st.integers(0, 9)),
     stride=st.sampled_from([1, 1, 2, 3]),
     slots=st.sampled_from([0, 1, 3, 8]),
     fading=st.integers(0, 9),
@@ -697,12 +706,13 @@ def test_memories_take_part():
     seed=st.integers(0, 10**6),
 )
 def test_any_setting_equals_algorithm1(
-    delayed, stride, slots, fading, decay, innovation, taps, tied, block, length, seed
+    delayed, shown, stride, slots, fading, decay, innovation, taps, tied, block, length, seed
 ):
     model = small_model(
         seed=seed,
         window_size=delayed * stride,
         fading_stride=stride,
+        fading_delay=None if shown is None else min(shown, delayed) * stride,
         eidetic_size=slots,
         fading_size=fading,
         eidetic_decay=decay,

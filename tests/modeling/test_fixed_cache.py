@@ -17,6 +17,7 @@ SETTINGS = {
     "bmojo": {},
     "mixed": MIXED_LAYERS,
     "stride": dict(window_size=6, fading_stride=3),
+    "answers": dict(innovation="key", fading_delay=0),
     "s6": dict(ssm_type="mamba", innovation="key"),
     "state": dict(innovation="state", eidetic_decay=0.1),
     "clock": dict(eidetic_decay=0.1, decay_clock="innovation"),

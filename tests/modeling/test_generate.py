@@ -21,6 +21,7 @@ SETTINGS = {
     "output": {},
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
+    "answers": dict(innovation="key", fading_delay=0),
     "mixed-layers": MIXED_LAYERS,
 }
 

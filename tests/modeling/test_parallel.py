@@ -54,7 +54,8 @@ SETTINGS = {
         tie_fading_queries=False,
         qk_norm="full",
     ),
-    "one group": dict(ssm_num_groups=1, innovation="key", qk_norm="full", storage_size=2, storage_decay=0.1),
+    "one group": dict(ssm_num_groups=1, innovation="key", qk_norm="full", storage_size=2, storage_decay=0.1)
+    | dict(fading_delay=0),
 }
 SAVED, WHOLE, PIPED = ("tied", "mixed"), ("tied",), ("tied", "mixed", "storage")
 # States of which a process has the part of its heads, and the axis of their heads.

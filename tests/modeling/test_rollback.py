@@ -24,6 +24,7 @@ SETTINGS = {
     "key, clock": dict(innovation="key", eidetic_decay=0.1, decay_clock="innovation", fading_size=0),
     "constant": dict(innovation="constant", eidetic_size=2),
     "stride": dict(fading_size=2, fading_stride=5),
+    "answers": dict(innovation="key", fading_delay=0),
     "S6": dict(ssm_type="mamba", ssm_num_heads=8, ssm_head_dim=4, ssm_num_groups=1),
     "delta": dict(ssm_type="gated_delta", innovation="state"),
     "kalma": dict(ssm_type="kalmanet", innovation="state", ssm_solver_steps=5),
