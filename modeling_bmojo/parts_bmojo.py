@@ -28,8 +28,9 @@ class LayerSpec(NamedTuple):
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
     slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
-    delay: d, tokens from an SSM output to the first query that sees it. has_ssm: whether it has a fading memory. blocks: fading tokens of each level that are means of `stride` tokens and
-    more (0: they are SSM outputs). stored: K, tokens that a query fetches from the storage.
+    delay: d, tokens from an SSM output to the first query that sees it. has_ssm: whether it has a fading memory.
+    blocks: fading tokens of each level that are means of `stride` tokens and more (0: they are SSM outputs).
+    stored: K, tokens that a query fetches from the storage.
     """
 
     kind: str
