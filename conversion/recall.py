@@ -73,7 +73,7 @@ def compare(
         write_text(folder / TABLE_FILE, table)
         if settings.plot:
             draw(rows, folder)
-        store.write(finished=True, summary=rows, losses=losses(rows))
+        store.write(finished=True, summary=rows, losses=losses(rows, settings.chosen))
         shutil.rmtree(folder / "work", ignore_errors=True)
         return table
 

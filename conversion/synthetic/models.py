@@ -23,7 +23,7 @@ from ..common.settings import refuse_unknown
 BYTES_TOLERANCE = 0.07  # of the wanted bytes; a step of k is a token's key and value, or one state channel
 PARAMETERS_TOLERANCE = 0.01
 FADING = 1  # fading tokens of B'MOJO layers, the paper's recurrent form, but every W-th alone, so that one waits
-CHANNELS = 4  # state channels of a B'MOJO layer's SSM
+CHANNELS = 4  # state channels of a B'MOJO layer's SSM in the paper's form, and of one without a delay for each token
 FETCHED = 16  # tokens that a query fetches from a storage
 
 
@@ -77,6 +77,22 @@ def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[s
     return memory
 
 
+def _direct(slots: bool) -> Callable[[int, Sizes], dict[str, Any]]:
+    """k state channels, and a token for four of them; a query sees what the SSM answers to its own token.
+
+    slots: half of the tokens are kept ones.
+    """
+
+    def memory(k: int, sizes: Sizes) -> dict[str, Any]:
+        tokens = -(-k // CHANNELS)
+        window = (tokens + 1) // 2 if slots else tokens
+        kept = dict(eidetic_size=tokens - window, innovation="key")
+        fading = dict(fading_size=1, fading_delay=0, ssm_state_size=k, ssm_num_groups=1)
+        return dict(window_size=window, **kept, **fading)
+
+    return memory
+
+
 def _hybrid(k: int, sizes: Sizes) -> dict[str, Any]:
     """As many state channels as tokens; the B'MOJO layer has no fading tokens and, as its test reads none, no SSM."""
     window = (k + 1) // 2
@@ -99,6 +115,8 @@ MODELS: dict[str, Kind] = {
     "bmojo_state": Kind("B'MOJO, test on the SSM's input", (BMOJO,) * 2, _bmojo("state")),
     "bmojo_key": Kind("B'MOJO, test on keys", (BMOJO,) * 2, _bmojo("key")),
     "bmojo_constant": Kind("B'MOJO that keeps the first tokens", (BMOJO,) * 2, _bmojo("constant")),
+    "bmojo_direct": Kind("B'MOJO, test on keys, queries see the SSM's own answer", (BMOJO,) * 2, _direct(True)),
+    "bmojo_f_direct": Kind("B'MOJO-F, queries see the SSM's own answer", (BMOJO,) * 2, _direct(False)),
     "bmojo_hybrid": Kind("Mamba-2, then B'MOJO that keeps the first tokens", (SSM, BMOJO), _hybrid),
     "bmojo_storage": Kind("B'MOJO with storage: a ceiling", (BMOJO,) * 2, _bmojo("key", storage_size=FETCHED), False),
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.plotting import new_figure, save_figure
+from .report import by_position
 
 
 MARKERS = "osD^v<>PX*hd"
@@ -20,7 +21,7 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     for task in dict.fromkeys(row["task"] for row in rows):
         here = [row for row in rows if row["task"] == task]
         tests = list(dict.fromkeys(row["test"] for row in here))
-        positions = " to " in tests[0]
+        positions = by_position(tests[0])
         panels = [None] if positions else tests
         figure = new_figure(max(7.0, 5.0 * len(panels)), 4.6)
         for index, test in enumerate(panels):

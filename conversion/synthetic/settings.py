@@ -24,6 +24,8 @@ class RecallSettings:
         `models_of`). state_bytes: the bytes of a text's memory that the ranked models are made to have, each a point of
         the pictures. seeds: of initial weights and samples. learning_rates: each is tried with every model; the best
         one counts, by the loss on samples that are in no test.
+    chosen: the model, of those with an eidetic memory, whose losses are counted: name the one that other seeds chose;
+        null: in every comparison the best of them, which flatters.
     width, heads, layers, parameters: of every model, the last without embeddings. taps: see `training.Reader`.
     steps, batch, warmup, weight_decay: of every training; warmup is a share of the steps below 1. solved: training
         accuracy over 50 steps at which a training stops early; null: never. test_samples: of each test.
@@ -37,6 +39,7 @@ class RecallSettings:
     state_bytes: Annotated[list[int], RULED] = field(default_factory=lambda: [32768])
     seeds: Annotated[list[int], RULED] = field(default_factory=lambda: [0])
     learning_rates: Annotated[list[float], RULED] = field(default_factory=lambda: [3e-3])
+    chosen: str | None = None
     width: int = 64
     heads: int = 2
     layers: int = 2
@@ -80,7 +83,11 @@ def load_recall(path: str | Path, overrides: dict[str, Any]) -> tuple[RecallSett
         values["learning_rates"] = [as_number(value) for value in values["learning_rates"]]
     settings = make_settings(RecallSettings, values)
     _check(settings)
-    return settings, tasks_of(settings.tasks), models_of(settings.models)
+    models = models_of(settings.models)
+    names = [model.name for model in models]
+    if settings.chosen is not None and settings.chosen not in names:
+        raise ValueError(f"chosen={settings.chosen!r}: must be one of the models {names}, or null.")
+    return settings, tasks_of(settings.tasks), models
 
 
 def _check(settings: RecallSettings) -> None:

@@ -79,6 +79,10 @@ def test_layers_and_tests_are_what_the_names_say():
         assert config.innovation == name and config.eidetic_size > 0 and config.storage_size == 0
     assert built("bmojo_f").config.eidetic_size == 0
     assert built("bmojo_storage").config.storage_size > 0
+    for name in ("bmojo_direct", "bmojo_f_direct"):
+        config = built(name).config
+        assert config.fading_delay == 0 and config.fading_size == 1 and bool(config.eidetic_size) == ("_f" not in name)
+    assert built("bmojo_key").config.fading_delay is None
 
 
 def test_an_override_is_part_of_what_is_solved():

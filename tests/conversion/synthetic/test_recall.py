@@ -226,6 +226,7 @@ def test_other_code_is_other_figures(tmp_path, monkeypatch):
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"heads": 3}, "heads=3: must divide width=16"),
         ({"taps": 1}, "taps=1: must be 2 or more"),
+        ({"chosen": "mamba2"}, "chosen='mamba2': must be one of the models ['window', 'bmojo_key'], or null"),
         ({"solved": 1.5}, "solved=1.5: must be a share"),
         ({"solved": 0.9, "save_steps": 20}, "save_steps=20: must be a multiple of 50"),
         ({"device": "tpu"}, "device='tpu': must be one of"),
@@ -331,14 +332,27 @@ def test_losses_of_ours_are_counted():
     cells += [cell("window", 0.60, size=200), cell("bmojo_key", 0.595, size=200)]  # within the margin
     rows = summarise(cells)
     (found,) = losses(rows)
-    assert (found["ours"], found["accuracy"], found["bytes"]) == ("bmojo_key", 0.8, 100)
+    assert (found["ours"], found["by"], found["value"], found["bytes"]) == ("bmojo_key", "accuracy", 0.8, 100)
     assert found["better"] == {"mamba2": 0.9, "bmojo_f": 0.85}
     header = {"command": "x", "machine": {"commit": "", "device": "d", "cores": 1, "threads": 1, "versions": {}}}
     settings = {"test_samples": 8, "learning_rates": [0.1], "width": 4, "layers": 2, "steps": 5, "batch": 2}
+    settings["chosen"] = None
     text = markdown(rows, settings, header, "")
-    assert "behind in 1 comparisons" in text
-    assert "- mqar, 8 tokens, 100 bytes: bmojo_key 0.800; mamba2 0.900, bmojo_f 0.850" in text
+    assert "B'MOJO (the best one of each comparison) is behind in 1 comparisons" in text
+    assert "- mqar, 8 tokens, 100 bytes, accuracy: bmojo_key 0.800; mamba2 0.900, bmojo_f 0.850" in text
+    text = markdown(rows, {**settings, "chosen": "bmojo_state"}, header, "")
+    assert "B'MOJO (bmojo_state) is behind in 1 comparisons" in text
+    assert "bmojo_state 0.700; mamba2 0.900, bmojo_f 0.850" in text
     assert re.search(r"\| full_attention \| 99 \| 10 \| \(c\) \| 1.000 \(1.00\) \|", text)
+
+
+def test_of_a_text_losses_are_compared():
+    """A better accuracy at a worse loss is no better model of a text."""
+    cells = [cell("mamba2", 0.6, 1.65, test="0 to 8"), cell("bmojo_key", 0.5, 1.55, test="0 to 8")]
+    cells += [cell("mamba2", 0.5, 1.53, test="8 to 16"), cell("bmojo_key", 0.6, 1.55, test="8 to 16")]
+    (found,) = losses([row | {"wanted_bytes": 100} for each in cells for row in summarise([each])])
+    assert (found["test"], found["by"], found["value"]) == ("8 to 16", "loss", 1.55)
+    assert found["better"] == {"mamba2": 1.53}
 
 
 # The recipes ---------------------------------------------------------------------------------------------------------
@@ -358,6 +372,7 @@ def test_recipe(path):
     settings, tasks, models = load_recall(path, {"device": "cpu"})
     cells = job.plan(settings, tasks, models)
     assert len({cell.row for cell in cells}) == len(cells)
-    counts = {"quick": (2, 7, 1), "forgetting": (1, 7, 1), "full": (9, 12, 3), "gpu": (10, 12, 3), "text": (1, 12, 3)}
+    counts = {"quick": (2, 8, 1), "forgetting": (1, 8, 1), "full": (9, 17, 3), "gpu": (10, 17, 3), "text": (1, 17, 3)}
     assert (len(tasks), len(models), len(settings.seeds)) >= counts[path.stem]
+    assert settings.chosen == "bmojo_direct"
     assert 100 not in settings.seeds, "the seed that was developed on is not reported"
