@@ -33,7 +33,7 @@ from .files_bmojo import write_whole
 
 FORMAT = "bmojo-cache-6"
 FORMAT_5, FORMAT_4 = "bmojo-cache-5", "bmojo-cache-4"
-NOT_IN_FORMAT_4 = ("has_ssm", "blocks", "stored")
+NOT_IN_FORMAT_4 = ("delay", "has_ssm", "blocks", "stored")
 DIGITS = 64
 READ_AT_ONCE = 1 << 20
 LARGEST_HEADER = 100_000_000  # safetensors' own limit

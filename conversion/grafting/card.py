@@ -61,9 +61,10 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     if config.storage_size:
         stored = f",\n- {config.storage_size} of all other tokens, chosen by each query for itself (storage)"
         told = "What a query sees does not grow with the text; the storage does, by every token that was read."
+    where = "beyond the window" if config.fading_delay is None else f"at least {config.fading_delay} tokens old"
     fading = (
-        f"{config.fading_size} output(s) of a state space model, one every {config.fading_stride} tokens beyond the "
-        "window, that\n  sum up what came before"
+        f"{config.fading_size} output(s) of a state space model, one every {config.fading_stride} tokens, {where}, "
+        "that\n  sum up what came before"
     )
     if config.fading_mass and config.fading_size:
         fading = f"means of blocks of {config.fading_stride} tokens and more, each with the weight of the tokens in it"

@@ -75,6 +75,7 @@ def small_memory(config: BMojoConfig, tokens: int) -> BMojoConfig:
     small = copy.deepcopy(config)
     stride = config.fading_stride  # which must divide the window
     small.window_size = min(config.window_size, -(-tokens // stride) * stride)
+    small.fading_delay = None
     small.eidetic_size = min(config.eidetic_size, tokens)
     return small
 

@@ -664,6 +664,9 @@ CONTRADICTIONS = [
     ("innovation_taps", 0),
     ("fading_size", -1),
     ("fading_size", None),
+    ("fading_delay", -1),
+    ("fading_delay", 2.0),
+    ("fading_delay", 1000),
     ("memory_block_size", 0),
     ("ssm_type", "s4"),
     ("ssm_type", None),
@@ -740,6 +743,12 @@ def test_contradictions_between_fields():
             r"ssm_projected=False: must be True with ssm_type='kalmanet'.*; leave",
         ),
         (dict(ssm_type="kalmanet", ssm_expand_rank=0), r"ssm_expand_rank=0: must be an integer >= 1"),
+        (dict(window_size=7, fading_stride=3), r"fading_stride=3: must divide window_size=7; a fading token"),
+        (dict(window_size=6, fading_stride=3, fading_delay=4), r"fading_stride=3: must divide fading_delay=4"),
+        (
+            dict(fading_delay=0, fading_mass=True, storage_size=2, fading_stride=2),
+            r"fading_delay=0: is of SSM outputs, and fading_mass=True has none; leave it out",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             BMojoConfig(**{**BASE, **fields})

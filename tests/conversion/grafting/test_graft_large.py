@@ -128,6 +128,7 @@ def test_the_check_needs_memories_for_its_tokens_only():
     strided = BMojoConfig(window_size=4096, fading_stride=128)  # which must divide the window
     assert small_memory(strided, 64).window_size == 128
     assert small_memory(strided, 129).window_size == 256
+    assert small_memory(BMojoConfig(window_size=512, fading_delay=512), 64).fading_delay is None
     few = small_memory(BMojoConfig(window_size=16, eidetic_size=4), 16)
     assert (few.window_size, few.eidetic_size) == (16, 4)
 
