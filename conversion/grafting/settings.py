@@ -134,7 +134,7 @@ def _check_delay(settings: GraftSettings) -> None:
     delay = settings.memory.get("fading_delay")
     if delay is not None and settings.check and settings.memory.get("fading_size", 1):
         raise ValueError(
-            f"fading_delay={delay!r}: shows queries what an SSM says that has not learned anything yet, also inside the "
+            f"fading_delay={delay!r}: shows queries what an SSM says that has learned nothing yet, also inside the "
             "window, so that a fresh graft does not answer as its source; leave it out, or set check: false and train."
         )
 
