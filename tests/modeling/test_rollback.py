@@ -32,6 +32,7 @@ SETTINGS = {
     "mixed": MIXED_LAYERS,
     "full attention": dict(layer_types=["full_attention"] * 2),
     "storage": dict(STORED, fading_mass=True, fading_size=2, fading_stride=2, max_rope_distance=9),
+    "storage, answers": dict(STORED, fading_delay=0, innovation="key"),
     "storage, decay": dict(STORED, storage_decay=0.7, fading_size=0, innovation="key"),
     "no positions": dict(rope_parameters=None),
 }
