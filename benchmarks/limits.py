@@ -115,7 +115,8 @@ def keys_seen(config, tokens: int) -> int:
     if window is None:
         return int(seen.sum())
     beyond = (seen - window).clamp(min=0)
-    fading = (beyond // config.fading_stride).clamp(max=config.fading_size)
+    made = beyond if config.fading_delay is None else (seen - config.fading_delay).clamp(min=0)
+    fading = (made // config.fading_stride).clamp(max=config.fading_size)
     return int((seen - beyond + beyond.clamp(max=config.eidetic_size) + fading).sum())
 
 

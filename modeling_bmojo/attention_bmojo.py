@@ -1,8 +1,8 @@
 """Attention of a B'MOJO layer over [eidetic | fading | local], with and without a cache (Algorithm 1, lines 1, 4, 5).
 
 The layer's memory takes the tokens in and says what their queries see (`layer_memory_bmojo`); one softmax runs over
-that (`attention_ops`), for many tokens in blocks of queries, for one token as a block of one. While no token is beyond
-the window it is plain causal attention.
+that (`attention_ops`), for many tokens in blocks of queries, for one token as a block of one. For the first tokens of a
+text, which see nothing else, it is plain causal attention.
 
 Projections run on the input's columns `[B, T, E]`, attention on mixer rows, whose real tokens come first
 (layout_bmojo.py). Fading tokens are the exception: tied `k_proj` and `v_proj` run a second time, on SSM outputs, of

@@ -72,12 +72,14 @@ class BMojoConfig(BackboneConfig):
             `"key"`: predict the token's attention key by the mean of all keys before it (best on grafts, docs/log.md);
             `"constant"`: all tokens are equal and of equals the older stays: the first M tokens (attention sinks).
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
-        fading_size: F, SSM outputs just beyond the window that join the attention; 0 switches them off.
+        fading_size: F, SSM outputs that join the attention as fading tokens; 0 switches them off.
+        fading_delay: d, tokens between an SSM output and the first query that sees it, 0 to W. `None` is W, the paper's
+            form: fading tokens come from just beyond the window and sum up what has left it. 0: a query sees what the
+            SSM answers to its own token, and nothing has to wait. A fresh graft wants W: before it learned anything an
+            SSM has no answers.
         fading_stride: s, only every s-th SSM output becomes a fading token (at positions s - 1, 2 s - 1, ...), so that
-            F of them reach F s tokens beyond the window; must divide their delay. 1 is the paper's form.
-        fading_delay: d, tokens between an SSM output and the first query that sees it as a fading token, 0 to W. `None`
-            is W, the paper's form: it tells what lies beyond the window, made before the query was known. 0: every
-            query sees what the SSM answers to its own token, and nothing has to wait.
+            F of them reach back F s tokens; must divide `fading_delay`, or `window_size` where that is `None`. 1 is the
+            paper's form.
         fading_mass: what a fading token is. False: one SSM output at every s-th position (the paper's form). True: the
             mean key and value of s tokens that have left the window, which counts for as many tokens as are neither
             kept nor fetched (log of their number on its score); the newest F blocks of s tokens, before them F of 2 s,
@@ -192,8 +194,8 @@ class BMojoConfig(BackboneConfig):
     innovation: str = memory("output")
     innovation_taps: int = memory(4)
     fading_size: int = memory(1)
-    fading_stride: int = memory(1)
     fading_delay: int | None = memory(None)
+    fading_stride: int = memory(1)
     fading_mass: bool = memory(False)
     tie_fading_projections: bool = memory(True)
     tie_fading_queries: bool = memory(True)
@@ -302,22 +304,20 @@ class BMojoConfig(BackboneConfig):
         require_choice(self, "decay_clock", DECAY_CLOCKS)
 
     def _validate_fading_delay(self) -> None:
-        delay, said = self.fading_delay, "window_size"
-        if delay is not None:
-            said = "fading_delay"
+        delay, said = self.fading_delay, "fading_delay"
+        if delay is None:
+            delay, said = self.window_size, "window_size"
+        else:
             require_int(self, said, 0, "0 shows every query what the SSM answers to its own token")
-            if delay > self.window_size:
-                remedy = "a token that left the window is to be told of at once; null is the whole window"
-                reject(said, delay, f"must be at most window_size={self.window_size}", remedy)
-            if self.fading_mass:
-                reject(said, delay, "is of SSM outputs, and fading_mass=True has none", "leave it out")
-        if self.fading_size and not self.fading_mass and getattr(self, said) % self.fading_stride:
-            reject(
-                "fading_stride",
-                self.fading_stride,
-                f"must divide {said}={getattr(self, said)}",
-                "a fading token becomes visible when another one is made; give a divisor",
-            )
+        if not self.fading_size:
+            return
+        if delay > self.window_size:
+            reject(said, delay, f"must be at most window_size={self.window_size}", "give 0 to W, or null for W")
+        if self.fading_mass and self.fading_delay is not None:
+            reject(said, delay, "is of SSM outputs, and fading_mass=True has none", "leave it out")
+        if not self.fading_mass and delay % self.fading_stride:
+            rule = "a fading token becomes visible as one is made; give a divisor"
+            reject("fading_stride", self.fading_stride, f"must divide {said}={delay}", rule)
 
     def _validate_distance(self) -> None:
         require_int(self, "max_rope_distance_start", 0, "it is a position; 0 is all")
@@ -422,11 +422,18 @@ class BMojoConfig(BackboneConfig):
             slots=self.eidetic_size if remembers else 0,
             fading=self.fading_size if remembers and not self.fading_mass else 0,
             stride=self.fading_stride if remembers and self.fading_size else 1,
-            delay=self.window_size if self.fading_delay is None else self.fading_delay,
+            delay=self.fading_delay,
             blocks=self.fading_size if remembers and self.fading_mass else 0,
             stored=self.storage_size if remembers else 0,
             has_ssm=kind == "linear_attention" or (remembers and not (blind and self.fading_size == 0)),
         )
+
+    @property
+    def alone(self) -> int:
+        """How many of a text's first tokens see nothing but the tokens before them, in every B'MOJO layer: up to there
+        a fresh graft is its source (W, or less with a `fading_delay`)."""
+        specs = (self.layer_spec(index) for index, kind in enumerate(self.layer_types) if kind == "bmojo")
+        return min((spec.alone for spec in specs), default=self.window_size)
 
 
 __all__ = ["BMojoConfig"]

@@ -39,7 +39,7 @@ class FadingTokens(MemoryPart):
 
     def __init__(self, config, spec):
         super().__init__(config, spec)
-        self.delay, self.stride, self.delayed = spec.delay, spec.stride, spec.delayed
+        self.delay, self.stride, self.delayed = spec.waits, spec.stride, spec.delayed
         self.places = spec.fading
         self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
 

@@ -185,7 +185,7 @@ def select(
     Args:
         keys: `[B, S]` retention keys. valid: `[B, S]`, False for pads and empty slots: never kept, never seen.
         window: W. slots: M. block: L. queries: T, which may be more than the new tokens.
-        past: W, or 0 if nothing was read before (then `held` is 0 too).
+        past: tokens of the window in front of the new ones; W, fewer at the start of a text (then `held` is 0).
 
     Returns:
         a `Selection` with ceil(T / L) blocks.

@@ -463,8 +463,8 @@ class BMojoModel(BMojoPreTrainedModel):
 
         Returns:
             `last_hidden_state` `[B, T, E]`, the cache (under the name that this transformers has for it), and on demand
-            `hidden_states` and `attentions` (`[B, H, T, S]` per attention layer; the column of a token beyond the
-            window adds the weight on the token itself and on its fading token). Weights are formed in plain PyTorch,
+            `hidden_states` and `attentions` (`[B, H, T, S]` per attention layer; a column adds the weight on the
+            token itself and on its fading token, as far as both are seen). Weights are formed in plain PyTorch,
             whatever the attention implementation.
 
         Raises:

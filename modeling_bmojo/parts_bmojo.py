@@ -28,9 +28,9 @@ class LayerSpec(NamedTuple):
 
     window: W, visible tokens including the query itself; None means every past token (full attention).
     slots: M, eidetic slots. fading: F, fading tokens. stride: s, SSM outputs per fading token (1 where F = 0).
-    delay: d, tokens from an SSM output to the first query that sees it. has_ssm: whether it has a fading memory.
-    blocks: fading tokens of each level that are means of `stride` tokens and more (0: they are SSM outputs).
-    stored: K, tokens that a query fetches from the storage.
+    has_ssm: whether it has a fading memory. blocks: fading tokens of each level that are means of `stride` tokens and
+    more (0: they are SSM outputs). stored: K, tokens that a query fetches from the storage. delay: d, tokens from an
+    SSM output to the first query that sees it; None: W.
     """
 
     kind: str
@@ -38,10 +38,10 @@ class LayerSpec(NamedTuple):
     slots: int
     fading: int
     stride: int
-    delay: int
     has_ssm: bool
     blocks: int = 0
     stored: int = 0
+    delay: int | None = None  # last: caches that were pickled before there was one end here
 
     @property
     def has_attention(self) -> bool:
@@ -50,14 +50,19 @@ class LayerSpec(NamedTuple):
     @property
     def delayed(self) -> int:
         """d / s, fading tokens that are made but not yet shown (0 where F = 0)."""
-        return self.delay // self.stride if self.fading else 0
+        return self.waits // self.stride if self.fading else 0
+
+    @property
+    def waits(self) -> int:
+        """Return d, how many tokens a fading token waits before it is shown."""
+        return self.window if self.delay is None else self.delay
 
     @property
     def alone(self) -> int | None:
         """How many of a text's first queries see the tokens before them and nothing else; None: all."""
         if not self.fading or self.window is None:
             return self.window
-        return min(self.window, self.delay + self.stride - 1)
+        return min(self.window, self.waits + self.stride - 1)
 
 
 class Tokens(NamedTuple):
@@ -144,8 +149,8 @@ class MemoryPart:
     """One memory of a layer. It holds sizes and no tensors: those are states of the cache.
 
     places: entries in the layer's key buffer. first, own: where they begin, and which they are. takes_left: it takes in
-    what the parts before it in `PARTS` let go. bounded: it offers nothing to the first W queries of a text, which the
-    layer then answers without asking (`Tokens.front`).
+    what the parts before it in `PARTS` let go. bounded: it offers nothing to the first queries of a text, as many
+    as `LayerSpec.alone` says, which the layer answers without asking (`Tokens.front`).
 
     Args:
         config: the model's configuration. spec: the layer's.

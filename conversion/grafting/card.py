@@ -61,9 +61,9 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     if config.storage_size:
         stored = f",\n- {config.storage_size} of all other tokens, chosen by each query for itself (storage)"
         told = "What a query sees does not grow with the text; the storage does, by every token that was read."
-    where = "beyond the window" if config.fading_delay is None else f"at least {config.fading_delay} tokens old"
+    where = "beyond the window" if config.fading_delay is None else f"made {config.fading_delay} tokens ago or earlier"
     fading = (
-        f"{config.fading_size} output(s) of a state space model, one every {config.fading_stride} tokens, {where}, "
+        f"{config.fading_size} output(s) of a state space model, one every {config.fading_stride} token(s), {where}, "
         "that\n  sum up what came before"
     )
     if config.fading_mass and config.fading_size:
@@ -72,6 +72,10 @@ def _body(config: BMojoConfig, facts: Mapping[str, Any], report: Mapping[str, An
     beyond = "it sees the window and the memories only"
     if len(layers) < count:
         beyond = "its B'MOJO layers see the window and the memories only, the others what they saw in the source"
+    same = report["identical_up_to"]
+    exact = f"Up to {same:,} tokens its logits are those of the source;\nbeyond that {beyond}"
+    if not same:
+        exact = "Its logits are not those of the source, for no token: an SSM that has\nlearned nothing yet takes part"
     return f"""# {name}, grafted to B'MOJO
 
 This is {name} ({report["source"]["architecture"]}) with {which} turned into B'MOJO layers.
@@ -84,8 +88,7 @@ Under one softmax, such a layer attends to
 
 {told}{sketches}
 
-It is a fresh graft: nothing was trained. Up to {report["identical_up_to"]:,} tokens its logits are those of the source;
-beyond that {beyond}. The new tensors are a starting point for training.
+It is a fresh graft: nothing was trained. {exact}. The new tensors are a starting point for training.
 
 ## Load it
 

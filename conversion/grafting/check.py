@@ -46,7 +46,7 @@ def check_against_source(
             differ by more than CHECK_TOLERANCE allows.
     """
     config = BMojoConfig.from_pretrained(folder)
-    tokens = min(CHECK_TOKENS, config.window_size, source_window(source.config) or CHECK_TOKENS)
+    tokens = min(CHECK_TOKENS, config.alone, source_window(source.config) or CHECK_TOKENS)
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     written = open_weights(folder, f"the written checkpoint {folder.name!r}")
     check_complete(config, written)

@@ -182,6 +182,11 @@ def plan_graft(settings: GraftSettings, source: Source, layers: str | list[int] 
     memory = init.complete(backbone_fields(source.config), {**init.fields, **settings.memory})
     config = bmojo_config_for(source.config, memory, layers)
     init.check(config, tuple(settings.smoother_tau))
+    if settings.check and not config.alone:
+        raise ValueError(
+            f"fading_delay={config.fading_delay!r}: shows even the first query what an SSM says that has learned "
+            "nothing yet, so that no token is answered as by the source; leave it out, or set check: false and train."
+        )
     dtype = getattr(torch, settings.dtype or source.dtype, None)
     if dtype_name(dtype) not in DTYPES:
         raise ValueError(f"dtype of the source is {source.dtype}; set dtype to float32, bfloat16 or float16.")
@@ -345,7 +350,7 @@ def write_checkpoint(folder: Path, plan: Plan) -> None:
 def build_report(plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
     """Return the report of `graft_report.json`; tokenizer, generation and check are added as they are done."""
     config = plan.source.config
-    windows = [size for size in (plan.config.window_size, source_window(config)) if size is not None]
+    windows = [size for size in (plan.config.alone, source_window(config)) if size is not None]
     dropped = sum("dropped-because" in entry for entry in plan.copies.values())
     sizes = {name: torch.Size(shape).numel() for name, shape in plan.shapes.items()}
     return {

@@ -97,7 +97,6 @@ def _check(settings: GraftSettings) -> None:
     for name in ("measured_files", "storage_text"):
         _check_files(name, getattr(settings, name))
     _check_sketches(settings)
-    _check_delay(settings)
     check_fields(settings.ssm_init, SSM_INITS[settings.ssm_init].fields | EVERY_INIT, settings.memory)
 
 
@@ -126,16 +125,6 @@ def _check_sketches(settings: GraftSettings) -> None:
         raise ValueError(
             f"storage_text={settings.storage_text!r}: is what sketches of keys are fitted on, and storage_sketch_size "
             "is null; set it, or remove the text."
-        )
-
-
-def _check_delay(settings: GraftSettings) -> None:
-    """Refuse a check that must fail: with SSM outputs inside the window a fresh graft is not what its source is."""
-    delay = settings.memory.get("fading_delay")
-    if delay is not None and settings.check and settings.memory.get("fading_size", 1):
-        raise ValueError(
-            f"fading_delay={delay!r}: shows queries what an SSM says that has learned nothing yet, also inside the "
-            "window, so that a fresh graft does not answer as its source; leave it out, or set check: false and train."
         )
 
 

@@ -150,6 +150,11 @@ class Model:
         k, mlp = _solved(self, replace(sizes, vocabulary=2))
         return self.build(sizes, k, mlp, max_position_embeddings=length)
 
+    def keeps(self, sizes: Sizes) -> bool:
+        """Whether one of its layers has an eidetic memory."""
+        config = self.build(sizes, 16, 1)
+        return any(config.layer_spec(index).slots for index in range(sizes.layers))
+
     def build(self, sizes: Sizes, k: int, mlp: int, **more: Any) -> BMojoConfig:
         """Return the configuration with a memory of size k and an MLP of width `mlp`."""
         kind = MODELS[self.kind]

@@ -68,14 +68,22 @@ def losses(rows: Sequence[Figures], chosen: str | None = None) -> list[dict[str,
         ours = [row for row in here if row["eidetic"] and chosen in (None, row["model"])]
         if not ours:
             continue
-        by, sign = ("loss", -1) if by_position(place[1]) else ("accuracy", 1)
-        best = max(ours, key=lambda row: sign * row[by][0])
-        better = [r for r in here if not r["eidetic"] and sign * (r[by][0] - best[by][0]) > MARGIN]
+        by = "loss" if by_position(place[1]) else "accuracy"
+        best = max(ours, key=lambda row: _merit(row, by))
+        better = [r for r in here if not r["eidetic"] and _merit(r, by) > _merit(best, by) + MARGIN]
         if better:
             names = {row["model"]: row[by][0] for row in better}
             found.append({"task": place[0], "test": place[1], "bytes": place[2], "by": by, "ours": best["model"],
                           "value": best[by][0], "better": names})  # fmt: skip
     return found
+
+
+def _merit(row: Figures, by: str) -> float:
+    """Return a figure of which more is better; a loss that is no number is worst."""
+    value = row[by][0]
+    if by == "accuracy":
+        return value
+    return -value if math.isfinite(value) else -math.inf
 
 
 def markdown(rows: Sequence[Figures], settings: Mapping[str, Any], header: Mapping[str, Any], done: str) -> str:

@@ -83,11 +83,21 @@ def load_recall(path: str | Path, overrides: dict[str, Any]) -> tuple[RecallSett
         values["learning_rates"] = [as_number(value) for value in values["learning_rates"]]
     settings = make_settings(RecallSettings, values)
     _check(settings)
-    models = models_of(settings.models)
-    names = [model.name for model in models]
-    if settings.chosen is not None and settings.chosen not in names:
-        raise ValueError(f"chosen={settings.chosen!r}: must be one of the models {names}, or null.")
-    return settings, tasks_of(settings.tasks), models
+    tasks, models = tasks_of(settings.tasks), models_of(settings.models)
+    if settings.chosen is not None:
+        _check_chosen(settings, tasks[0], models)
+    return settings, tasks, models
+
+
+def _check_chosen(settings: RecallSettings, task: Task, models: list[Model]) -> None:
+    """Refuse a model whose losses would never be counted (ValueError)."""
+    sizes = settings.sizes(task, max(settings.state_bytes))
+    ours = [model.name for model in models if model.ranked and model.keeps(sizes)]
+    if settings.chosen not in ours:
+        raise ValueError(
+            f"chosen={settings.chosen!r}: must be one of the models that have an eidetic memory and equal bytes, "
+            f"{ours}, or null."
+        )
 
 
 def _check(settings: RecallSettings) -> None:

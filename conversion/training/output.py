@@ -74,7 +74,7 @@ def write_checkpoint(
         for name, value in tensors.items()
         if name not in tied
     }
-    report = updated_report(student.report, whole, trained, entry, config.window_size)
+    report = updated_report(student.report, whole, trained, entry, config.alone)
     report["dtype"] = dtype_name(dtype)
     dtypes = {name: value.dtype for name, value in whole.items()}
     write_model(folder, copy.deepcopy(config), dtypes, whole.__getitem__, max_shard_size, dtype)
@@ -120,18 +120,18 @@ def updated_report(
     tensors: Mapping[str, torch.Tensor],
     trained: list[str],
     entry: dict[str, Any],
-    window: int,
+    alone: int,
 ) -> dict[str, Any]:
     """Return the graft's report with this run in it.
 
-    Inside the window the logits stay the source's as long as only new tensors train. window: the result's, which
-    `memory` may have made smaller than the graft's.
+    Up to the first token that sees more than the tokens before it the logits stay the source's as long as only new
+    tensors train. alone: how many there are in the result, which `memory` may have made fewer than in the graft.
     """
     updated = copy.deepcopy(dict(report))
     updated["training"] = [*updated.get("training", []), entry]
     if "identical_up_to" in updated:
         only_new = set(trained) <= initialised(report)
-        updated["identical_up_to"] = min(updated["identical_up_to"], window) if only_new else 0
+        updated["identical_up_to"] = min(updated["identical_up_to"], alone) if only_new else 0
     # Sketches of keys are not in a model that is trained with storage_size=0.
     accounts = {name: entry for name, entry in updated.get("target_tensors", {}).items() if name in tensors}
     updated["target_tensors"] = accounts

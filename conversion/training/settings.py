@@ -105,7 +105,7 @@ class AlignSettings(TrainingSettings):
 
     teacher: None is the source Transformer itself, rebuilt on the student's own tensors; else a folder, hub id or
     `pypi:NAME` with the same vocabulary. loss_from: first position of a document that counts; None: the window size,
-    because a graft is exact before it.
+    because a graft is exact before it (with a `fading_delay` the first position that sees a fading token).
     """
 
     program: ClassVar[str] = "align"

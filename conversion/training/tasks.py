@@ -62,7 +62,7 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
         check_head(model, "source")
         check_head(teacher, "teacher")
     hold_in_float32(model)
-    loss_from = student.config.window_size if settings.loss_from is None else settings.loss_from
+    loss_from = student.config.alone if settings.loss_from is None else settings.loss_from
     prefix = "student."
 
     def write(folder: Path, tensors: Tensors, entry: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ def shared_teacher(
     config = copy.deepcopy(student.config)
     config.layer_types = list(kinds)
     config.window_size = source.get("window") or config.window_size
+    config.fading_size = 0  # it has no such layers, and the student's may not fit its window
     teacher = meta_model(config)
     own = dict(student.named_parameters(remove_duplicate=False))
     copies: dict[int, nn.Parameter] = {}

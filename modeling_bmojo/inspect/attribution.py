@@ -53,7 +53,8 @@ class Attribution(NamedTuple):
 
     row: of the batch. ids: real tokens of the row up to the answer's end, by position. answer: positions of the answer.
     window: W. layers: indices of the L layers with attention. positions, weights: `[A, L, H]`, the votes; weight 0 = no
-    vote. beyond: `[A, L]`, the share of the attention that went beyond the window, sinks included.
+    vote. beyond: `[A, L]`, the share of the attention that went beyond the window, sinks included; not that
+    on fading tokens from inside it (`fading_delay`), although these sum up the past.
     """
 
     row: int

@@ -111,13 +111,15 @@ def test_limits_are_stored_and_shown():
 
 
 # What bounds a figure ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("delay", [None, 4, 0])
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_keys_seen_are_those_of_the_definition(tokens):
-    config = BMojoConfig(**{**SIZES, "window_size": 8, "eidetic_size": 3, "fading_size": 2, "fading_stride": 4})
-    seen = 0
+def test_keys_seen_are_those_of_the_definition(tokens, delay):
+    memory = dict(window_size=8, eidetic_size=3, fading_size=2, fading_stride=4, fading_delay=delay)
+    config, waits, seen = BMojoConfig(**{**SIZES, **memory}), 8 if delay is None else delay, 0
     for query in range(tokens):
         gone = [key for key in range(query + 1) if key <= query - 8]
-        seen += query + 1 - len(gone) + min(3, len(gone)) + min(2, len(gone) // 4)
+        made = [key for key in range(query + 1) if (key + 1) % 4 == 0 and key + waits <= query]
+        seen += query + 1 - len(gone) + min(3, len(gone)) + len(made[-2:])
     assert limits.keys_seen(config, tokens) == seen
     assert limits.keys_seen(LlamaConfig(), tokens) == tokens * (tokens + 1) // 2
 

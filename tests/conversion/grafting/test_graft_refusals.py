@@ -63,7 +63,7 @@ def refused(capsys, tmp_path: Path, *arguments: str, **settings) -> str:
         ("ssm_time_step_rank=4", ["ssm_time_step_rank=4", "must be None with ssm_type='mamba2'"]),
         ("smoother_tau=[8, 2]", ["smoother_tau=[8, 2]", "low <= high"]),
         ("smoother_tau=4", ["smoother_tau=4", "[low, high]"]),
-        ("fading_delay=0", ["fading_delay=0", "does not answer as its source", "check: false"]),
+        ("fading_delay=0", ["fading_delay=0", "no token is answered as by the source", "check: false"]),
         ("ssm_time_step_limit=[0.1, 1.0]", ["smoother_tau", "ssm_time_step_limit=[0.1, 1.0]"]),
         ("max_shard_size=big", ["max_shard_size='big'", "2GB"]),
         ("seed=x", ["seed='x'", "int"]),

@@ -226,7 +226,9 @@ def test_other_code_is_other_figures(tmp_path, monkeypatch):
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"heads": 3}, "heads=3: must divide width=16"),
         ({"taps": 1}, "taps=1: must be 2 or more"),
-        ({"chosen": "mamba2"}, "chosen='mamba2': must be one of the models ['window', 'bmojo_key'], or null"),
+        ({"chosen": "mamba2"}, "chosen='mamba2': must be one of the models that have"),
+        ({"chosen": "window"}, "must be one of the models that have an eidetic memory and equal bytes"),
+        ({"chosen": "bmojo_storage", "models": ["bmojo_storage", "bmojo_f"]}, "and equal bytes, [], or null"),
         ({"solved": 1.5}, "solved=1.5: must be a share"),
         ({"solved": 0.9, "save_steps": 20}, "save_steps=20: must be a multiple of 50"),
         ({"device": "tpu"}, "device='tpu': must be one of"),
@@ -353,6 +355,16 @@ def test_of_a_text_losses_are_compared():
     (found,) = losses([row | {"wanted_bytes": 100} for each in cells for row in summarise([each])])
     assert (found["test"], found["by"], found["value"]) == ("8 to 16", "loss", 1.55)
     assert found["better"] == {"mamba2": 1.53}
+
+
+@pytest.mark.parametrize("chosen", [None, "bmojo_key"])
+def test_a_loss_that_is_no_number_is_behind(chosen):
+    cells = [cell("bmojo_key", 0.0, float("nan"), test="0 to 8"), cell("mamba2", 0.5, 1.5, test="0 to 8")]
+    rows = [row for each in cells for row in summarise([each])]
+    (found,) = losses(rows, chosen)
+    assert found["ours"] == "bmojo_key" and found["better"] == {"mamba2": 1.5}
+    sound = summarise([cell("bmojo_state", 0.5, 1.5, test="0 to 8")])
+    assert losses(rows + sound, None) == []
 
 
 # The recipes ---------------------------------------------------------------------------------------------------------

@@ -139,6 +139,21 @@ def test_memory_fields_may_change_and_are_kept(tmp_path):
     assert f"Up to {W // 2} tokens its logits are still" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("delay", [0, W // 2])
+def test_with_a_delay_below_the_window_less_is_said_to_be_the_sources(delay, tmp_path):
+    """Fading tokens are seen inside the window: it is aligned as well, and its logits are not the graft's any more."""
+    memory = {"fading_delay": delay, "fading_size": 1, "fading_stride": 1}
+    assert run_align(tmp_path, losses={"kl": 1.0}, memory=memory, data={"sequence_length": W + 3}) == 0
+    assert read_report(tmp_path / "out")["identical_up_to"] == delay
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (f"Up to {delay} tokens its logits are still" in card) == (delay > 0)
+    model, graft = (BMojoForCausalLM.from_pretrained(path).eval() for path in (tmp_path / "out", tiny_graft()))
+    ids = torch.arange(W)[None]
+    with torch.no_grad():
+        apart = (model(ids).logits - graft(ids).logits)[0].abs().amax(-1)
+    assert model.config.alone == delay and (apart[:delay] < 1e-4).all() and (apart[delay:] > 1e-4).any()
+
+
 def test_narrow_weights_with_mixed_precision(tmp_path):
     trainer = {"bf16": True, "use_cpu": True}
     assert run_align(tmp_path, losses={"kl": 1.0, "mixer": 1.0}, dtype="bfloat16", trainer=trainer) == 0
