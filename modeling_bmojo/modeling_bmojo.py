@@ -295,7 +295,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
         if not self.spec.has_ssm or self.training or self.spec.kind != "bmojo":
             return self.spec.has_ssm
         longest = columns if rows.layout is None else rows.layout.longest
-        unread = longest <= self.spec.alone and not cached
+        unread = not cached and longest <= self.spec.alone
         return not unread and (self.spec.fading > 0 or self._signal() in ("output", "prediction"))
 
 

@@ -73,9 +73,9 @@ def check_complete(config: BMojoConfig, written: Weights) -> None:
 def small_memory(config: BMojoConfig, tokens: int) -> BMojoConfig:
     """Return the config with memories just large enough to read `tokens` tokens, all of them inside the window."""
     small = copy.deepcopy(config)
-    stride = config.fading_stride  # which must divide the window
-    small.window_size = min(config.window_size, -(-tokens // stride) * stride)
-    small.fading_delay = None
+    if config.fading_delay is None:  # else the window is not what hides fading tokens from the first queries
+        stride = config.fading_stride  # which must divide the window
+        small.window_size = min(config.window_size, -(-tokens // stride) * stride)
     small.eidetic_size = min(config.eidetic_size, tokens)
     return small
 

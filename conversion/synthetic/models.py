@@ -23,7 +23,8 @@ from ..common.settings import refuse_unknown
 BYTES_TOLERANCE = 0.07  # of the wanted bytes; a step of k is a token's key and value, or one state channel
 PARAMETERS_TOLERANCE = 0.01
 FADING = 1  # fading tokens of B'MOJO layers, the paper's recurrent form, but every W-th alone, so that one waits
-CHANNELS = 4  # state channels of a B'MOJO layer's SSM in the paper's form, and of one without a delay for each token
+CHANNELS = 4  # state channels of the SSM of a B'MOJO layer in the paper's form
+CHANNELS_PER_TOKEN = 4  # of one whose fading tokens have no delay
 FETCHED = 16  # tokens that a query fetches from a storage
 
 
@@ -78,13 +79,13 @@ def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[s
 
 
 def _direct(slots: bool) -> Callable[[int, Sizes], dict[str, Any]]:
-    """k state channels, and a token for four of them; a query sees what the SSM answers to its own token.
+    """k state channels, a token for `CHANNELS_PER_TOKEN` of them; queries see what the SSM answers to their own token.
 
     slots: half of the tokens are kept ones.
     """
 
     def memory(k: int, sizes: Sizes) -> dict[str, Any]:
-        tokens = -(-k // CHANNELS)
+        tokens = -(-k // CHANNELS_PER_TOKEN)
         window = (tokens + 1) // 2 if slots else tokens
         kept = dict(eidetic_size=tokens - window, innovation="key")
         fading = dict(fading_size=1, fading_delay=0, ssm_state_size=k, ssm_num_groups=1)

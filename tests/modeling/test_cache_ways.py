@@ -163,6 +163,11 @@ def test_a_cache_pickled_before_its_memories_had_slots_goes_on():
     assert torch.equal(go_on(model, cache, ids), expected)
 
 
+def test_what_a_layer_is_was_pickled_without_a_delay():
+    spec = build().config.layer_spec(0)
+    assert type(spec)(*spec[:-1]) == spec and spec.delayed > 0
+
+
 @pytest.mark.parametrize(("call", "missing"), [("begin", 1), ("finish", 2)])
 def test_code_of_another_version_stops_before_it_writes(call, missing):
     """A model of older code calls begin() without the mask."""

@@ -128,9 +128,23 @@ def test_the_check_needs_memories_for_its_tokens_only():
     strided = BMojoConfig(window_size=4096, fading_stride=128)  # which must divide the window
     assert small_memory(strided, 64).window_size == 128
     assert small_memory(strided, 129).window_size == 256
-    assert small_memory(BMojoConfig(window_size=512, fading_delay=512), 64).fading_delay is None
+    delayed = small_memory(BMojoConfig(window_size=4, fading_delay=3, fading_stride=3), 4)
+    assert (delayed.window_size, delayed.alone) == (4, 4)
+    delayed.validate()
     few = small_memory(BMojoConfig(window_size=16, eidetic_size=4), 16)
     assert (few.window_size, few.eidetic_size) == (16, 4)
+
+
+@pytest.mark.parametrize(("delay", "check"), [(0, False), (4, True)])
+def test_a_graft_with_a_delay_says_how_much_of_it_is_the_source(delay, check, tmp_path):
+    model = save_source(tmp_path / "source")
+    memory = dict(fading_delay=delay, fading_size=1, fading_stride=1, check=check)
+    assert graft(tmp_path, **memory) == 0
+    report, card = read_report(tmp_path / "graft"), (tmp_path / "graft" / "README.md").read_text()
+    assert report["identical_up_to"] == delay and (report["check"] or {}).get("tokens") == (delay or None)
+    assert ("Its logits are not those of the source, for no token" in card) == (delay == 0)
+    apart = (logits(BMojoForCausalLM.from_pretrained(tmp_path / "graft")) - logits(model)).abs().amax((0, 2))
+    assert (apart[:delay] < 1e-4).all() and (apart[delay:] > 1e-4).any()
 
 
 def test_memories_that_are_not_finite_and_missing_tensors_are_noticed(tmp_path, monkeypatch, capsys):

@@ -57,6 +57,16 @@ def padded(batch, count):
 
 
 # The teacher --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("memory", [{"fading_delay": 12}, {"fading_stride": 16}], ids=str)
+def test_fading_tokens_of_the_student_need_not_fit_the_window_of_the_source(memory):
+    model, report, trained = student_of("mistral_sliding")
+    model.config.window_size, source = 16, {**report["source"], "window": 8}
+    for name, value in memory.items():
+        setattr(model.config, name, value)
+    model.config.validate()
+    assert shared_teacher(model, source, set(trained)).config.window_size == 8
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_biases_tied", "qwen3", "smollm3", "mistral_sliding"])
 def test_shared_teacher_is_the_source_on_the_students_tensors(name):
     model, report, trained = student_of(name)
