@@ -24,7 +24,7 @@ BYTES_TOLERANCE = 0.07  # of the wanted bytes; a step of k is a token's key and 
 PARAMETERS_TOLERANCE = 0.01
 FADING = 1  # fading tokens of B'MOJO layers, the paper's recurrent form, but every W-th alone, so that one waits
 CHANNELS = 4  # state channels of the SSM of a B'MOJO layer in the paper's form
-CHANNELS_PER_TOKEN = 4  # of one whose fading tokens have no delay
+DIRECT_CHANNELS = 12  # of one whose fading tokens have no delay
 FETCHED = 16  # tokens that a query fetches from a storage
 
 
@@ -79,17 +79,18 @@ def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[s
 
 
 def _direct(slots: bool) -> Callable[[int, Sizes], dict[str, Any]]:
-    """k state channels, a token for `CHANNELS_PER_TOKEN` of them; queries see what the SSM answers to their own token.
+    """k tokens; queries see what the SSM answers to their own token.
 
-    slots: half of the tokens are kept ones.
+    Its short convolution is left out: what that binds, `taps` bind for every model, and its state takes two tokens.
+
+    slots: all but a quarter of the tokens are kept ones.
     """
 
     def memory(k: int, sizes: Sizes) -> dict[str, Any]:
-        tokens = -(-k // CHANNELS_PER_TOKEN)
-        window = (tokens + 1) // 2 if slots else tokens
-        kept = dict(eidetic_size=tokens - window, innovation="key")
-        fading = dict(fading_size=1, fading_delay=0, ssm_state_size=k, ssm_num_groups=1)
-        return dict(window_size=window, **kept, **fading)
+        window = max(1, k // 4) if slots else k
+        ssm = dict(ssm_state_size=DIRECT_CHANNELS, ssm_num_groups=1, ssm_conv_kernel=1)
+        kept = dict(eidetic_size=k - window, innovation="key")
+        return dict(window_size=window, fading_size=1, fading_delay=0, **kept, **ssm)
 
     return memory
 
@@ -192,14 +193,18 @@ def _memory(model: Model, sizes: Sizes) -> int:
             f"{sizes.layers} layers; give more bytes, or a smaller width."
         )
     while takes(high) <= wanted:
+        if takes(high) == takes(2 * high):  # fields of its own say how large its memory is
+            break
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if takes(middle) <= wanted else (low, middle)
     if takes(low) < (1 - BYTES_TOLERANCE) * wanted:
+        fixed = takes(low) == takes(high)
+        found = f"{takes(low):,} bytes by its own fields" if fixed else f"{takes(low):,} or {takes(high):,} bytes"
+        remedy = "leave one of them out" if fixed else "give more bytes, or a smaller width"
         raise ValueError(
-            f"state_bytes={wanted:,}: {model.name} takes {takes(low):,} or {takes(high):,} bytes, and must come within "
-            f"{BYTES_TOLERANCE:.0%}; give more bytes, or a smaller width."
+            f"state_bytes={wanted:,}: {model.name} takes {found}, and must come within {BYTES_TOLERANCE:.0%}; {remedy}."
         )
     return low
 
