@@ -27,7 +27,7 @@ from modeling_bmojo import BMojoCache, BMojoConfig, BMojoForCausalLM
 
 from ..common.running import assembled
 from ..grafting.pipeline import Plan, build_tensors
-from ..grafting.sources import source_hashes
+from ..grafting.sources import weight_hashes
 from .presses import PressedSource
 
 
@@ -57,7 +57,7 @@ class Models:
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
         self.plan, self.device, self.dtype = plan, device, dtype
-        self.files = source_hashes(plan.settings.source)
+        self.files = weight_hashes(plan.source.path)
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ class Models:
         return self._row("fresh graft", "fresh", self.plan.config)
 
     def graft(self, folder: Path, name: str, config: BMojoConfig, overrides: Mapping[str, Any]) -> Row:
-        facts = {"kind": "graft", "config": config.to_dict(), "files": source_hashes(str(folder))}
+        facts = {"kind": "graft", "config": config.to_dict(), "files": weight_hashes(folder)}
         build = lambda: self._load_graft(folder, overrides)  # noqa: E731
         return Row(name, "graft", config.window_size, config.eidetic_size, facts, build)
 

@@ -51,11 +51,13 @@ HUB_SIDE_FILES = [
 class Source(Weights, Protocol):
     """What the graft needs to know of a source.
 
-    label: the name under which reports and cards mention it. config: as transformers reads it. stated_config: as the
-    source's config.json states it. dtype: of most tensors. shapes, dtypes, rows: see weights.py.
+    label: the name under which reports and cards mention it. path: its file or folder. config: as transformers reads
+    it. stated_config: as the source's config.json states it. dtype: of most tensors. shapes, dtypes, rows: see
+    weights.py.
     """
 
     label: str
+    path: Path
     config: PreTrainedConfig
     stated_config: dict[str, Any]
     dtype: str
@@ -92,9 +94,8 @@ def open_source(name: str, allow_pickle: bool = False) -> Source:
     )
 
 
-def _weight_files(name: str) -> list[Path]:
-    """Return the files that decide what a local source computes; none for a hub id."""
-    path = packaged_gguf(name.removeprefix("pypi:")) if name.startswith("pypi:") else Path(name).expanduser()
+def _weight_files(path: Path) -> list[Path]:
+    """Return the files of a model's file or folder that decide what it computes."""
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     names = {"config.json", INDEX_FILE, PICKLE_INDEX_FILE}
     return [file for file in files if file.suffix in (".gguf", ".safetensors", ".bin") or file.name in names]
@@ -105,12 +106,13 @@ def source_files(name: str) -> list[list[str | int]]:
 
     Tells whether a source is still what an earlier graft read, without reading it.
     """
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _weight_files(name)]
+    path = packaged_gguf(name.removeprefix("pypi:")) if name.startswith("pypi:") else Path(name).expanduser()
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in _weight_files(path)]
 
 
-def source_hashes(name: str) -> list[list[str]]:
-    """Name and SHA-256 of the same files: tells what a source is, wherever and whenever it was written."""
-    return [[file.name, sha256(file)] for file in _weight_files(name)]
+def weight_hashes(path: Path) -> list[list[str]]:
+    """Name and SHA-256 of the weight files in a folder, or of one file: tells what a model is, wherever it was made."""
+    return [[file.name, sha256(file)] for file in _weight_files(path)]
 
 
 def open_config(folder: Path, what: str, **fields: Any) -> BMojoConfig:
