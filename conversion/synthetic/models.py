@@ -24,7 +24,8 @@ BYTES_TOLERANCE = 0.07  # of the wanted bytes; a step of k is a token's key and 
 PARAMETERS_TOLERANCE = 0.01
 FADING = 1  # fading tokens of B'MOJO layers, the paper's recurrent form, but every W-th alone, so that one waits
 CHANNELS = 4  # state channels of the SSM of a B'MOJO layer in the paper's form
-DIRECT_CHANNELS = 12  # of one whose fading tokens have no delay
+CHANNELS_PER_TOKEN = 4  # of one whose fading tokens have no delay
+SLOTTED_CHANNELS = 12  # of one that has more slots instead
 FETCHED = 16  # tokens that a query fetches from a storage
 
 
@@ -78,21 +79,29 @@ def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[s
     return memory
 
 
+DIRECT = dict(fading_size=1, fading_delay=0, innovation="key", ssm_num_groups=1)
+
+
 def _direct(slots: bool) -> Callable[[int, Sizes], dict[str, Any]]:
-    """k tokens; queries see what the SSM answers to their own token.
+    """k state channels, a token for `CHANNELS_PER_TOKEN` of them; queries see what the SSM answers to their own token.
 
-    Its short convolution is left out: what that binds, `taps` bind for every model, and its state takes two tokens.
-
-    slots: all but a quarter of the tokens are kept ones.
+    slots: half of the tokens are kept ones.
     """
 
     def memory(k: int, sizes: Sizes) -> dict[str, Any]:
-        window = max(1, k // 4) if slots else k
-        ssm = dict(ssm_state_size=DIRECT_CHANNELS, ssm_num_groups=1, ssm_conv_kernel=1)
-        kept = dict(eidetic_size=k - window, innovation="key")
-        return dict(window_size=window, fading_size=1, fading_delay=0, **kept, **ssm)
+        tokens = -(-k // CHANNELS_PER_TOKEN)
+        window = (tokens + 1) // 2 if slots else tokens
+        return dict(window_size=window, eidetic_size=tokens - window, ssm_state_size=k, **DIRECT)
 
     return memory
+
+
+def _slotted(k: int, sizes: Sizes) -> dict[str, Any]:
+    """k tokens, all but a quarter of them kept ones. The SSM has no short convolution, whose state takes two tokens:
+    what it binds, `taps` bind for every model."""
+    window = max(1, k // 4)
+    ssm = dict(ssm_state_size=SLOTTED_CHANNELS, ssm_conv_kernel=1)
+    return dict(window_size=window, eidetic_size=k - window, **ssm, **DIRECT)
 
 
 def _hybrid(k: int, sizes: Sizes) -> dict[str, Any]:
@@ -119,6 +128,7 @@ MODELS: dict[str, Kind] = {
     "bmojo_constant": Kind("B'MOJO that keeps the first tokens", (BMOJO,) * 2, _bmojo("constant")),
     "bmojo_direct": Kind("B'MOJO, test on keys, queries see the SSM's own answer", (BMOJO,) * 2, _direct(True)),
     "bmojo_f_direct": Kind("B'MOJO-F, queries see the SSM's own answer", (BMOJO,) * 2, _direct(False)),
+    "bmojo_slots": Kind("B'MOJO like bmojo_direct, more slots and no convolution", (BMOJO,) * 2, _slotted),
     "bmojo_hybrid": Kind("Mamba-2, then B'MOJO that keeps the first tokens", (SSM, BMOJO), _hybrid),
     "bmojo_storage": Kind("B'MOJO with storage: a ceiling", (BMOJO,) * 2, _bmojo("key", storage_size=FETCHED), False),
 }

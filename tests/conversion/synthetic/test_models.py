@@ -79,10 +79,10 @@ def test_layers_and_tests_are_what_the_names_say():
         assert config.innovation == name and config.eidetic_size > 0 and config.storage_size == 0
     assert built("bmojo_f").config.eidetic_size == 0
     assert built("bmojo_storage").config.storage_size > 0
-    for name in ("bmojo_direct", "bmojo_f_direct"):
+    for name in ("bmojo_direct", "bmojo_f_direct", "bmojo_slots"):
         config = built(name).config
         assert config.fading_delay == 0 and config.fading_size == 1 and bool(config.eidetic_size) == ("_f" not in name)
-        assert config.ssm_conv_kernel == 1
+    assert built("bmojo_slots").config.eidetic_size > 2 * built("bmojo_direct").config.eidetic_size
     assert built("bmojo_key").config.fading_delay is None
 
 
@@ -94,13 +94,13 @@ def test_an_override_is_part_of_what_is_solved():
 
 def test_a_size_that_its_own_fields_fix_is_taken_or_refused():
     own = {"window_size": 5, "eidetic_size": 18}
-    fitting = built("bmojo_direct", **own).config
+    fitting = built("bmojo_slots", **own).config
     assert (fitting.window_size, fitting.eidetic_size) == (5, 18)
     assert (1 - BYTES_TOLERANCE) * SIZES.state_bytes <= constant_bytes(fitting) <= SIZES.state_bytes
     with pytest.raises(ValueError, match=r"takes [\d,]+ bytes by its own fields, and must .*; leave one of them out"):
-        built("bmojo_direct", window_size=5, eidetic_size=8)
+        built("bmojo_slots", window_size=5, eidetic_size=8)
     with pytest.raises(ValueError, match="bytes at least"):
-        built("bmojo_direct", window_size=5, eidetic_size=30)
+        built("bmojo_slots", window_size=5, eidetic_size=30)
 
 
 @pytest.mark.parametrize(
