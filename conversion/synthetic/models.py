@@ -26,6 +26,7 @@ FADING = 1  # fading tokens of B'MOJO layers, the paper's recurrent form, but ev
 CHANNELS = 4  # state channels of the SSM of a B'MOJO layer in the paper's form
 CHANNELS_PER_TOKEN = 4  # of one whose fading tokens have no delay
 SLOTTED_CHANNELS = 12  # of one that has more slots instead
+DIRECT = dict(fading_size=1, fading_delay=0, innovation="key", ssm_num_groups=1)  # of both
 FETCHED = 16  # tokens that a query fetches from a storage
 
 
@@ -77,9 +78,6 @@ def _bmojo(innovation: str | None, **more: Any) -> Callable[[int, Sizes], dict[s
         return dict(window_size=window, eidetic_size=k - window, **fading, **test, **more)
 
     return memory
-
-
-DIRECT = dict(fading_size=1, fading_delay=0, innovation="key", ssm_num_groups=1)
 
 
 def _direct(slots: bool) -> Callable[[int, Sizes], dict[str, Any]]:
