@@ -414,7 +414,7 @@ class BMojoConfig(BackboneConfig):
         """Return what kind of layer `layer_idx` is, and how much it remembers (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
         remembers = kind == "bmojo"
-        # Only then: layers whose test reads no SSM have had one all the same, and their checkpoints hold it.
+        # Only with slots: layers that are a mere window have had an SSM all the same, and their checkpoints hold it.
         blind = remembers and self.eidetic_size > 0 and not INNOVATIONS[self.innovation].has_ssm
         return LayerSpec(
             kind=kind,

@@ -116,7 +116,7 @@ class StateInnovation(Innovation):
 class KeyInnovation(Innovation):
     """v_t is the token's attention key without its position, expected to be the mean of all keys before it."""
 
-    name, signal, adds_up = "key", "key", True
+    name, signal, adds_up, has_ssm = "key", "key", True, False
     about = "the token's attention key, by the mean of all keys before it (best on grafts, docs/log.md)"
 
     def states(self, config):
