@@ -72,6 +72,9 @@ class BMojoConfig(BackboneConfig):
             `"key"`: predict the token's attention key by the mean of all keys before it (best on grafts, docs/log.md);
             `"constant"`: all tokens are equal and of equals the older stays: the first M tokens (attention sinks).
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
+        innovation_gradient: c >= 0, in training alone: a kept token's innovation gets c times the gradient that a
+            factor of its value would have, so that the test learns to keep what is of use (docs/model.md). 0, the
+            paper's form: selection is discrete and no gradient says what it costs. 10 for models trained from scratch.
         fading_size: F, SSM outputs that join the attention as fading tokens; 0 switches them off.
         fading_delay: d, tokens between an SSM output and the first query that sees it, 0 to W. `None` is W, the paper's
             form: fading tokens come from just beyond the window and sum up what has left it. 0: a query sees what the
@@ -193,6 +196,7 @@ class BMojoConfig(BackboneConfig):
     decay_clock: str = memory("tokens")
     innovation: str = memory("output")
     innovation_taps: int = memory(4)
+    innovation_gradient: float = memory(0.0, results=False)
     fading_size: int = memory(1)
     fading_delay: int | None = memory(None)
     fading_stride: int = memory(1)
@@ -301,6 +305,11 @@ class BMojoConfig(BackboneConfig):
         require_choice(self, "innovation", tuple(INNOVATIONS))
         require_choice(self, "kernel_backend", KERNEL_BACKENDS)
         require_number(self, "eidetic_decay", 0, False, "use 0 for no forgetting")
+        require_number(self, "innovation_gradient", 0, False, "use 0 for a selection without gradient")
+        if self.innovation_gradient and not INNOVATIONS[self.innovation].learns:
+            able = [name for name, test in INNOVATIONS.items() if test.learns]
+            rule = f"innovation={self.innovation!r} has scores without gradient"
+            reject("innovation_gradient", self.innovation_gradient, rule, f"leave it at 0, or take one of {able}")
         require_choice(self, "decay_clock", DECAY_CLOCKS)
 
     def _validate_fading_delay(self) -> None:

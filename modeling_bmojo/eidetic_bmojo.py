@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from .attention_ops import KeySet
-from .memory_ops import retention_key, widest
+from .memory_ops import presence, retention_key, widest
 from .parts_bmojo import Left, MemoryPart, Observed, Tokens, require
 from .states_bmojo import State, read, take, write
 
@@ -49,6 +49,7 @@ class EideticMemory(MemoryPart):
         super().__init__(config, spec)
         self.window, self.slots, self.decay = spec.window, spec.slots, config.eidetic_decay
         self.places = self.window + self.slots
+        self.gain = config.innovation_gradient
         self.ages_by_innovation = self.slots > 0 and self.decay > 0 and config.decay_clock == "innovation"
 
     @classmethod
@@ -68,6 +69,10 @@ class EideticMemory(MemoryPart):
         if tokens.queries <= 0:  # nothing is beyond the window yet
             self._commit(context, None, tokens, layer)
             return Observed()
+        gated = context.values
+        if context.innovations.requires_grad:
+            gated = gated * presence(context.innovations, self.gain)[..., None, None].to(gated.dtype)
+            context = context._replace(innovations=context.innovations.detach())
         slots, before = (0, tokens.front) if past is None else (self.slots, self.window)
         first = -slots - before
         block = min(tokens.block, tokens.queries)
@@ -81,11 +86,22 @@ class EideticMemory(MemoryPart):
         everything = KeySet(context.keys, context.values, coordinate, end, context.positions, first)
         local = KeySet(*(value[:, slots:] for value in everything[:5]), -before)
         offers = [(local, (1 - self.window, 0))]
+        if gated is not context.values:
+            everything = everything._replace(values=gated)
+            offers = self._apart(local, gated[:, slots:], block)
         if self.slots:
             offers.append((everything, chosen.slots))
         self._commit(context, chosen.expiry - first, tokens, layer)
         out = Left(*context[:4], chosen.expiry) if tokens.wants_left else None
         return Observed(offers, left=out)
+
+    def _apart(self, local: KeySet, gated: torch.Tensor, block: int) -> list[tuple[KeySet, tuple[int, int]]]:
+        """Offer the local tokens in two: as long as they are in the window, and kept ones, whose values are `gated`."""
+        left = local.begin + self.window
+        offers = [(local._replace(end=torch.minimum(local.end, left)), (1 - self.window, 0))]
+        if block > 1:  # else all kept tokens are in the slots when the block starts
+            offers.append((local._replace(values=gated, begin=left), (1 - self.window, -self.window)))
+        return offers
 
     # Many tokens -----------------------------------------------------------------------------------------------------
     def recall(self, layer: Any) -> Context:
@@ -100,7 +116,7 @@ class EideticMemory(MemoryPart):
         positions, innovation = tokens.positions(layer), tokens.innovation
         if innovation is None:
             innovation = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
-        clocks = self._clocks(innovation, positions, layer) if self.ages_by_innovation else positions
+        clocks = self._clocks(innovation.detach(), positions, layer) if self.ages_by_innovation else positions
         new = Context(tokens.keys, tokens.values, positions, innovation, clocks)
         if past is None:
             return new

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from .dispatch_bmojo import Kernels
 from .fields_bmojo import require_int
-from .memory_ops import key_innovation, prediction_error, widest
+from .memory_ops import key_innovation, output_innovation, prediction_error, widest
 from .share_bmojo import Share
 from .states_bmojo import State, shift
 
@@ -36,7 +36,8 @@ class Innovation:
     name: its value of `config.innovation`. signal: what it judges by, see `score`; None: by nothing.
     operations: those of `dispatch_bmojo` that it runs. has_ssm: a layer without fading tokens has an SSM all the same.
     about: its row in the documentation. adds_up: where devices have a share of the heads each, and so of the signals
-    "key" and "prediction", `score` adds up over `share` what they find, so that all of them find the same.
+    "key" and "prediction", `score` adds up over `share` what they find, so that all of them find the same. learns: its
+    scores have a gradient where one is recorded, for `config.innovation_gradient`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Innovation:
     operations: tuple[str, ...] = ()
     has_ssm = True
     adds_up = False
+    learns = False
     share: Share | None = None
     about: str
 
@@ -65,7 +67,7 @@ class Innovation:
         layer: Any,
         kernels: Kernels,
     ) -> torch.Tensor:
-        """Innovation `[R, T]` of new tokens, without gradient (selection is discrete), in [0, 2].
+        """Innovation `[R, T]` of new tokens, in [0, 2]. Gradients are recorded where `innovation_gradient` wants them.
 
         Args:
             signal: as `signal` names it: "key" `[R, T, G, D]` keys without positions; "output" `[R, T, E]` the fading
@@ -80,7 +82,7 @@ class Innovation:
 class OutputInnovation(Innovation):
     """v_t is the fading memory's output, expected to be the mean of the k outputs before it (Algorithm 1)."""
 
-    name, signal, operations = "output", "output", ("innovation",)
+    name, signal, operations, learns = "output", "output", ("innovation",), True
     about = "the fading memory's output, by the mean of the last `innovation_taps` outputs (the paper's test)"
 
     @classmethod
@@ -95,7 +97,10 @@ class OutputInnovation(Innovation):
 
     def score(self, signal, lengths, layer, kernels):
         history = signal.new_zeros(signal.shape[0], self.taps, signal.shape[2]) if layer is None else layer.outputs
-        surprise = kernels.run("innovation", signal, history)
+        if torch.is_grad_enabled():  # no other form has a backward
+            surprise = output_innovation(signal, history.clone())  # which moves on before the backward
+        else:
+            surprise = kernels.run("innovation", signal, history)
         if layer is not None:
             shift(layer.outputs, signal, lengths)
         return surprise
@@ -109,14 +114,13 @@ class StateInnovation(Innovation):
     about = "the SSM's input, by reading the state with the token's own write key (the paper's figure)"
 
     def score(self, signal, lengths, layer, kernels):
-        with torch.no_grad():
-            return prediction_error(*signal, None if self.share is None else self.share.sum)
+        return prediction_error(*signal, None if self.share is None else self.share.sum)
 
 
 class KeyInnovation(Innovation):
     """v_t is the token's attention key without its position, expected to be the mean of all keys before it."""
 
-    name, signal, adds_up, has_ssm = "key", "key", True, False
+    name, signal, adds_up, has_ssm, learns = "key", "key", True, False, True
     about = "the token's attention key, by the mean of all keys before it (best on grafts, docs/log.md)"
 
     def states(self, config):
@@ -128,7 +132,8 @@ class KeyInnovation(Innovation):
             nothing = torch.zeros(keys.shape[0], *keys.shape[2:], dtype=widest(keys.device), device=keys.device)
             count = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
             return key_innovation(keys, nothing, count, self._average())
-        surprise = key_innovation(keys, layer.key_sum, layer.seen, self._average())
+        before = layer.key_sum.clone() if torch.is_grad_enabled() else layer.key_sum  # moves on before the backward
+        surprise = key_innovation(keys, before, layer.seen, self._average())
         with torch.no_grad():
             if lengths is not None:
                 pads = torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None]

@@ -52,21 +52,20 @@ def output_innovation(y: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         y: `[B, T, E]` SSM outputs. history: `[B, k, E]` the outputs before them, oldest first, zeros where none was.
 
     Returns:
-        e `[B, T]`. Without gradient: selection is discrete.
+        e `[B, T]`.
     """
-    with torch.no_grad():
-        taps, tokens = history.shape[1], y.shape[1]
-        history, y = at_least_fp32(history), at_least_fp32(y)
-        if tokens == 1:
-            return prediction_error(y, history.mean(dim=1, keepdim=True))
-        if y.device.type != "cpu" or torch.compiler.is_compiling():
-            return _error_of_mean(torch.cat([history, y], dim=1), taps)
-        size = max(INNOVATION_BLOCK, taps)
-        errors = []
-        for first in range(0, tokens, size):
-            before = y[:, first - taps : first] if first else history
-            errors.append(_error_of_mean(torch.cat([before, y[:, first : first + size]], dim=1), taps))
-        return torch.cat(errors, dim=1) if errors else y.new_zeros(y.shape[:2])
+    taps, tokens = history.shape[1], y.shape[1]
+    history, y = at_least_fp32(history), at_least_fp32(y)
+    if tokens == 1:
+        return prediction_error(y, history.mean(dim=1, keepdim=True))
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return _error_of_mean(torch.cat([history, y], dim=1), taps)
+    size = max(INNOVATION_BLOCK, taps)
+    errors = []
+    for first in range(0, tokens, size):
+        before = y[:, first - taps : first] if first else history
+        errors.append(_error_of_mean(torch.cat([before, y[:, first : first + size]], dim=1), taps))
+    return torch.cat(errors, dim=1) if errors else y.new_zeros(y.shape[:2])
 
 
 def key_innovation(
@@ -80,26 +79,25 @@ def key_innovation(
         average: the mean over devices that each have as many of the heads; None: all heads are here.
 
     Returns:
-        e `[B, T]`, the mean over the heads. Without gradient: selection is discrete.
+        e `[B, T]`, the mean over the heads.
     """
-    with torch.no_grad():
-        tokens, errors = keys.shape[1], []
-        size = tokens if torch.compiler.is_compiling() else KEY_BLOCK
-        for first in range(0, tokens, max(size, 1)):
-            part = at_least_fp32(keys if tokens <= size else keys[:, first : first + size])
-            wide = part.to(total.dtype)
-            before = total[:, None] + wide.cumsum(dim=1) - wide if part.shape[1] > 1 else total[:, None]
-            number = count[:, None]
-            if tokens > 1:
-                number = number + torch.arange(first, first + part.shape[1], device=keys.device)
-            mean = (before / number.clamp(min=1)[..., None, None]).to(part.dtype)
-            errors.append(prediction_error(part, mean).mean(dim=-1))
-            if first + size < tokens:
-                total = total + wide.sum(dim=1)
-        error = keys.new_zeros(keys.shape[:2]) if not errors else torch.cat(errors, 1) if errors[1:] else errors[0]
-        error = error if average is None else average(error)
-        # One token repeated: what rounding leaves must not decide against "ties: the older token stays".
-        return error.masked_fill(error < ROUNDING, 0.0)
+    tokens, errors = keys.shape[1], []
+    size = tokens if torch.compiler.is_compiling() else KEY_BLOCK
+    for first in range(0, tokens, max(size, 1)):
+        part = at_least_fp32(keys if tokens <= size else keys[:, first : first + size])
+        wide = part.to(total.dtype)
+        before = total[:, None] + wide.cumsum(dim=1) - wide if part.shape[1] > 1 else total[:, None]
+        number = count[:, None]
+        if tokens > 1:
+            number = number + torch.arange(first, first + part.shape[1], device=keys.device)
+        mean = (before / number.clamp(min=1)[..., None, None]).to(part.dtype)
+        errors.append(prediction_error(part, mean).mean(dim=-1))
+        if first + size < tokens:
+            total = total + wide.sum(dim=1)
+    error = keys.new_zeros(keys.shape[:2]) if not errors else torch.cat(errors, 1) if errors[1:] else errors[0]
+    error = error if average is None else average(error)
+    # One token repeated: what rounding leaves must not decide against "ties: the older token stays".
+    return error.masked_fill(error < ROUNDING, 0.0)
 
 
 def _error_of_mean(values: torch.Tensor, taps: int) -> torch.Tensor:
@@ -109,6 +107,16 @@ def _error_of_mean(values: torch.Tensor, taps: int) -> torch.Tensor:
     for tap in range(1, taps):
         prediction.add_(values[:, tap : tap + tokens], alpha=1 / taps)
     return prediction_error(values[:, taps:], prediction)
+
+
+def presence(innovation: torch.Tensor, gain: float) -> torch.Tensor:
+    """One for every token, with a gradient for its innovation: `gain` times that of the factor it stands for.
+
+    Selection is discrete: no gradient says what a choice costs. A kept token's value is multiplied by this, which
+    changes nothing, and its innovation learns whether more of that value would have helped (a straight-through
+    estimator): what is of use comes to surprise, what is in the way comes to be expected.
+    """
+    return 1 + gain * (innovation - innovation.detach())
 
 
 def retention_key(innovation: torch.Tensor, clock: torch.Tensor, decay: float) -> torch.Tensor:

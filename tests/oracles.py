@@ -377,7 +377,7 @@ class Algorithm1:
         for i, layer_type in enumerate(config.layer_types):
             name, layer = f"model.layers.{i}", self.layers[i]
             u = self.normed(f"{name}.input_layernorm", hidden, "pre")
-            if layer_type in ("bmojo", "linear_attention"):
+            if any(each.startswith(f"{name}.fading.") for each in self.tensors):
                 layer.outputs.append(self.fading_output(f"{name}.fading", u, layer))
             mixed = layer.outputs[-1] if layer_type == "linear_attention" else self.attention(i, layer_type, u, t)
             mixed = self.normed(f"{name}.post_attention_layernorm", mixed, "post")
@@ -425,8 +425,12 @@ class Algorithm1:
             error = scale_free_error(x, prediction)
         else:
             error = oracle_output_innovation(layer.outputs[-config.innovation_taps :] + [y], config.innovation_taps)[-1]
-        layer.innovations.append(error.detach())
+        layer.innovations.append(self.learnt(error))
         return y
+
+    def learnt(self, value):
+        """value, with its gradient where the innovation test has one."""
+        return value if self.config.innovation_gradient else value.detach()
 
     def scalars(self, name):
         """A, the bias of the time step, and D, in the model's dtype."""
@@ -578,19 +582,20 @@ class Algorithm1:
         pairs, k_norm = config.num_key_value_heads, f"{name}.k_norm.weight"
         query = self.heads(f"{name}.q_proj", u, config.num_attention_heads, f"{name}.q_norm.weight", i, t)
         key = self.heads(f"{name}.k_proj", u, pairs, k_norm, i, t)
-        layer.bare_keys.append(self.bare_heads(f"{name}.k_proj", u, pairs, k_norm).detach())
+        layer.bare_keys.append(self.learnt(self.bare_heads(f"{name}.k_proj", u, pairs, k_norm)))
         if config.innovation == "key":
             layer.innovations.append(oracle_key_innovation(torch.stack(layer.bare_keys))[-1])
         layer.inputs.append((key, self.heads(f"{name}.v_proj", u, pairs, None, i, t)))
 
-        other, others = None, 0
+        other, others, kept = None, 0, []
         window = t + 1 if layer_type == "full_attention" else config.window_size
         seen = list(layer.inputs[max(0, t - window + 1) :])
         if layer_type == "bmojo":
             leaving = t - window
             if leaving >= 0:
-                layer.eidetic.admit(t, leaving, layer.innovations[leaving], layer.inputs[leaving])
+                layer.eidetic.admit(t, leaving, layer.innovations[leaving].detach(), layer.inputs[leaving])
             seen += [payload for _, _, payload in layer.eidetic.tokens]
+            kept = [layer.innovations[position] for position, _, _ in layer.eidetic.tokens]
             if config.fading_size:
                 prefix = "" if config.tie_fading_projections else "fading_"
                 y, fading_norm = layer.outputs[t], k_norm
@@ -607,7 +612,11 @@ class Algorithm1:
                 seen += shown
         if config.attention_multiplier is not None:
             query = query * config.attention_multiplier * config.head_dim**0.5  # attend divides by the root
-        out = attend(query, [key for key, _ in seen], [value for _, value in seen], others, other)
+        values = [value for _, value in seen]
+        for place, error in enumerate(kept, start=len(seen) - others - len(kept)):
+            # A kept token's innovation gets the gradient of a factor of its value, which is one.
+            values[place] = values[place] * (1 + config.innovation_gradient * (error - error.detach()))
+        out = attend(query, [key for key, _ in seen], values, others, other)
         return self.linear(f"{name}.o_proj", out.reshape(-1))
 
 

@@ -26,6 +26,7 @@ FADING = 1  # fading tokens of B'MOJO layers, the paper's recurrent form, but ev
 CHANNELS = 4  # state channels of the SSM of a B'MOJO layer in the paper's form
 CHANNELS_PER_TOKEN = 4  # of one whose fading tokens have no delay
 SLOTTED_CHANNELS = 12  # of one that has more slots instead
+GAIN = 10.0  # of the gradient of the innovation test
 DIRECT = dict(fading_size=1, fading_delay=0, innovation="key", ssm_num_groups=1)  # of both
 FETCHED = 16  # tokens that a query fetches from a storage
 
@@ -94,12 +95,19 @@ def _direct(slots: bool) -> Callable[[int, Sizes], dict[str, Any]]:
     return memory
 
 
-def _slotted(k: int, sizes: Sizes) -> dict[str, Any]:
+def _slotted(gain: float) -> Callable[[int, Sizes], dict[str, Any]]:
     """k tokens, all but a quarter of them kept ones. The SSM has no short convolution, whose state takes two tokens:
-    what it binds, `taps` bind for every model."""
-    window = max(1, k // 4)
-    ssm = dict(ssm_state_size=SLOTTED_CHANNELS, ssm_conv_kernel=1)
-    return dict(window_size=window, eidetic_size=k - window, **ssm, **DIRECT)
+    what it binds, `taps` bind for every model.
+
+    gain: of the gradient of the innovation test, 0: none.
+    """
+
+    def memory(k: int, sizes: Sizes) -> dict[str, Any]:
+        window = max(1, k // 4)
+        ssm = dict(ssm_state_size=SLOTTED_CHANNELS, ssm_conv_kernel=1)
+        return dict(window_size=window, eidetic_size=k - window, innovation_gradient=gain, **ssm, **DIRECT)
+
+    return memory
 
 
 def _hybrid(k: int, sizes: Sizes) -> dict[str, Any]:
@@ -126,7 +134,8 @@ MODELS: dict[str, Kind] = {
     "bmojo_constant": Kind("B'MOJO that keeps the first tokens", (BMOJO,) * 2, _bmojo("constant")),
     "bmojo_direct": Kind("B'MOJO, test on keys, queries see the SSM's own answer", (BMOJO,) * 2, _direct(True)),
     "bmojo_f_direct": Kind("B'MOJO-F, queries see the SSM's own answer", (BMOJO,) * 2, _direct(False)),
-    "bmojo_slots": Kind("B'MOJO like bmojo_direct, more slots and no convolution", (BMOJO,) * 2, _slotted),
+    "bmojo_slots": Kind("B'MOJO like bmojo_direct, more slots and no convolution", (BMOJO,) * 2, _slotted(0.0)),
+    "bmojo_learnt": Kind("bmojo_slots, whose test has a gradient", (BMOJO,) * 2, _slotted(GAIN)),
     "bmojo_hybrid": Kind("Mamba-2, then B'MOJO that keeps the first tokens", (SSM, BMOJO), _hybrid),
     "bmojo_storage": Kind("B'MOJO with storage: a ceiling", (BMOJO,) * 2, _bmojo("key", storage_size=FETCHED), False),
 }

@@ -541,6 +541,7 @@ def test_a_cache_of_another_rank_is_refused(form, name, tmp_path):
         dict(ssm_chunk_size=5),
         dict(kernel_backend="torch"),
         dict(attention_dropout=0.5),
+        dict(innovation_gradient=3.0),
         dict(use_cache=False),
         dict(eos_token_id=3),
         dict(initializer_range=0.5),

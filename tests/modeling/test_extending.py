@@ -244,6 +244,17 @@ def test_a_memory_that_predicts_nothing_is_refused_by_a_test_that_asks(monkeypat
         read(build(ssm_type="silent", innovation="state"), tokens())
 
 
+def test_a_test_that_cannot_learn_is_refused_where_it_should(loudness, monkeypatch):
+    with pytest.raises(ValueError, match=r"innovation='loudness' has scores without gradient.*\['output', 'key'\]"):
+        build(innovation="loudness", innovation_gradient=1.0)
+    monkeypatch.setattr(Loudness, "learns", True)  # which it does not
+    model = build(innovation="loudness", innovation_gradient=1.0)
+    with torch.no_grad():
+        model(tokens())
+    with pytest.raises(ValueError, match="innovation='loudness' gives its scores no gradient; compute them with one"):
+        model(tokens())
+
+
 # Slips of whoever adds something -------------------------------------------------------------------------------------
 def test_a_signal_that_there_is_not_is_refused(loudness, monkeypatch):
     monkeypatch.setattr(Loudness, "signal", "value")

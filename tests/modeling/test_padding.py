@@ -26,6 +26,7 @@ SETTINGS = {
     "state-decay": dict(innovation="state", eidetic_decay=0.05, tie_fading_projections=False, fading_size=7),
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "answers": dict(innovation="key", fading_delay=0),
+    "learnt": dict(innovation="key", innovation_gradient=3.0),
     "answers-stride": dict(window_size=4, fading_size=2, fading_stride=3, fading_delay=0),
     "key-decay": dict(innovation="key", eidetic_decay=0.05),
     "clock": dict(innovation="state", eidetic_decay=0.3, decay_clock="innovation"),

@@ -56,6 +56,8 @@ SETTINGS = {
     ),
     "one group": dict(ssm_num_groups=1, innovation="key", qk_norm="full", storage_size=2, storage_decay=0.1)
     | dict(fading_delay=0),
+    "learnt": dict(innovation="key", innovation_gradient=3.0),
+    "learnt output": dict(innovation_gradient=3.0),
 }
 SAVED, WHOLE, PIPED = ("tied", "mixed"), ("tied",), ("tied", "mixed", "storage")
 # States of which a process has the part of its heads, and the axis of their heads.
@@ -160,6 +162,8 @@ TOLD = {
     "delta": {"gather": 2, "reduce": 2 * (3 + 1)},  # the error
     "kalma": {"gather": 2, "reduce": 2 * (3 + 1)},  # the error
     "queries": {"gather": 2, "reduce": 2 * (3 + 4)},  # norms of q and k, twice
+    "learnt": {"gather": 2, "reduce": 2 * (3 + 1)},  # the error
+    "learnt output": {"gather": 2, "reduce": 2 * 3},
     "one group": {"gather": 2, "reduce": 2 * (3 + 1 + 1 + 3)},  # the error; norms of the group, of q, of k twice
 }
 

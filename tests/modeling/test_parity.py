@@ -38,6 +38,10 @@ SETTINGS = {
     "stride": dict(window_size=6, fading_size=2, fading_stride=3),
     "stride-window": dict(fading_size=3, fading_stride=WINDOW, tie_fading_projections=False),
     "answers": dict(fading_delay=0, innovation="key"),
+    "learnt": dict(innovation="key", innovation_gradient=3.0, memory_block_size=4),
+    "learnt-window-1": dict(innovation="key", innovation_gradient=3.0, window_size=1, fading_delay=0),
+    "learnt-no-fading": dict(innovation="key", innovation_gradient=3.0, fading_size=0, memory_block_size=1),
+    "learnt-output-decay": dict(innovation_gradient=3.0, eidetic_decay=0.05),
     "answers-some": dict(fading_size=3, fading_stride=4, fading_delay=0, innovation="state", window_size=5),
     "answers-late": dict(fading_size=2, fading_stride=1, fading_delay=3, tie_fading_projections=False),
     "no-slots": dict(eidetic_size=0),
@@ -277,7 +281,7 @@ def test_gradients_equal_those_of_algorithm1(name):
         assert (actual - wanted).abs().max() <= 1e-6 * max(1.0, wanted.abs().max().item()), key
 
 
-@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "s6", "delta", "kalma"])
+@pytest.mark.parametrize("name", ["output", "state-decay", "mixed-layers", "s6", "delta", "kalma", "learnt"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
     model, ids = build(name).train(), tokens()
@@ -297,9 +301,10 @@ def test_every_parameter_learns():
             assert gradient.abs().max() > 0, f"{name}: {key}"
 
 
-def test_training_on_a_continued_cache():
+@pytest.mark.parametrize("name", ["output", "learnt", "learnt-output-decay"])
+def test_training_on_a_continued_cache(name):
     """The cache carries values, not gradients: the second half's gradient is that of a frozen first half."""
-    model, ids = build(), tokens()
+    model, ids = build(name), tokens()
     with torch.no_grad():
         frozen = model(input_ids=ids[:, :20], use_cache=True).past_key_values
     live = model(input_ids=ids[:, :20], use_cache=True).past_key_values
