@@ -79,10 +79,12 @@ def test_layers_and_tests_are_what_the_names_say():
         assert config.innovation == name and config.eidetic_size > 0 and config.storage_size == 0
     assert built("bmojo_f").config.eidetic_size == 0
     assert built("bmojo_storage").config.storage_size > 0
-    for name in ("bmojo_direct", "bmojo_f_direct", "bmojo_slots"):
+    for name in ("bmojo_direct", "bmojo_f_direct", "bmojo_slots", "bmojo_learnt"):
         config = built(name).config
         assert config.fading_delay == 0 and config.fading_size == 1 and bool(config.eidetic_size) == ("_f" not in name)
     assert built("bmojo_slots").config.eidetic_size > 2 * built("bmojo_direct").config.eidetic_size
+    slots, learnt = (built(name).config for name in ("bmojo_slots", "bmojo_learnt"))
+    assert {key for key, value in slots.to_dict().items() if value != learnt.to_dict()[key]} == {"innovation_gradient"}
     assert built("bmojo_key").config.fading_delay is None
 
 
