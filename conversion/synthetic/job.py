@@ -120,6 +120,8 @@ def run(cells: list[Cell], store: Store, workers: int) -> None:
     """
     missing = [cell for cell in cells if not store.has(cell.row, SECTION, cell.key())]
     work = store.path.parent / "work"
+    if missing:
+        store.write(finished=False)  # marks the folder: a run that is cut short in its first training goes on, too
     with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="model", disable=None) as bar:
         for cell, found in _results(missing, work, workers):
             store.put(cell.row, SECTION, cell.key(), found)

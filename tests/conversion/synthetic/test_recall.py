@@ -127,6 +127,23 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys, monkeypatch):
     assert figures(tmp_path / "b") == figures(tmp_path / "a")
 
 
+def test_a_run_that_is_interrupted_in_its_first_training_goes_on(tmp_path, monkeypatch):
+    real, drawn = Batches.__getitem__, []
+
+    def until_the_fourth(self, step):
+        drawn.append(step)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batches, "__getitem__", until_the_fourth)
+        assert recalled(tmp_path, save_steps=2, steps=5) == 130
+    assert stored(tmp_path)["measurements"] == {} and not stored(tmp_path)["finished"]
+    assert recalled(tmp_path, "--reuse", save_steps=2, steps=5) == 0
+    assert stored(tmp_path)["finished"]
+
+
 def threads_for_processes(monkeypatch, measure):
     """Workers as threads, so that what they do can be replaced."""
     monkeypatch.setattr(job, "ProcessPoolExecutor", lambda workers, **options: ThreadPoolExecutor(workers))
