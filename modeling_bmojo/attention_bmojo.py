@@ -207,7 +207,7 @@ class BMojoAttention(nn.Module):
         innovation = None
         # Without a cache nobody asks while no token is beyond the window.
         if self.memory.innovation is not None and (cache is not None or tokens > self.spec.window):
-            innovation = self._innovation(keys, signal, lengths, cache, needs_grad)
+            innovation = self._innovation(keys, signal, lengths, cache, steps)
         sketches, asked = (None, None) if self.sketch is None else self._sketches(query, keys, turns)
         far = self._far(query, turns)
         query, keys = rotate(query, rotary), rotate(keys, rotary)
@@ -225,10 +225,12 @@ class BMojoAttention(nn.Module):
             out = out + _zero_anchor(ends).to(out.dtype)
         return out, weights
 
-    def _innovation(self, keys, signal, lengths, cache, needs_grad: bool) -> torch.Tensor:
+    def _innovation(self, keys, signal, lengths, cache, steps: bool) -> torch.Tensor:
         """Return the test's score `[R, T']`, with a gradient if one is wanted and the configuration has one."""
         test, judged = self.memory.innovation, keys if signal is None else signal
-        learns = needs_grad and self.config.innovation_gradient > 0
+        of = judged if isinstance(judged, tuple) else (judged,)
+        learns = not steps and self.config.innovation_gradient > 0 and any(each.requires_grad for each in of)
+        learns = learns and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns):
             innovation = test.score(judged, lengths, cache, self.kernels)
         if innovation.shape != keys.shape[:2]:
@@ -236,12 +238,18 @@ class BMojoAttention(nn.Module):
                 f"innovation={test.name!r}: scored {list(innovation.shape)} for tokens {list(keys.shape[:2])}; return "
                 "one number per row and token."
             )
-        judged = judged if isinstance(judged, tuple) else (judged,)
-        if learns and any(each.requires_grad for each in judged) and not innovation.requires_grad:
+        if learns and not innovation.requires_grad:
             raise ValueError(
                 f"innovation_gradient={self.config.innovation_gradient}: innovation={test.name!r} gives its scores no "
                 "gradient; compute them with one where torch.is_grad_enabled(), or set innovation_gradient=0."
             )
+        if learns and cache is not None:
+            for name in test.states(self.config):
+                if getattr(cache, name).requires_grad:
+                    raise ValueError(
+                        f"innovation={test.name!r}: its state {name!r} was moved on with a gradient, which would "
+                        "never be freed; move states on under torch.no_grad()."
+                    )
         # Every device has the gradient of its own heads' values; the score is one for all.
         return innovation if test.share is None else test.share.spread(innovation)
 

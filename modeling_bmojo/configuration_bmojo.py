@@ -72,9 +72,9 @@ class BMojoConfig(BackboneConfig):
             `"key"`: predict the token's attention key by the mean of all keys before it (best on grafts, docs/log.md);
             `"constant"`: all tokens are equal and of equals the older stays: the first M tokens (attention sinks).
         innovation_taps: k, outputs averaged by the predictor of `"output"`.
-        innovation_gradient: c >= 0, in training alone: a kept token's innovation gets c times the gradient that a
-            factor of its value would have, so that the test learns to keep what is of use (docs/model.md). 0, the
-            paper's form: selection is discrete and no gradient says what it costs. 10 for models trained from scratch.
+        innovation_gradient: c >= 0, which changes gradients alone: a kept token's innovation gets c times the gradient
+            that a factor of its value would have, so that the test learns to keep what is of use (docs/model.md). 0,
+            the paper's form: selection is discrete, no gradient says what it costs. 10 for models from scratch.
         fading_size: F, SSM outputs that join the attention as fading tokens; 0 switches them off.
         fading_delay: d, tokens between an SSM output and the first query that sees it, 0 to W. `None` is W, the paper's
             form: fading tokens come from just beyond the window and sum up what has left it. 0: a query sees what the
@@ -423,7 +423,7 @@ class BMojoConfig(BackboneConfig):
         """Return what kind of layer `layer_idx` is, and how much it remembers (see `LayerSpec`)."""
         kind = self.layer_types[layer_idx]
         remembers = kind == "bmojo"
-        # Only with slots: layers that are a mere window have had an SSM all the same, and their checkpoints hold it.
+        # Only then: layers whose test reads no SSM have had one all the same, and their checkpoints hold it.
         blind = remembers and self.eidetic_size > 0 and not INNOVATIONS[self.innovation].has_ssm
         return LayerSpec(
             kind=kind,

@@ -70,9 +70,9 @@ class EideticMemory(MemoryPart):
             self._commit(context, None, tokens, layer)
             return Observed()
         gated = context.values
-        if context.innovations.requires_grad:
+        if context.innovations.requires_grad and self.slots:
             gated = gated * presence(context.innovations, self.gain)[..., None, None].to(gated.dtype)
-            context = context._replace(innovations=context.innovations.detach())
+        context = context._replace(innovations=context.innovations.detach())
         slots, before = (0, tokens.front) if past is None else (self.slots, self.window)
         first = -slots - before
         block = min(tokens.block, tokens.queries)

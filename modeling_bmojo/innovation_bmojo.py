@@ -67,7 +67,7 @@ class Innovation:
         layer: Any,
         kernels: Kernels,
     ) -> torch.Tensor:
-        """Innovation `[R, T]` of new tokens, in [0, 2]. Gradients are recorded where `innovation_gradient` wants them.
+        """Innovation `[R, T]` of new tokens, in [0, 2]. Runs under no_grad unless the configuration wants a gradient.
 
         Args:
             signal: as `signal` names it: "key" `[R, T, G, D]` keys without positions; "output" `[R, T, E]` the fading
@@ -97,10 +97,11 @@ class OutputInnovation(Innovation):
 
     def score(self, signal, lengths, layer, kernels):
         history = signal.new_zeros(signal.shape[0], self.taps, signal.shape[2]) if layer is None else layer.outputs
-        if torch.is_grad_enabled():  # no other form has a backward
-            surprise = output_innovation(signal, history.clone())  # which moves on before the backward
-        else:
+        with torch.no_grad():
             surprise = kernels.run("innovation", signal, history)
+        if torch.is_grad_enabled():  # only this form has one; what is chosen is the same with it and without
+            learnt = output_innovation(signal, history.clone())  # the history moves on before the backward
+            surprise = surprise + (learnt - learnt.detach())
         if layer is not None:
             shift(layer.outputs, signal, lengths)
         return surprise
@@ -120,7 +121,7 @@ class StateInnovation(Innovation):
 class KeyInnovation(Innovation):
     """v_t is the token's attention key without its position, expected to be the mean of all keys before it."""
 
-    name, signal, adds_up, has_ssm, learns = "key", "key", True, False, True
+    name, signal, adds_up, learns = "key", "key", True, True
     about = "the token's attention key, by the mean of all keys before it (best on grafts, docs/log.md)"
 
     def states(self, config):

@@ -290,7 +290,7 @@ class BMojoDecoderLayer(GradientCheckpointingLayer):
 
         Without a cache nobody asks for the SSM of a bmojo layer while no query sees more than the tokens before it; in
         training it runs all the same, because data-parallel training waits for a gradient of every parameter. With
-        F = 0 and no slots nobody ever does.
+        F = 0 and an innovation that is not measured on it nobody ever does.
         """
         if not self.spec.has_ssm or self.training or self.spec.kind != "bmojo":
             return self.spec.has_ssm

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from modeling_bmojo.configuration_bmojo import INNOVATIONS
+
 from . import four_bit
 from .adapters import check_names, lora_config
 from .alignment import Alignment
@@ -82,8 +84,9 @@ def alignment_task(settings: AlignSettings, student: Student, arguments: Trainin
 
 def _check_learns(student: Student, trained: list[str]) -> None:
     """Refuse what has no gradient: the SSM of a layer without fading tokens feeds the innovation test alone, which has
-    no gradient (ValueError)."""
-    if student.config.fading_size == 0 and all(".fading." in name for name in trained):
+    none but by `innovation_gradient` (ValueError)."""
+    learns = student.config.innovation_gradient > 0 and INNOVATIONS[student.config.innovation].signal == "output"
+    if student.config.fading_size == 0 and not learns and all(".fading." in name for name in trained):
         raise ValueError(
             "train: with fading_size=0 nothing that can be trained depends on the fading memory; set "
             "memory.fading_size: 1, or train other tensors."

@@ -25,6 +25,8 @@ SETTINGS = {
     "no-projections": dict(ONE, ssm_projected=False),
     "stride": dict(ONE, window_size=6, fading_stride=3),
     "answers": dict(ONE, innovation="key", fading_delay=0),
+    "learnt": dict(ONE, innovation="key", innovation_gradient=3.0),
+    "learnt-output": dict(ONE, innovation_gradient=3.0),
     "mixed-layers": MIXED_LAYERS,
 }
 # The first token is traced with the numbers it finds, the second finds them changed and is traced with symbols.

@@ -98,14 +98,17 @@ class Loudness(Innovation):
 
     def score(self, signal, lengths, layer, kernels):
         with torch.no_grad():
-            loud = signal.flatten(2).norm(dim=-1)
-            if lengths is not None:
-                loud = loud.masked_fill(torch.arange(loud.shape[1]) >= lengths[:, None], 0.0)
-            before = loud.new_zeros(len(loud)) if layer is None else layer.loudest
-            most = torch.cat([before[:, None], loud], dim=1).cummax(dim=1).values
-            if layer is not None:
-                layer.loudest.copy_(most[:, -1])
-            return 2 * loud / (loud + most[:, :-1] + 1e-12)
+            return self.score_with_gradient(signal, lengths, layer, kernels)
+
+    def score_with_gradient(self, signal, lengths, layer, kernels):
+        loud = signal.flatten(2).norm(dim=-1)
+        if lengths is not None:
+            loud = loud.masked_fill(torch.arange(loud.shape[1]) >= lengths[:, None], 0.0)
+        before = loud.new_zeros(len(loud)) if layer is None else layer.loudest
+        most = torch.cat([before[:, None], loud], dim=1).cummax(dim=1).values
+        if layer is not None:
+            layer.loudest.copy_(most[:, -1])
+        return 2 * loud / (loud + most[:, :-1] + 1e-12)
 
 
 @pytest.fixture
@@ -253,6 +256,10 @@ def test_a_test_that_cannot_learn_is_refused_where_it_should(loudness, monkeypat
         model(tokens())
     with pytest.raises(ValueError, match="innovation='loudness' gives its scores no gradient; compute them with one"):
         model(tokens())
+    monkeypatch.setattr(Loudness, "score", Loudness.score_with_gradient)
+    model(tokens(), use_cache=False).logits.sum().backward()
+    with pytest.raises(ValueError, match=r"its state .loudest. was moved on with a gradient, .*under torch\.no_grad"):
+        model(tokens(), use_cache=True)
 
 
 # Slips of whoever adds something -------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ SETTINGS = {
     "learnt": dict(innovation="key", innovation_gradient=3.0),
     "learnt output": dict(innovation_gradient=3.0),
 }
-SAVED, WHOLE, PIPED = ("tied", "mixed"), ("tied",), ("tied", "mixed", "storage")
+SAVED, WHOLE, PIPED = ("tied", "mixed"), ("tied", "learnt"), ("tied", "mixed", "storage")
 # States of which a process has the part of its heads, and the axis of their heads.
 OF_HEADS = dict.fromkeys(("keys", "values", "stored_keys", "stored_values", "sketches", "ssm", "key_sum"), 1)
 OF_HEADS |= {"mean_keys": 1, "mean_values": 1, "delay_keys": 2, "delay_values": 2}

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_bmojo import BMojoConfig, BMojoForCausalLM
-from modeling_bmojo.innovation_bmojo import KeyInnovation
 from tests.oracles import algorithm1_forward, randomize_
 from tests.tiny import MIXED_LAYERS, SIZES, SLOTS, UNPROJECTED, VOCAB, WINDOW
 
@@ -103,16 +102,13 @@ def test_one_token_repeated_keeps_the_same_copies_in_every_split(name):
             assert found[0] == found[1]
 
 
-def test_layers_without_fading_tokens_have_no_ssm_if_keys_decide(monkeypatch):
-    """And what they give is what they gave when they still had one, whose weights an older checkpoint holds."""
-    with monkeypatch.context() as older:
-        older.setattr(KeyInnovation, "has_ssm", True)
-        before, ids = build("key", fading_size=0), tokens()
-        expected, _ = read(before, ids, [30, 14])
-    model = build("key", fading_size=0)
-    missing, unexpected = model.load_state_dict(before.state_dict(), strict=False)
-    assert not missing and unexpected and all(".fading." in name for name in unexpected)
-    assert torch.equal(read(model, ids, [30, 14])[0], expected)
+def test_nobody_reads_the_ssm_without_fading_tokens_if_keys_decide():
+    model, ids = build("key", fading_size=0), tokens()
+    before, _ = read(model, ids, [30, 14])
+    for layer in model.model.layers:
+        for parameter in layer.fading.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+    assert torch.equal(read(model, ids, [30, 14])[0], before)
 
 
 def error(actual, expected):

@@ -94,6 +94,20 @@ def test_a_test_that_learns_reaches_an_ssm_that_nothing_else_reads():
         assert (model.model.layers[0].fading.in_proj.weight.grad.abs().max() > 0) == (gain > 0)
 
 
+@pytest.mark.parametrize("fading", [0, 1])
+def test_what_is_frozen_changes_no_gradient(fading):
+    """The outputs that are judged need one, also where nothing of the attention does."""
+    found = []
+    for frozen in (False, True):
+        model = build(fading_size=fading, innovation_gradient=3.0)
+        if frozen:
+            only_trains(model, ".fading.")
+        model(tokens(3 * WINDOW)).logits.square().sum().backward()
+        found.append(model.model.layers[0].fading.in_proj.weight.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("count", [WINDOW, 3 * WINDOW])
 def test_training_and_evaluation_compute_the_same(count):
     model, ids = build(), tokens(count)
