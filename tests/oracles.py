@@ -377,7 +377,7 @@ class Algorithm1:
         for i, layer_type in enumerate(config.layer_types):
             name, layer = f"model.layers.{i}", self.layers[i]
             u = self.normed(f"{name}.input_layernorm", hidden, "pre")
-            if any(each.startswith(f"{name}.fading.") for each in self.tensors):
+            if layer_type in ("bmojo", "linear_attention"):
                 layer.outputs.append(self.fading_output(f"{name}.fading", u, layer))
             mixed = layer.outputs[-1] if layer_type == "linear_attention" else self.attention(i, layer_type, u, t)
             mixed = self.normed(f"{name}.post_attention_layernorm", mixed, "post")

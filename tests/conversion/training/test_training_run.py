@@ -449,6 +449,15 @@ def test_refused_before_anything_is_written(case, tmp_path, capsys):
     assert is_fresh(tmp_path)
 
 
+def test_an_ssm_that_is_only_judged_learns_by_the_tests_gradient(tmp_path):
+    """Without fading tokens and without that gradient there is "nothing to learn", above."""
+    memory = {"fading_size": 0, "innovation": "output", "innovation_gradient": 3.0}
+    assert run_align(tmp_path, memory=memory, train=["model.layers.*.fading.*"]) == 0
+    before, after = tensors(tiny_graft()), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".fading." in name for name in changed)
+
+
 @pytest.mark.parametrize("case", SHARDED)
 def test_what_needs_whole_tensors_is_refused_where_they_are_spread(case, tmp_path, capsys, monkeypatch):
     values, message = SHARDED[case]
